@@ -1,0 +1,437 @@
+"""What T-SAM compares, how it reads attention, and how it moves the latent.
+
+Pure functions of the paper's equations come first, then the reading of the two kinds of attention, then the update.
+"Eq. (n)" is Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236); "the release" is
+the authors' code at https://github.com/t-sam-diffusion/code.
+
+Shapes: B images, N tokens, P = H x W positions of a layer's query grid. `content` (B, N) marks the prompt's own tokens:
+not <bos>, nothing from the first <eos> on, no padding.
+"""
+
+import math
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+OBJECTIVES = ("l1", "l1_full", "cosine")
+SMOOTHING_SIGMA = 0.5  # App. B.2
+RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
+GUIDED_PERCENT = 50  # 25 of 50 steps, App. B.2
+REFINEMENT_PERCENT = (0, 20, 40)  # steps 0, 10 and 20 of 50, App. B.2
+FP16_LOSS_SCALE = 2.0**12
+FP16_LOSS_SCALE_BACKOFF = 2.0**-4
+FP16_ATTEMPTS = 6  # the last one scales by 2^-8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations
+
+
+def _normalize_rows(matrix):
+    """Each row divided by its sum; a row of zeros stays one."""
+    total = matrix.sum(-1, keepdim=True)
+    return matrix / torch.where(total > 0, total, 1)
+
+
+def _pairs(content):
+    """Which pairs of tokens are both content: (B, N) bool -> (B, N, N) bool."""
+    return content.unsqueeze(-1) & content.unsqueeze(-2)
+
+
+def normalize_text_attention(attention, content, gamma):
+    """T: rows of text self-attention, sharpened by `gamma` and normalised over the content tokens up to their own.
+
+    attention (B, N, N), content (B, N) -> float32 (B, N, N), zero outside. The power comes before the normalisation, as
+    in the release: rows of Eq. (14) as printed would not sum to one, and S, whose rows do, could not approach them.
+    Eq. (3), (14).
+    """
+    attention = attention.float().where(_pairs(content).tril(), 0)
+    largest = attention.amax(-1, keepdim=True)  # dividing by it changes nothing but keeps the power from underflowing
+    return _normalize_rows((attention / torch.where(largest > 0, largest, 1)) ** gamma)
+
+
+def smooth(maps):
+    """Blur maps (B, N, H, W) by a 3x3 Gaussian kernel, reflecting at the border. App. B.2.
+
+    The kernel is the released one, exp(-(x² + y²) / (2σ)²), whose standard deviation is √2·σ.
+    """
+    x = torch.arange(-1, 2, dtype=maps.dtype, device=maps.device)
+    row = torch.exp(-((x / (2 * SMOOTHING_SIGMA)) ** 2))
+    kernel = torch.outer(row, row) / row.sum() ** 2
+    mode = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"  # one row or column has nothing to reflect
+    padded = F.pad(maps, (1, 1, 1, 1), mode=mode)
+    return F.conv2d(padded.flatten(0, 1).unsqueeze(1), kernel[None, None]).view_as(maps)
+
+
+def cosine_similarity(maps):
+    """C: cosine similarity between every two tokens' maps. maps (B, N, P) -> (B, N, N). Eq. (7)."""
+    maps = F.normalize(maps, dim=-1)
+    return maps @ maps.mT
+
+
+def normalize_similarity(similarity, content, objective="l1"):
+    """S: rows of C over the content tokens up to their own, k <= i, as in the release.
+
+    similarity, content -> (B, N, N), lower triangle. `"l1_full"` divides by the sum over all content tokens, as Eq. (7)
+    is printed, so that its rows do not sum to one.
+    """
+    pairs = _pairs(content)
+    support = pairs if objective == "l1_full" else pairs.tril()
+    return _normalize_rows(similarity.where(support, 0)).tril()
+
+
+def l1_loss(text_attention, similarity, content):
+    """Σ_i (i/s) Σ_{j<=i} |T_ij - S_ij|: T and S (B, N, N) -> (B,). Eq. (14)."""
+    weight = content.cumsum(-1) / content.sum(-1, keepdim=True).clamp(min=1)
+    return (weight * (text_attention - similarity).abs().sum(-1)).sum(-1)
+
+
+def cosine_loss(text_attention, similarity, content):
+    """Σ_i 0.2·(i - 1)·(1 - cos(T_i, S_i)) over columns j < i: T and S (B, N, N) -> (B,). The release's default."""
+    columns = content.cumsum(-1) - 1
+    rows = _normalize_rows(text_attention.tril(-1))  # a tiny row must not fall under cosine_similarity's epsilon
+    distance = 1 - F.cosine_similarity(rows, similarity.tril(-1), dim=-1)
+    return (RELEASE_ROW_WEIGHT * columns * distance).where(content & (columns > 0), 0).sum(-1)
+
+
+def alignment_loss(maps, text_attention, content, objective="l1"):
+    """How far the cross-attention maps (B, N, H, W) are from the syntax T (B, N, N): loss (B,), and S (B, N, N)."""
+    similarity = cosine_similarity(smooth(maps).flatten(2))
+    similarity = normalize_similarity(similarity, content, objective)
+    loss = cosine_loss if objective == "cosine" else l1_loss
+    return loss(text_attention, similarity, content), similarity
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading self-attention from the text encoder
+
+
+class TextSelfAttention(NamedTuple):
+    """A batch of prompts' self-attention.
+
+    attention: T', the mean over all layers and heads, float32 (B, N, N). Eq. (2).
+    content: which tokens are the prompt's own, bool (B, N).
+    tokens: those tokens' texts, a list of strings per prompt.
+    """
+
+    attention: torch.Tensor
+    content: torch.Tensor
+    tokens: list
+
+
+@contextmanager
+def eager_attention(model):
+    """Let a transformers model compute its attention probabilities, and put its own implementation back."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def mean_self_attention(text_encoder, input_ids, attention_mask=None):
+    """T': mean over all layers and heads, float32 (B, N, N), of token ids (B, N). Eq. (2)."""
+    with eager_attention(text_encoder):
+        layers = text_encoder(input_ids, attention_mask=attention_mask, output_attentions=True).attentions
+    if not layers or any(layer is None for layer in layers):
+        raise RuntimeError(f"{type(text_encoder).__name__} returned no attention: T-SAM needs `output_attentions`.")
+    return sum(layer.float().mean(1) for layer in layers) / len(layers)
+
+
+def content_of(input_ids, bos_token_id, eos_token_id):
+    """Which tokens are the prompt's own: token ids (B, N) -> bool (B, N). The first <eos> ends it; CLIP pads with more."""
+    before_eos = (input_ids == eos_token_id).cumsum(-1) == 0
+    return before_eos if bos_token_id is None else before_eos & (input_ids != bos_token_id)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading cross-attention from the denoiser
+
+
+class TSAMAttnProcessor(nn.Module):
+    """Wraps a layer's processor: returns exactly what that one returns and records the probabilities beside it.
+
+    A module, so that the parameters of a wrapped processor (IP-Adapter) stay registered.
+
+    processor: what it wraps. maps: dict that receives this layer's probabilities, mean over heads, float32
+    (B, P, tokens), under `name` (overwritten when gradient checkpointing calls again). tokens: columns to keep.
+    """
+
+    def __init__(self, processor, maps, name, tokens):
+        super().__init__()
+        self.processor, self.maps, self.name, self.tokens = processor, maps, name, tokens
+
+    # `Attention` passes only the arguments that it finds named here.
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        temb=None,
+        ip_adapter_masks=None,
+        **kwargs,
+    ):
+        if ip_adapter_masks is not None:
+            kwargs["ip_adapter_masks"] = ip_adapter_masks
+        context = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        probabilities = cross_attention_probabilities(attn, hidden_states, context, attention_mask)
+        self.maps[self.name] = probabilities.mean(1)[..., : self.tokens]
+        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+
+
+def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask=None):
+    """softmax(q kᵀ/√d) of one `Attention` layer, float32 (B, heads, P, N); hidden_states (B, P, C)."""
+    if attn.norm_cross:
+        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+    query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    key = attn.to_k(encoder_hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    scores = query @ key.mT * attn.scale
+    if attention_mask is not None:
+        scores = scores + attention_mask.unsqueeze(1)  # (B, 1, N), additive
+    return scores.softmax(-1, dtype=torch.float32)
+
+
+@contextmanager
+def record_cross_attention(layers, tokens):
+    """Record the probabilities of `layers` (a list of `Attention`) while the context is open.
+
+    Yields a dict of one (B, P, tokens) map a layer, filled anew by every forward. Afterwards each layer has its own
+    processor again.
+    """
+    maps, processors = {}, [layer.processor for layer in layers]
+    try:
+        for name, layer in enumerate(layers):
+            layer.set_processor(TSAMAttnProcessor(layer.processor, maps, name, tokens))
+        yield maps
+    finally:
+        for layer, processor in zip(layers, processors):
+            layer.set_processor(processor)
+
+
+@contextmanager
+def frozen(model):
+    """No parameter of `model` asks for a gradient while the context is open."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():  # by name: offloading replaces parameters
+            parameter.requires_grad_(flags[name])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Moving the latent
+
+
+class LatentAlignment:
+    """What T-SAM keeps during one call of a pipeline.
+
+    text: `TextSelfAttention` of the B images. losses: one (B,) tensor an update, each taken before it. steps: with
+    `keep_maps`, (position in the scheduler's timesteps, maps (B, N, H, W), S (B, N, N)) before each guided step's first
+    update, on the CPU.
+    """
+
+    def __init__(self, text, alpha, gamma, objective="l1", keep_maps=False):
+        self.tokens = max([1 + token for token in text.content.any(0).nonzero().flatten().tolist()], default=1)
+        self.content = text.content[:, : self.tokens]
+        attention = text.attention[:, : self.tokens, : self.tokens]
+        self.text_attention = normalize_text_attention(attention, self.content, gamma)
+        self.token_texts, self.alpha, self.objective, self.keep_maps = text.tokens, alpha, objective, keep_maps
+        self.losses, self.steps, self.loss_scale = [], [], None
+
+    @property
+    def possible(self):
+        """Whether there is anything to align: one token alone has only itself to attend to."""
+        return bool((self.content.sum(-1) > 1).any())
+
+    def update(self, latents, input_scale, predict, layers, grid, step, iterations=1):
+        """Move latents (B, C, h, w) `iterations` times down the gradient of the loss. Eq. (15).
+
+        The step is taken at the model's input, z_in = c·z with c = `input_scale`, so that one alpha holds under every
+        scheduler: z' = z - (α/c) ∇_{z_in} loss. `predict(model_input)` runs the denoiser on the conditional half;
+        `layers` are read on the query grid `grid` = (H, W).
+        """
+        with record_cross_attention(layers, self.tokens) as maps:
+            for iteration in range(iterations):
+                gradient, grids, similarity, loss = self._gradient(latents, input_scale, predict, maps, grid)
+                moved = (latents.float() - self.alpha / input_scale * gradient).to(latents.dtype)
+                finite = moved.isfinite().flatten(1).all(1)
+                latents = moved.where(finite[:, None, None, None], latents)
+                self.losses.append(loss)
+                if self.keep_maps and iteration == 0:
+                    self.steps.append((step, grids.cpu(), similarity.cpu()))
+        return latents
+
+    def _gradient(self, latents, input_scale, predict, maps, grid):
+        """∇_{z_in} loss in float32, and the maps, S and loss it comes from.
+
+        Half-precision gradients can underflow, so the loss of each image is scaled before the backward pass; an image
+        whose gradient overflows is tried again with less, and stays where it is if nothing helps.
+        """
+        half = latents.dtype == torch.float16
+        if self.loss_scale is None:
+            scale = FP16_LOSS_SCALE if half else 1.0
+            self.loss_scale = torch.full((len(latents),), scale, device=latents.device)
+        for _ in range(FP16_ATTEMPTS if half else 1):
+            with torch.enable_grad():
+                model_input = (input_scale * latents.float()).requires_grad_()
+                predict(model_input.to(latents.dtype))
+                mean = torch.stack(list(maps.values())).mean(0)  # (B, P, N), Eq. (6)
+                grids = mean.mT.unflatten(-1, grid)
+                loss, similarity = alignment_loss(grids, self.text_attention, self.content, self.objective)
+                (gradient,) = torch.autograd.grad((loss * self.loss_scale).sum(), model_input)
+            maps.clear()
+            finite = gradient.isfinite().flatten(1).all(1)
+            if not half or finite.all():
+                break
+            self.loss_scale = self.loss_scale.where(finite, self.loss_scale * FP16_LOSS_SCALE_BACKOFF)
+        gradient = (gradient / self.loss_scale[:, None, None, None]).where(finite[:, None, None, None], 0)
+        return gradient, grids.detach(), similarity.detach(), loss.detach()
+
+    def losses_per_image(self):
+        """(B, updates) on the CPU."""
+        return torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.content), 0)
+
+    def attentions(self):
+        """What `output_attentions` returns, a dict per image, on the CPU; s content tokens, G guided steps:
+
+        tokens (s strings), text_attention T (s, s), steps (G positions in the scheduler's timesteps), maps (G, s, H, W)
+        and similarity S (G, s, s), both before the step's first update.
+        """
+        result = []
+        for image, content in enumerate(self.content.cpu()):
+            steps = [step for step, _, _ in self.steps]
+            maps = [maps[image, content] for _, maps, _ in self.steps]
+            similarity = [similarity[image][content][:, content] for _, _, similarity in self.steps]
+            result.append(
+                {
+                    "tokens": self.token_texts[image],
+                    "text_attention": self.text_attention[image].cpu()[content][:, content],
+                    "steps": steps,
+                    "maps": torch.stack(maps) if maps else None,
+                    "similarity": torch.stack(similarity) if similarity else None,
+                }
+            )
+        return result
+
+
+def updates_per_timestep(
+    num_timesteps,
+    num_inference_steps,
+    order,
+    tsam_steps,
+    refinement_steps,
+    refinement_iterations,
+    runge_kutta_timesteps=0,
+):
+    """How many updates the latent gets before each entry of the scheduler's timesteps.
+
+    A denoising step may take several entries: second-order schedulers evaluate the model twice, PNDM four times in its
+    Runge-Kutta steps or, without these, twice in its first. Only a step's first evaluation is guided, since the later
+    ones start again from the sample that the scheduler kept.
+    """
+    if runge_kutta_timesteps:
+        first = runge_kutta_timesteps
+        steps = [i // 4 if i < first else first // 4 + i - first for i in range(num_timesteps)]
+    else:
+        warmup = max(num_timesteps - num_inference_steps * order, 0)
+        steps = [max(i - warmup, 0) // order for i in range(num_timesteps)]
+    return [
+        0
+        if step >= tsam_steps or (i > 0 and step == steps[i - 1])
+        else 1 + refinement_iterations * (step in refinement_steps)
+        for i, step in enumerate(steps)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checking the arguments
+
+
+def _check_integer(name, value, limit, remedy):
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"`{name}` has to be an integer but is {value!r}. {remedy}")
+    if value < limit:
+        raise ValueError(f"`{name}` is {value}, but has to be at least {limit}. {remedy}")
+
+
+def _check_number(name, value, remedy):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` has to be a number but is {value!r}. {remedy}")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value}, but has to be finite. {remedy}")
+
+
+def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, refinement_iterations, objective):
+    """Check T-SAM's arguments against `num_steps` denoising steps, and fill in the defaults that depend on it.
+
+    Returns tsam_steps and refinement_steps (a set). Raises ValueError or TypeError naming the value, the limit and the
+    remedy.
+    """
+    _check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
+    if tsam_steps is None:
+        tsam_steps = num_steps * GUIDED_PERCENT // 100
+    remedy = f"Pass 0 to {num_steps} (0 is off), or None for half of the steps."
+    _check_integer("tsam_steps", tsam_steps, 0, remedy)
+    if tsam_steps > num_steps:
+        raise ValueError(f"`tsam_steps` is {tsam_steps}, but there are only {num_steps} denoising steps. {remedy}")
+
+    _check_number("alpha", alpha, "Pass the size of an update, 10.0 for instance.")
+    if alpha < 0:
+        raise ValueError(f"`alpha` is {alpha}, but has to be at least 0: below, the loss would rise. Pass 10.0.")
+    _check_number("gamma", gamma, "Pass the exponent of T, 2.0 for instance.")
+    if gamma <= 0:
+        raise ValueError(f"`gamma` is {gamma}, but has to be above 0: at 0, T says nothing. Pass 2.0.")
+    _check_integer("refinement_iterations", refinement_iterations, 0, "Pass 0 for no refinement.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"`objective` is {objective!r}, but has to be one of {', '.join(map(repr, OBJECTIVES))}.")
+
+    if refinement_steps is None:
+        defaults = {num_steps * percent // 100 for percent in REFINEMENT_PERCENT}
+        return tsam_steps, {step for step in defaults if step < tsam_steps}
+    if isinstance(refinement_steps, (str, bytes)) or not hasattr(refinement_steps, "__iter__"):
+        raise TypeError(f"`refinement_steps` has to be a sequence but is {refinement_steps!r}. Pass (0, 10).")
+    refinement_steps = list(refinement_steps)
+    for step in refinement_steps:
+        _check_integer("refinement_steps", step, 0, "Steps count from 0; pass () for no refinement.")
+        if step >= tsam_steps:
+            raise ValueError(
+                f"`refinement_steps` has {step}, but only steps 0 to {tsam_steps - 1} are guided: `tsam_steps` is"
+                f" {tsam_steps}. Leave it out, or raise `tsam_steps`."
+            )
+    return tsam_steps, set(refinement_steps)
+
+
+def check_text_self_attention(text, batch_size, tokens=None):
+    """Check a `TextSelfAttention` that the caller gives, for `batch_size` prompts of `tokens` tokens (None: unknown)."""
+    try:
+        attention, content, texts = text
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`text_self_attention` has to be what `get_text_self_attention` returns but is {type(text)}."
+        ) from None
+    if not torch.is_tensor(attention) or not torch.is_tensor(content) or content.dtype != torch.bool:
+        raise TypeError(
+            "`text_self_attention` has to hold a tensor of attention and a bool tensor of content tokens, as"
+            " `get_text_self_attention` returns them."
+        )
+    tokens = attention.shape[-1] if tokens is None else tokens
+    expected = (batch_size, tokens, tokens)
+    if tuple(attention.shape) != expected or tuple(content.shape) != expected[:2] or len(texts) != batch_size:
+        raise ValueError(
+            f"`text_self_attention` has attention {tuple(attention.shape)}, content {tuple(content.shape)} and"
+            f" {len(texts)} lists of tokens, but these prompts need {expected}, {expected[:2]} and {batch_size}. Pass"
+            " what `get_text_self_attention` returns for the same prompts."
+        )
+    if not attention.isfinite().all() or (attention < 0).any():
+        raise ValueError("`text_self_attention` has negative or non-finite attention; pass probabilities.")

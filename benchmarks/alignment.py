@@ -1,0 +1,154 @@
+"""Does T-SAM help? Stock and T-SAM pictures from the same latents, read by the judge.
+
+    python benchmarks/alignment.py --split test --solids 2 --prompts 64 --seeds 7 --setting tuned
+
+Prompts come from pairs of coloured solids that training never showed together: `tune` to choose settings on, `test` to
+report. One JSON line a picture goes to --output (a stopped run goes on where it was), the table to the terminal.
+Intervals are 95 %, over prompts (each prompt's seeds are one cluster), paired for the difference.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+
+import diffusers_tsam
+from diffusers_tsam import StableDiffusionTSAMPipeline
+from diffusers_tsam.shapes.judge import Judge, verdict
+from diffusers_tsam.shapes.scenes import prompts
+
+
+MODEL = Path(diffusers_tsam.__file__).parent / "shapes" / "sd"
+GUIDANCE_SCALE = 4.0
+# Settings by name; "paper" is METHOD's for Stable Diffusion, the others what was tried on the tuning prompts.
+SETTINGS = {
+    "stock": {"tsam_steps": 0},
+    "paper": {},
+}
+
+
+def parse_setting(text):
+    """A name of SETTINGS or "key=value,..." of the pipeline's arguments; refinement_steps as 0+10+20 or none."""
+    if text in SETTINGS:
+        return SETTINGS[text]
+    setting = {}
+    for part in text.split(","):
+        key, value = part.split("=")
+        if key == "refinement_steps":
+            setting[key] = [] if value == "none" else [int(step) for step in value.split("+")]
+        elif key == "objective":
+            setting[key] = value
+        else:
+            setting[key] = int(value) if key in ("tsam_steps", "refinement_iterations") else float(value)
+    return setting
+
+
+def draw(pipe, jobs, setting, steps):
+    """Pictures of (caption, seed) jobs, each from its own seed's latents, and how far T-SAM moved them."""
+    generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
+    output = pipe(
+        [caption for caption, _ in jobs],
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE_SCALE,
+        generator=generators,
+        output_type="np",
+        **setting,
+    )
+    return (output.images * 255).round().astype(np.uint8), output.losses
+
+
+def interval(values, clusters):
+    """Mean and half-width of its 95 % interval, with one cluster a prompt."""
+    means = np.array([np.mean([v for v, c in zip(values, clusters) if c == k]) for k in sorted(set(clusters))])
+    return means.mean(), 1.96 * means.std(ddof=1) / math.sqrt(len(means))
+
+
+def table(rows, names):
+    """Markdown table of rows (dicts as in the JSON lines); the others are compared with the first setting."""
+    lines = ["| setting | right | difference | every object | a swap |", "|---|---|---|---|---|"]
+    base = {(row["caption"], row["seed"]): row for row in rows if row["setting"] == names[0]}
+    for name in names:
+        own = [row for row in rows if row["setting"] == name and (row["caption"], row["seed"]) in base]
+        clusters = [row["caption"] for row in own]
+        cells = []
+        for key in ("present", "objects", "swap"):
+            mean, half = interval([row[key] for row in own], clusters)
+            cells.append(f"{100 * mean:.1f} ± {100 * half:.1f} %")
+        difference = (
+            ""
+            if name == names[0]
+            else "{:+.1f} ± {:.1f}".format(
+                *(
+                    100 * x
+                    for x in interval(
+                        [row["present"] - base[row["caption"], row["seed"]]["present"] for row in own], clusters
+                    )
+                )
+            )
+        )
+        lines.append(f"| {name} ({len(own)}) | {cells[0]} | {difference} | {cells[1]} | {cells[2]} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(MODEL), help="folder of a model of the shapes world")
+    parser.add_argument("--split", default="test", choices=("tune", "test", "train"))
+    parser.add_argument("--solids", type=int, default=2, choices=(1, 2, 3))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=7, help="pictures a prompt")
+    parser.add_argument("--setting", nargs="+", default=["paper"], help='names, or "alpha=1,gamma=2,objective=l1_full"')
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("results/alignment.jsonl"))
+    args = parser.parse_args()
+
+    logging.disable_progress_bar()
+    pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge.from_pretrained()
+    wanted = prompts(args.solids, args.split, args.prompts)
+    jobs = [(caption, seed) for caption, _ in wanted for seed in range(args.seeds)]
+    solids = dict(wanted)
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    done = [row for row in done if row["steps"] == args.steps and row["split"] == args.split]
+    names = ["stock", *(name for name in args.setting if name != "stock")]
+    rows = []
+    with args.output.open("a") as file:
+        for name in names:
+            had = {(r["caption"], r["seed"]): r for r in done if r["setting"] == name}
+            rows += [had[job] for job in jobs if job in had]
+            todo = [job for job in jobs if job not in had]
+            started = time.time()
+            for first in range(0, len(todo), args.batch):
+                batch = todo[first : first + args.batch]
+                images, losses = draw(pipe, batch, parse_setting(name), args.steps)
+                for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
+                    row = {
+                        "setting": name,
+                        "split": args.split,
+                        "steps": args.steps,
+                        "caption": caption,
+                        "seed": seed,
+                        "seen": sorted(map(list, seen)),
+                        "loss": [round(x, 4) for x in (loss[[0, -1]] if len(loss) else loss).tolist()],
+                        **verdict(solids[caption], seen),
+                    }
+                    file.write(json.dumps(row) + "\n")
+                    rows.append(row)
+                file.flush()
+            if todo:
+                print(f"{name}: {len(todo)} pictures, {(time.time() - started) / len(todo):.2f} s each", flush=True)
+    print(table(rows, names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""`tsam "a red cube and a blue sphere"`: what T-SAM changes in a picture, and why, drawn into one PNG."""
+
+import argparse
+import inspect
+import os
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+
+
+SHIPPED = Path(__file__).parent / "shapes" / "sd"
+SHIPPED_DEFAULTS = {
+    "alpha": 1.0,
+    "gamma": 2.0,
+    "objective": "l1_full",
+    "refinement_iterations": 0,
+    "guidance_scale": 4.0,
+}
+MAX_WORDS = 14  # two lines of maps that can still be read
+WORDS_A_LINE = 7
+WIDTH, MARGIN, PICTURE, HEADING, GAP = 14.0, 0.35, 2.7, 0.25, 0.1  # inches
+DPI = 120
+NEAREST = 128  # pixels up to which a picture is shown as squares
+INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
+
+
+def draw(pipe, prompt, seed=0, **settings):
+    """One prompt without and with T-SAM from one seed: two outputs of the pipeline, `settings` being its arguments."""
+    import torch
+
+    def run(name, **changes):
+        pipe.set_progress_bar_config(desc=name)
+        generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
+        return pipe(prompt, generator=generator, output_attentions=True, **{**settings, **changes})
+
+    tsam = run("T-SAM")  # first, since it is this one that checks the settings
+    return run("stock", alpha=0, refinement_iterations=0), tsam  # alpha=0 only watches
+
+
+def final_loss(output, objective):
+    """The loss at the last guided step before its update, where `figure` shows the maps and S."""
+    import torch
+
+    from .attention_processors import alignment_loss
+
+    seen = output.attentions[0]
+    content = torch.ones(1, len(seen["tokens"]), dtype=torch.bool)
+    return alignment_loss(seen["maps"][-1:], seen["text_attention"][None], content, objective)[0].item()
+
+
+def figure(prompt, stock, tsam, captions=("", ""), footer=""):
+    """Both pictures with each word's cross-attention, and T beside S before and after: a matplotlib `Figure`.
+
+    stock, tsam: what `draw` returns, maps and S being those of the last guided step. captions: a line for each of the
+    two pictures. footer: a line under everything.
+    """
+    from matplotlib.figure import Figure
+
+    seen = [output.attentions[0] for output in (stock, tsam)]
+    words = [token.removesuffix("</w>") for token in seen[0]["tokens"]]
+    shown = words[:MAX_WORDS]
+    columns = min(len(shown), WORDS_A_LINE)
+    lines = -(-len(shown) // columns)
+    left = MARGIN + PICTURE + 2 * GAP
+    cell = min((WIDTH - MARGIN + GAP - left) / columns, PICTURE - HEADING)  # of a map, with the gap to the next
+    row = max(PICTURE, lines * (cell + HEADING)) + 2 * HEADING
+    label = 0.15 + 0.085 * max(map(len, shown))
+    table = (WIDTH - 2 * MARGIN) / 3 - label
+    title = textwrap.fill(textwrap.shorten(f"“{prompt}”", 200, placeholder=" …”"), 90)
+    top = 0.75 + 0.3 * title.count("\n")
+    height = top + 2 * row + table + label + 1.0
+    fig = Figure((WIDTH, height), dpi=DPI, facecolor="white")
+
+    def write(x, y, text, size, **kwargs):
+        """Text at (x, y) inches from the top left."""
+        fig.text(x / WIDTH, 1 - y / height, text, size=size, parse_math=False, **{"color": INK, **kwargs})
+
+    def panel(x, y, side):
+        """A square without ticks, its top left corner at (x, y) inches from the figure's."""
+        axes = fig.add_axes((x / WIDTH, 1 - (y + side) / height, side / WIDTH, side / height), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        return axes
+
+    write(WIDTH / 2, 0.2, title, 17, ha="center", va="top", weight="bold")
+    maps = [image["maps"][-1] for image in seen]  # (s, H, W)
+    for k, (name, output) in enumerate((("Stock", stock), ("T-SAM, same seed", tsam))):
+        picture, y = output.images[0], top + k * row + HEADING
+        look = {"interpolation": "nearest" if max(picture.size) <= NEAREST else "bilinear"}
+        write(MARGIN, y - 0.08, name, 13, weight="bold")
+        write(left, y - 0.08, captions[k], 11, color=GREY)
+        panel(MARGIN, y, PICTURE).imshow(picture, **look)
+        for i, word in enumerate(shown):
+            line, column = divmod(i, columns)
+            down = (PICTURE - lines * (cell + HEADING)) / 2 + line * (cell + HEADING) + HEADING
+            axes = panel(left + column * cell, y + max(down, HEADING), cell - GAP)
+            background = axes.imshow(picture.convert("L"), cmap="gray", **look)
+            heat = maps[k][i] / max(both[i].max() for both in maps).clamp(min=1e-12)  # one scale a word
+            look_of_heat = {"cmap": HEAT, "vmin": 0, "vmax": 1, "alpha": 0.75, "interpolation": "bilinear"}
+            axes.imshow(heat, extent=background.get_extent(), **look_of_heat)
+            axes.set_title(word, size=11, color=INK, pad=3, parse_math=False)
+
+    tables = (
+        ("T: what the text encoder reads", seen[0]["text_attention"]),
+        ("S: before (stock)", seen[0]["similarity"][-1]),
+        ("S: after (T-SAM)", seen[1]["similarity"][-1]),
+    )
+    for k, (name, values) in enumerate(tables):
+        axes = panel(MARGIN + label + k * (table + label), top + 2 * row + 0.45, table)
+        axes.set_title(name, size=13, color=INK, weight="bold", pad=8)
+        _fill_table(axes, values, shown, table)
+    guided = len(seen[0]["steps"])
+    notes = [f"the first {MAX_WORDS} of {len(words)} words"] * (len(words) > MAX_WORDS)
+    notes += [f"maps and S at guided step {guided} of {guided}", footer]
+    write(WIDTH / 2, height - 0.15, " · ".join(filter(None, notes)), 9, color=GREY, ha="center", va="bottom")
+    return fig
+
+
+def _fill_table(axes, values, words, side):
+    """A lower triangular matrix with its numbers, and the words on its axes; side: the panel's, in inches."""
+    import numpy as np
+
+    n = len(words)
+    size = min(11, 72 * side / n * 0.3)  # points, so that ".25" fits a cell
+    axes.imshow(np.ma.masked_array(values[:n, :n], ~np.tri(n, dtype=bool)), cmap=TABLE, vmin=0, vmax=1)
+    axes.set_xticks(range(n), words, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(n), words, parse_math=False)
+    axes.tick_params(length=0, labelsize=10 if n <= WORDS_A_LINE else 9, labelcolor=INK)
+    for i, j in zip(*np.tril_indices(n)):
+        colour = "white" if values[i, j] > 0.55 else INK
+        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), size=size, color=colour, ha="center", va="center")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"tsam: {' '.join(str(message).split())}\n")
+
+
+def parser():
+    parser = Parser(
+        "tsam",
+        description="Draw a prompt with and without T-SAM, from the same seed, and show what each word looks at.",
+        epilog="The defaults of the last five are the shipped model's; any other model has the pipeline's own.",
+    )
+    add, own = parser.add_argument, SHIPPED_DEFAULTS
+    add("prompt", help="what to draw, two words or more")
+    add("--model", default=SHIPPED, help="a Stable Diffusion folder or Hub id (the shipped model of shapes)")
+    add("--output", default="tsam.png", help="the PNG to write (tsam.png)")
+    add("--seed", type=int, default=0, help="seed of the noise that both pictures start from (0)")
+    add("--steps", type=int, default=50, help="denoising steps (50)")
+    add("--tsam-steps", type=int, help="how many of the first steps are guided (half of them)")
+    add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="precision (float32 on the cpu, else float16)")
+    add("--alpha", type=float, help=f"size of an update; too much breaks the picture ({own['alpha']})")
+    add("--gamma", type=float, help=f"more keeps only the strongest bonds between words ({own['gamma']})")
+    add("--objective", choices=("l1", "l1_full", "cosine"), help=f"how S is compared with T ({own['objective']})")
+    add("--refinement-iterations", type=int, help=f"more updates at a few steps ({own['refinement_iterations']})")
+    add("--guidance-scale", type=float, help=f"how closely to follow the prompt ({own['guidance_scale']})")
+    return parser
+
+
+def check(args):
+    """Refuse what would only fail after the pictures are drawn."""
+    output, guided = Path(args.output), args.steps // 2 if args.tsam_steps is None else args.tsam_steps
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output has to end in .png but is {args.output!r}.")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {args.output!r}, but there is no folder {str(output.parent)!r}.")
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ValueError(f"--output is {args.output!r}, which cannot be written.")
+    if guided == 0:
+        raise ValueError(
+            f"No step of {args.steps} is guided, so there is nothing to show; pass --tsam-steps 1 or more."
+        )
+
+
+@contextmanager
+def quiet():
+    """No progress bars and no advice while a model is loaded."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = diffusers_logging, transformers_logging
+    levels = [logger.get_verbosity() for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.set_verbosity_error()
+            logger.disable_progress_bar()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()
+
+
+def load(model, device=None, dtype=None):
+    """A T-SAM pipeline from a folder or the Hub, on its device."""
+    import torch
+
+    if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") != 1):
+        raise ValueError(f"{str(model)!r} is neither a folder nor a Hub id such as 'owner/name'.")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
+    with quiet():
+        from .pipeline_tsam_sd import StableDiffusionTSAMPipeline
+
+        return StableDiffusionTSAMPipeline.from_pretrained(model, dtype=dtype).to(device)
+
+
+def run(args):
+    """Everything the command does; the lines it prints."""
+    check(args)
+    pipe = load(args.model, args.device, args.dtype)
+    if pipe.get_text_self_attention(args.prompt).content.sum() < 2:
+        raise ValueError(f"T-SAM aligns words with each other: {args.prompt!r} needs two or more.")
+    shipped = Path(args.model).resolve() == SHIPPED.resolve()
+    pipeline_defaults = inspect.signature(pipe.__call__).parameters
+    settings = {name: pipeline_defaults[name].default for name in SHIPPED_DEFAULTS}
+    settings.update(SHIPPED_DEFAULTS if shipped else {})
+    settings.update({name: getattr(args, name) for name in settings if getattr(args, name) is not None})
+
+    stock, tsam = outputs = draw(
+        pipe, args.prompt, args.seed, num_inference_steps=args.steps, tsam_steps=args.tsam_steps, **settings
+    )
+    losses = [final_loss(output, settings["objective"]) for output in outputs]
+    captions = [f"loss {loss:.3f}" for loss in losses]
+    guided = len(tsam.attentions[0]["steps"])
+    lines = [args.output, "loss at guided step {0} of {0}: stock {1:.3f}, T-SAM {2:.3f}".format(guided, *losses)]
+    if shipped:
+        from .shapes.judge import Judge
+
+        seen = Judge.from_pretrained().read([output.images[0] for output in outputs])
+        seen = [", ".join(sorted(map(" ".join, solids))) or "nothing" for solids in seen]
+        captions = [f"{caption} · the judge sees: {solids}" for caption, solids in zip(captions, seen)]
+        lines.append("the judge sees: stock {}; T-SAM {}".format(*seen))
+    settings = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
+    footer = " · ".join([f"seed {args.seed}", f"{args.steps} steps", *settings])
+    figure(args.prompt, stock, tsam, captions, footer).savefig(args.output)
+    return lines
+
+
+def main(argv=None):
+    options = parser()
+    args = options.parse_args(argv)
+    try:
+        print(*run(args), sep="\n")
+    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        options.error(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,463 @@
+"""Stable Diffusion with T-SAM: its cross-attention maps are held to the syntax that the text encoder reads.
+
+Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need: Attention Control for Text-to-Image Semantic Alignment with
+Text Self-Attention Maps", CVPR 2025 (arXiv:2411.15236). The denoising loop is diffusers' own (Apache-2.0) with the latent
+moved before the first predictions.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.utils import deprecate, scale_lora_layers, unscale_lora_layers
+
+from .attention_processors import (
+    LatentAlignment,
+    TextSelfAttention,
+    check_text_self_attention,
+    check_tsam_inputs,
+    content_of,
+    frozen,
+    mean_self_attention,
+    updates_per_timestep,
+)
+
+
+@dataclass
+class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
+    """The stock output, and what T-SAM saw.
+
+    losses: (images, updates) float32, each taken before its update; no columns where nothing was guided.
+    attentions: with `output_attentions`, a dict per image, see `LatentAlignment.attentions`.
+    """
+
+    losses: torch.Tensor | None = None
+    attentions: list[dict] | None = None
+
+
+class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
+    """`StableDiffusionPipeline` whose first denoising steps are aligned with the prompt's syntax; same components."""
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As the stock method, but in the dtype of `pipeline`, with which the components are shared, unless given."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
+
+    def cross_attention_layers(self, resolution=16):
+        """The cross-attention layers whose query grid has `resolution` positions a side at the UNet's default size.
+
+        Returns the layers and how many times the latent is halved before them. ValueError where there are none.
+        """
+        side = self.unet.config.sample_size
+        side = side if isinstance(side, int) else side[0]
+        layers, grids, level = {}, [], 0
+
+        def add(block):
+            grids.append(-(-side // 2**level))
+            for transformer in getattr(block, "attentions", None) or []:
+                for layer in getattr(transformer, "transformer_blocks", []):
+                    if getattr(layer, "attn2", None) is not None:
+                        layers.setdefault(grids[-1], (level, []))[1].append(layer.attn2)
+
+        for block in self.unet.down_blocks:
+            add(block)
+            level += block.downsamplers is not None
+        add(self.unet.mid_block)
+        for block in self.unet.up_blocks:
+            add(block)
+            level -= block.upsamplers is not None
+        if resolution not in layers:
+            raise ValueError(
+                f"This UNet has no cross-attention on a {resolution}x{resolution} grid: at its default size of {side}"
+                f" it has it on grids of {', '.join(map(str, sorted(layers))) or 'no size'}. Pass one of these as"
+                " `attention_resolution`, or `tsam_steps=0`."
+            )
+        level, found = layers[resolution]
+        return found, level
+
+    @torch.no_grad()
+    def get_text_self_attention(self, prompt: str | list[str], lora_scale: float | None = None) -> TextSelfAttention:
+        """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
+
+        It is read from the token ids (textual inversion, truncation, padding) that `encode_prompt` encodes.
+        """
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        tokenizer, text_encoder = self.tokenizer, self.text_encoder
+        inputs = tokenizer(
+            self.maybe_convert_prompt(prompt, tokenizer),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self._execution_device)
+        mask = inputs.attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
+        if lora_scale is not None:
+            scale_lora_layers(text_encoder, lora_scale)
+        try:
+            attention = mean_self_attention(text_encoder, inputs.input_ids, mask)
+        finally:
+            if lora_scale is not None:
+                unscale_lora_layers(text_encoder, lora_scale)
+        content = content_of(inputs.input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        tokens = [tokenizer.convert_ids_to_tokens(ids[own]) for ids, own in zip(inputs.input_ids, content)]
+        return TextSelfAttention(attention, content, tokens)
+
+    def align_latents(
+        self,
+        alignment: LatentAlignment,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        layers: list,
+        level: int,
+        step: int,
+        iterations: int,
+        prompt_embeds: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: dict | None = None,
+    ) -> torch.Tensor:
+        """Move latents (B, C, h, w) before the noise prediction at `t`, `iterations` times. Eq. (15)."""
+        batch = len(latents)  # the conditional half is the last B rows, with and without classifier-free guidance
+        if added_cond_kwargs is not None:
+            added_cond_kwargs = {"image_embeds": [embeds[-batch:] for embeds in added_cond_kwargs["image_embeds"]]}
+
+        def predict(model_input):
+            self.unet(
+                model_input,
+                t,
+                encoder_hidden_states=prompt_embeds[-batch:],
+                timestep_cond=timestep_cond,
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                added_cond_kwargs=added_cond_kwargs,
+                return_dict=False,
+            )
+
+        input_scale = torch.ones((), device=latents.device)
+        if hasattr(self.scheduler, "scale_model_input"):
+            input_scale = self.scheduler.scale_model_input(input_scale, t)
+        grid = tuple(-(-side // 2**level) for side in latents.shape[-2:])
+        latents = alignment.update(latents, input_scale, predict, layers, grid, step, iterations)
+        # UniPC's corrector starts again from the previous sample, which would undo the move; without one it is skipped.
+        if getattr(self.scheduler, "last_sample", None) is not None:
+            self.scheduler.last_sample = None
+        return latents
+
+    # Inference mode makes tensors that autograd cannot use later; its callers get the same results without it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] = None,
+        sigmas: list[float] = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        tsam_steps: int | None = None,
+        alpha: float = 10.0,
+        gamma: float = 2.0,
+        refinement_steps: Sequence[int] | None = None,
+        refinement_iterations: int = 20,
+        objective: str = "l1",
+        attention_resolution: int = 16,
+        text_self_attention: TextSelfAttention | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> StableDiffusionTSAMPipelineOutput | tuple:
+        """Generate, as `StableDiffusionPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
+
+        Args:
+            tsam_steps (`int`, *optional*): How many of the first denoising steps are guided. More holds the layout
+                longer and costs more. `None`: half of them. 0: off, bit-identical to the stock pipeline.
+            alpha (`float`, defaults to 10.0): α, the size of an update, taken at the model's input whatever the
+                scheduler. More aligns harder, until the picture breaks. 0 only watches.
+            gamma (`float`, defaults to 2.0): γ, the exponent of the text's self-attention. More keeps only the
+                strongest bonds between words.
+            refinement_steps (`Sequence[int]`, *optional*): Guided steps with more updates. `None`: those at 0, 20 and
+                40 percent of the steps that are guided. `()`: none.
+            refinement_iterations (`int`, defaults to 20): How many more updates, each a forward and a backward pass.
+            objective (`str`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over all tokens as
+                Eq. (7) is printed; `"cosine"`, the authors' released default.
+            attention_resolution (`int`, defaults to 16): Side of the query grid, at the model's default size, whose
+                cross-attention layers are read.
+            text_self_attention (`TextSelfAttention`, *optional*): What `get_text_self_attention` returned, needed
+                with `prompt_embeds` alone.
+            output_attentions (`bool`, defaults to `False`): Also return tokens, T, and per guided step maps and S.
+
+        Returns:
+            [`StableDiffusionTSAMPipelineOutput`], or with `return_dict=False` a tuple of its four fields: images, nsfw
+            flags, losses and attentions.
+
+        Raises:
+            ValueError, TypeError: a wrong argument, before any network runs.
+        """
+        callback = kwargs.pop("callback", None)
+        callback_steps = kwargs.pop("callback_steps", None)
+        for name, value in (("callback", callback), ("callback_steps", callback_steps)):
+            if value is not None:
+                deprecate(name, "1.0.0", f"Passing `{name}` is deprecated, consider using `callback_on_step_end`")
+        if kwargs:
+            raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, kwargs))}.")
+
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 0. Default height and width to unet
+        if not height or not width:
+            side = self.unet.config.sample_size
+            height, width = (side, side) if self._is_unet_config_sample_size_int else side
+            height, width = height * self.vae_scale_factor, width * self.vae_scale_factor
+
+        # 1. Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            callback_steps,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            callback_on_step_end_tensor_inputs,
+        )
+        custom_steps = timesteps if timesteps is not None else sigmas
+        tsam_steps, refinement_steps = check_tsam_inputs(
+            num_inference_steps if custom_steps is None else len(custom_steps),
+            tsam_steps,
+            alpha,
+            gamma,
+            refinement_steps,
+            refinement_iterations,
+            objective,
+        )
+
+        # 2. Define call parameters
+        if prompt is not None and isinstance(prompt, str):
+            batch_size = 1
+        elif prompt is not None and isinstance(prompt, list):
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        if tsam_steps > 0:
+            layers, level = self.cross_attention_layers(attention_resolution)
+            if text_self_attention is not None:
+                num_tokens = self.tokenizer.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
+                check_text_self_attention(text_self_attention, batch_size, num_tokens)
+            elif prompt is None:
+                raise ValueError(
+                    "T cannot be known from `prompt_embeds` alone. Pass `text_self_attention=pipe."
+                    "get_text_self_attention(prompt)` with them, or `tsam_steps=0`."
+                )
+
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+
+        device = self._execution_device
+
+        # 3. Encode input prompt, and read its syntax
+        lora_scale = self.cross_attention_kwargs.get("scale", None) if self.cross_attention_kwargs is not None else None
+        alignment = None
+        if tsam_steps > 0:
+            text = text_self_attention or self.get_text_self_attention(prompt, lora_scale)
+            text = TextSelfAttention(
+                text[0].to(device).repeat_interleave(num_images_per_prompt, 0),
+                text[1].to(device).repeat_interleave(num_images_per_prompt, 0),
+                [tokens for tokens in text[2] for _ in range(num_images_per_prompt)],
+            )
+            alignment = LatentAlignment(text, alpha, gamma, objective, keep_maps=output_attentions)
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=self.clip_skip,
+        )
+
+        # For classifier free guidance, we need to do two forward passes.
+        # Here we concatenate the unconditional and text embeddings into a single batch
+        # to avoid doing two forward passes
+        if self.do_classifier_free_guidance:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+
+        # 4. Prepare timesteps
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        )
+
+        # 5. Prepare latent variables
+        latents = self.prepare_latents(
+            batch_size * num_images_per_prompt,
+            self.unet.config.in_channels,
+            height,
+            width,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+        )
+
+        # 6. Prepare extra step kwargs
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+
+        # 6.1 Add image embeds for IP-Adapter
+        added_cond_kwargs = None
+        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                ip_adapter_image,
+                ip_adapter_image_embeds,
+                device,
+                batch_size * num_images_per_prompt,
+                self.do_classifier_free_guidance,
+            )
+            added_cond_kwargs = {"image_embeds": image_embeds}
+
+        # 6.2 Optionally get Guidance Scale Embedding
+        timestep_cond = None
+        if self.unet.config.time_cond_proj_dim is not None:
+            guidance_scale_tensor = torch.tensor(self.guidance_scale - 1).repeat(batch_size * num_images_per_prompt)
+            timestep_cond = self.get_guidance_scale_embedding(
+                guidance_scale_tensor, embedding_dim=self.unet.config.time_cond_proj_dim
+            ).to(device=device, dtype=latents.dtype)
+
+        # 7. Denoising loop
+        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(timesteps)
+        if alignment is not None and alignment.possible:
+            prk_timesteps = getattr(self.scheduler, "prk_timesteps", None)
+            updates = updates_per_timestep(
+                len(timesteps),
+                num_inference_steps,
+                self.scheduler.order,
+                tsam_steps,
+                refinement_steps,
+                refinement_iterations,
+                runge_kutta_timesteps=len([] if prk_timesteps is None else prk_timesteps),
+            )
+        else:
+            updates = [0] * len(timesteps)
+        freezing = frozen(self.unet) if any(updates) else nullcontext()
+        with freezing, self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                # T-SAM: move the latents until what the model looks at agrees with the syntax, Eq. (15)
+                if updates[i] > 0:
+                    latents = self.align_latents(
+                        alignment,
+                        latents,
+                        t,
+                        layers,
+                        level,
+                        i,
+                        updates[i],
+                        prompt_embeds,
+                        timestep_cond,
+                        added_cond_kwargs,
+                    )
+                    if not progress_bar.disable:
+                        progress_bar.set_postfix(loss=f"{alignment.losses[-1].mean().item():.3f}", refresh=False)
+
+                # expand the latents if we are doing classifier free guidance
+                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+
+                # predict the noise residual
+                noise_pred = self.unet(
+                    latent_model_input,
+                    t,
+                    encoder_hidden_states=prompt_embeds,
+                    timestep_cond=timestep_cond,
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    added_cond_kwargs=added_cond_kwargs,
+                    return_dict=False,
+                )[0]
+
+                # perform guidance
+                if self.do_classifier_free_guidance:
+                    noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
+
+                if self.do_classifier_free_guidance and self.guidance_rescale > 0.0:
+                    # Based on 3.4. in https://huggingface.co/papers/2305.08891
+                    noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=self.guidance_rescale)
+
+                # compute the previous noisy sample x_t -> x_t-1
+                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+
+                # call the callback, if provided
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+                    if callback is not None and i % callback_steps == 0:
+                        step_idx = i // getattr(self.scheduler, "order", 1)
+                        callback(step_idx, t, latents)
+
+        if not output_type == "latent":
+            image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)[0]
+            image, has_nsfw_concept = self.run_safety_checker(image, device, prompt_embeds.dtype)
+        else:
+            image = latents
+            has_nsfw_concept = None
+
+        if has_nsfw_concept is None:
+            do_denormalize = [True] * image.shape[0]
+        else:
+            do_denormalize = [not has_nsfw for has_nsfw in has_nsfw_concept]
+        image = self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize)
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        losses = torch.empty(len(latents), 0) if alignment is None else alignment.losses_per_image()
+        attentions = alignment.attentions() if alignment is not None and output_attentions else None
+        if not return_dict:
+            return image, has_nsfw_concept, losses, attentions
+
+        return StableDiffusionTSAMPipelineOutput(
+            images=image, nsfw_content_detected=has_nsfw_concept, losses=losses, attentions=attentions
+        )

@@ -1,0 +1,347 @@
+"""Train what ships in this folder, from nothing:
+
+    python -m diffusers_tsam.shapes.train --output shapes      # judge, VAE and Stable Diffusion, about 2 h on two cores
+
+Every stage is seeded, saves a checkpoint every few minutes and resumes from it when started again.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .judge import Judge
+from .scenes import COLOURS, GRID, PAIRS, SIZE, SOLIDS, random_scene, words_of_solids
+
+
+MAX_TOKENS = 32
+EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
+GROUNDING = 0.03  # weight of the share of a word's map that lies off its solid (TokenCompose, Wang et al. 2024)
+EMA_DECAY = 0.999
+WARMUP = 100  # steps
+CHECKPOINT_SECONDS = 120
+
+
+def build_tokenizer():
+    """A CLIPTokenizer of the captions' words, one token each; anything else falls apart into bytes."""
+    words = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(words)] * 3, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    tokens = alphabet + [letter + "</w>" for letter in alphabet]
+    tokens += [a + b for a, b in merges if a + b not in tokens] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_vae():
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def build_text_encoder(tokenizer):
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet():
+    return UNet2DConditionModel(
+        sample_size=GRID,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # as in SD 1.x, this is the number of heads
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler():
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+class Run:
+    """One stage's loop: learning rate, progress, checkpoint and resumption.
+
+    modules: {name: module}, trained together; all other state is the step and the seeds that follow from it.
+    """
+
+    def __init__(self, name, args, modules, steps, rate, ema=False):
+        self.path = args.work / f"{name}.pt"
+        self.name, self.modules, self.steps, self.rate, self.step = name, modules, steps, rate, 0
+        parameters = [p for module in modules.values() for p in module.parameters()]
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.ema = [p.detach().clone() for p in parameters] if ema else None
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.step, self.ema = state["step"], state["ema"]
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+            self.optimizer.load_state_dict(state["optimizer"])
+            print(f"{name}: resumed at step {self.step}", flush=True)
+
+    def save(self):
+        state = {
+            "step": self.step,
+            "ema": self.ema,
+            "modules": {key: module.state_dict() for key, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").rename(self.path)
+
+    def __call__(self, loss_of):
+        """loss_of(rng, generator) -> (loss, {name: number tensor}), called once a step with that step's own seeds."""
+        started = saved = time.time()
+        first, means = self.step, {}
+        while self.step < self.steps:
+            seed = [sum(map(ord, self.name)), self.step]
+            rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+            warm = min(1.0, (self.step + 1) / WARMUP)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * self.step / self.steps)) / 2)
+            loss, logs = loss_of(rng, generator)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.step += 1
+            if self.ema is not None:
+                decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+                torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
+            for key, value in {"loss": loss, **logs}.items():
+                means[key] = means.get(key, 0) + value.detach().item() / 50
+            if self.step % 50 == 0:
+                seconds = (time.time() - started) / (self.step - first)
+                numbers = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
+                print(f"{self.name} {self.step}/{self.steps}  {numbers}  {seconds:.2f} s/step", flush=True)
+                means = {}
+            if time.time() - saved > CHECKPOINT_SECONDS or self.step == self.steps:
+                self.save()
+                saved = time.time()
+        if self.ema is not None:
+            for parameter, average in zip(self.parameters, self.ema):
+                parameter.data.copy_(average)
+        for module in self.modules.values():
+            module.eval().requires_grad_(False)
+
+
+def to_tensor(images, args):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in -1 to 1."""
+    images = torch.from_numpy(np.stack(images)).to(args.device).permute(0, 3, 1, 2)
+    return (images.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+
+
+def train_judge(args):
+    judge = Judge().to(args.device, memory_format=torch.channels_last)
+    run = Run("judge", args, {"judge": judge}, args.judge_steps, 2e-3)
+
+    def loss_of(rng, generator):
+        judge.train()
+        scenes = [random_scene(rng, "train") for _ in range(64)]
+        images = to_tensor([scene.image for scene in scenes], args)
+        images = images + 0.08 * rng.random() * torch.randn(images.shape, generator=generator).to(args.device)
+        if rng.random() < 0.5:  # what a decoder blurs
+            images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+        targets = torch.tensor([[float(pair in scene.solids) for pair in PAIRS] for scene in scenes])
+        with torch.autocast(args.device, torch.bfloat16):
+            logits = judge(images)
+        return F.binary_cross_entropy_with_logits(logits.float(), targets.to(args.device), reduction="sum") / 64, {}
+
+    run(loss_of)
+    save_file({k: v.contiguous() for k, v in judge.cpu().state_dict().items()}, args.output / "judge.safetensors")
+
+
+def train_vae(args):
+    vae = build_vae().to(args.device, memory_format=torch.channels_last)
+    run = Run("vae", args, {"vae": vae}, args.vae_steps, 2e-3, ema=True)
+
+    def loss_of(rng, generator):
+        images = to_tensor([random_scene(rng).image for _ in range(32)], args)
+        with torch.autocast(args.device, torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        error = decoded - images
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return error.abs().mean() + 2 * error.square().mean() + 1e-3 * kl, {"mse": error.square().mean(), "kl": kl}
+
+    run(loss_of)
+    return vae.float()
+
+
+class GroundedAttnProcessor:
+    """Plain attention, faster here than the fused one; cross-attention's probabilities, averaged over heads, are kept
+    in `maps` for the grounding loss."""
+
+    def __init__(self, maps):
+        self.maps = maps
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        def heads(x):
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        scores = q @ k.transpose(-1, -2) * attn.scale
+        if attention_mask is not None:
+            scores = scores + attention_mask.unsqueeze(1)
+        probabilities = scores.softmax(-1)
+        if encoder_hidden_states is not None:
+            self.maps.append(probabilities.mean(1))
+        return attn.to_out[0]((probabilities @ v).transpose(1, 2).flatten(2))
+
+
+def grounding_loss(maps, masks, words):
+    """Share of a colour's or noun's attention that lies off its solid.
+
+    maps: list of (B, P, N), P a square grid; masks (B, 3, GRID, GRID); words (B, 3, 2) token positions, 0 where none.
+    """
+    losses = []
+    present = (words > 0).flatten(1)
+    for layer in maps:
+        batch, positions, _ = layer.shape
+        side = math.isqrt(positions)
+        mask = F.adaptive_avg_pool2d(masks, side).flatten(2).repeat_interleave(2, 1)  # (B, 6, P)
+        word = layer.float().gather(2, words.flatten(1)[:, None].expand(batch, positions, -1)).transpose(1, 2)
+        off = 1 - (word * mask).sum(-1) / word.sum(-1)
+        losses.append((off * present).sum() / present.sum())
+    return torch.stack(losses).mean()
+
+
+def latents_of(args, vae, number):
+    """`number` scenes encoded once: latents, masks, captions; latents have unit variance."""
+    path = args.work / f"latents{number}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=False)
+    rng = np.random.default_rng(1)
+    latents, masks, captions = [], [], []
+    for _ in range(number // 100):
+        scenes = [random_scene(rng) for _ in range(100)]
+        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+            mean = vae.encode(to_tensor([scene.image for scene in scenes], args)).latent_dist.mean
+        latents.append(mean.float().cpu())
+        masks.append(torch.from_numpy(np.stack([scene.masks for scene in scenes])).half())
+        captions += [scene.caption for scene in scenes]
+    latents = torch.cat(latents)
+    scale = 1 / latents.std().item()
+    data = {"latents": (latents * scale).half(), "masks": torch.cat(masks), "captions": captions, "scale": scale}
+    torch.save(data, path)
+    return data
+
+
+def train_diffusion(args, vae):
+    data = latents_of(args, vae, args.scenes)
+    vae.register_to_config(scaling_factor=data["scale"])
+    tokenizer, scheduler = build_tokenizer(), build_scheduler()
+    text_encoder, unet = build_text_encoder(tokenizer).to(args.device), build_unet().to(args.device)
+    unet.to(memory_format=torch.channels_last)
+    print(f"UNet {unet.num_parameters():,} parameters, text encoder {text_encoder.num_parameters():,}", flush=True)
+    maps = []
+    stock = unet.attn_processors
+    unet.set_attn_processor(GroundedAttnProcessor(maps))
+    ids = tokenizer(data["captions"], padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    empty = tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
+    words = torch.zeros(len(ids), 3, 2, dtype=torch.long)
+    for index, caption in enumerate(data["captions"]):
+        for solid, positions in enumerate(words_of_solids(caption)):
+            words[index, solid] = torch.tensor(positions) + 1  # after <|startoftext|>
+    run = Run("sd", args, {"unet": unet, "text_encoder": text_encoder}, args.steps, args.rate, ema=True)
+
+    def loss_of(rng, generator):
+        text_encoder.train()
+        unet.train()
+        pick = torch.from_numpy(rng.integers(0, len(ids), args.batch))
+        latents = data["latents"][pick].float().to(args.device).to(memory_format=torch.channels_last)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.randint(0, 1000, (args.batch,), generator=generator).to(args.device)
+        dropped = torch.rand(args.batch, generator=generator) < EMPTY_CAPTION_SHARE
+        tokens = torch.where(dropped[:, None], empty, ids[pick]).to(args.device)
+        where = (words[pick] * ~dropped[:, None, None]).to(args.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        maps.clear()
+        with torch.autocast(args.device, torch.bfloat16):
+            prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample.float()
+            fit = F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+        off = grounding_loss(maps, data["masks"][pick].float().to(args.device), where)
+        return fit + GROUNDING * off, {"mse": fit, "off": off}
+
+    run(loss_of)
+    unet.set_attn_processor(dict(stock))
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.to("cpu", torch.float16).save_pretrained(args.output / "sd", safe_serialization=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("shapes"), help="folder for the finished models")
+    parser.add_argument("--work", type=Path, default=Path("training"), help="folder for checkpoints")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages", default="judge,vae,sd", help="comma-separated")
+    parser.add_argument("--judge-steps", type=int, default=900)
+    parser.add_argument("--vae-steps", type=int, default=450)
+    parser.add_argument("--scenes", type=int, default=24_000, help="scenes the diffusion model sees")
+    parser.add_argument("--steps", type=int, default=2_300, help="steps of the diffusion model")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    stages = args.stages.split(",")
+    if "judge" in stages:
+        train_judge(args)
+    if "vae" in stages or "sd" in stages:
+        vae = train_vae(args)
+    if "sd" in stages:
+        train_diffusion(args, vae)
+
+
+if __name__ == "__main__":
+    main()

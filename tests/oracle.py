@@ -1,0 +1,199 @@
+"""T-SAM one number at a time: the equations as they read, with no code of the product and no thought of speed.
+
+One image at a time, in double precision. A matrix is a list of rows, a map a list of rows of positions; its numbers are
+floats, or scalars of float64 tensors where a gradient is wanted. "Eq. (n)" is the paper's (arXiv:2411.15236).
+"""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import torch
+
+
+SIGMA = 0.5  # App. B.2
+
+
+def content(ids, bos, eos):
+    """Positions of the prompt's own tokens: not <bos>, nothing from the first <eos> on."""
+    own = []
+    for position, token in enumerate(ids):
+        if token == eos:
+            break
+        if token != bos:
+            own.append(position)
+    return own
+
+
+def text_attention(attention, own, gamma):
+    """T_ij = T'_ij^γ / Σ_{m<=i} T'_im^γ over content tokens, row i of i + 1 columns. Eq. (3), (14)."""
+    matrix = []
+    for i in own:
+        powers = [attention[i][j] ** gamma for j in own if j <= i]
+        matrix.append([power / sum(powers) for power in powers])
+    return matrix
+
+
+def text_attention_in_logs(attention, own, gamma):
+    """The same T where a power would leave even double precision."""
+    matrix = []
+    for i in own:
+        logs = [gamma * math.log(attention[i][j]) for j in own if j <= i]
+        total = max(logs) + math.log(sum(math.exp(log - max(logs)) for log in logs))
+        matrix.append([math.exp(log - total) for log in logs])
+    return matrix
+
+
+def reflect(index, size):
+    """Where a position one outside 0 .. size - 1 is found again, the border itself not repeated."""
+    if index < 0:
+        return -index
+    return index if index < size else 2 * (size - 1) - index
+
+
+def smooth(image):
+    """One map (H, W) under the kernel exp(-(x² + y²) / (2σ)²), whose nine numbers sum to one. App. B.2."""
+    height, width = len(image), len(image[0])
+    kernel = {(y, x): math.exp(-(x * x + y * y) / (2 * SIGMA) ** 2) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    total = sum(kernel.values())
+
+    def blurred(h, w):
+        taps = [k / total * image[reflect(h + y, height)][reflect(w + x, width)] for (y, x), k in kernel.items()]
+        return sum(taps)
+
+    return [[blurred(h, w) for w in range(width)] for h in range(height)]
+
+
+def cosine(a, b):
+    dot, aa, bb = 0.0, 0.0, 0.0
+    for x, y in zip(a, b):
+        dot, aa, bb = dot + x * y, aa + x * x, bb + y * y
+    return dot / (aa * bb) ** 0.5
+
+
+def similarity(images):
+    """C of the content tokens' maps. Eq. (7)."""
+    flat = [[value for row in smooth(image) for value in row] for image in images]
+    return [[cosine(a, b) for b in flat] for a in flat]
+
+
+def normalized(matrix, objective):
+    """S_ij = C_ij / Σ_k C_ik for j <= i; k <= i, or every k for "l1_full". Eq. (7)."""
+    rows = []
+    for i, row in enumerate(matrix):
+        total = sum(row if objective == "l1_full" else row[: i + 1])
+        rows.append([value / total for value in row[: i + 1]])
+    return rows
+
+
+def loss(text, images, objective):
+    """Σ_i (i/s) Σ_{j<=i} |T_ij - S_ij|, Eq. (14). "cosine", the release: Σ_r 0.2·r·(1 - cos(T_r, C_r)), r from 0."""
+    size, total, similar = len(text), 0.0, similarity(images)
+    if objective == "cosine":
+        for r in range(1, size):
+            total = total + 0.2 * r * (1 - cosine(text[r][:r], similar[r][:r]))
+        return total
+    rows = normalized(similar, objective)
+    for i in range(1, size + 1):
+        for j in range(1, i + 1):
+            total = total + i / size * abs(text[i - 1][j - 1] - rows[i - 1][j - 1])
+    return total
+
+
+def probabilities(query, key, heads, causal=False):
+    """softmax(q kᵀ/√d), a matrix (P, N) a head; query (P, heads·d), key (N, heads·d)."""
+    d = query.shape[-1] // heads
+    result = []
+    for head in range(heads):
+        own = slice(head * d, (head + 1) * d)
+        weights = (query[:, own] @ key[:, own].T / math.sqrt(d)).exp()
+        weights = weights.tril() if causal else weights
+        result.append(weights / weights.sum(-1, keepdim=True))
+    return result
+
+
+def mean_self_attention(encoder, ids):
+    """T' (N, N) of one prompt's token ids, from the weights of a CLIP text encoder. Eq. (2)."""
+    config = encoder.config
+    weights = {name.removeprefix("text_model."): value.double() for name, value in encoder.state_dict().items()}
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["embeddings.token_embedding.weight"][ids] + weights["embeddings.position_embedding.weight"][: len(ids)]
+    seen = []
+    for layer in (f"encoder.layers.{number}" for number in range(config.num_hidden_layers)):
+        y = norm(x, f"{layer}.layer_norm1")
+        query, key, value = (linear(y, f"{layer}.self_attn.{name}_proj") for name in "qkv")
+        heads = probabilities(query, key, config.num_attention_heads, causal=True)
+        values = value.chunk(len(heads), -1)
+        x = x + linear(torch.cat([head @ v for head, v in zip(heads, values)], -1), f"{layer}.self_attn.out_proj")
+        y = linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")
+        x = x + linear(y / (1 + (-1.702 * y).exp()), f"{layer}.mlp.fc2")  # "quick_gelu"
+        seen += heads
+    return sum(seen) / len(seen)
+
+
+@contextmanager
+def captured_inputs(model):
+    """What every cross-attention layer is given while the context is open: {name: (hidden states, context)}."""
+    inputs, hooks = {}, []
+    for name, module in model.named_modules():
+        if name.endswith("attn2"):
+
+            def hook(module, args, kwargs, name=name):
+                inputs[name] = args[0], kwargs["encoder_hidden_states"]
+
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layers_at(unet, resolution):
+    """Names of the cross-attention layers with resolution² queries at the UNet's default size, found by running it."""
+    config = unet.config
+    sample = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, dtype=unet.dtype)
+    with captured_inputs(unet) as inputs, torch.no_grad():
+        unet(sample, 0, torch.zeros(1, 1, config.cross_attention_dim, dtype=unet.dtype))
+    return [name for name, (hidden, _) in inputs.items() if hidden.shape[1] == resolution**2]
+
+
+def mean_cross_attention(layers, inputs):
+    """A (P, N) of the one image in `inputs`: mean over heads, then over the layers {name: module}. Eq. (6)."""
+    maps = []
+    for name, layer in layers.items():
+        hidden, context = (tensor[0] for tensor in inputs[name])
+        heads = probabilities(hidden @ layer.to_q.weight.T, context @ layer.to_k.weight.T, layer.heads)
+        maps.append(sum(heads) / len(heads))
+    return sum(maps) / len(maps)
+
+
+def double(unet):
+    return copy.deepcopy(unet).double().requires_grad_(False)
+
+
+def loss_at(unet, model_input, t, context, own, text, grid, objective):
+    """The loss of one image (C, h, w) at the input of a float64 UNet, its grid (H, W), context (N, D)."""
+    modules = dict(unet.named_modules())
+    layers = {name: modules[name] for name in layers_at(unet, 16)}
+    with captured_inputs(unet) as inputs:
+        unet(model_input[None], t, context[None])
+    maps = mean_cross_attention(layers, inputs)
+    images = [[[maps[h * grid[1] + w, token] for w in range(grid[1])] for h in range(grid[0])] for token in own]
+    return loss(text, images, objective)
+
+
+def update(unet, latents, scale, alpha, *where):
+    """z' = (c·z - α ∇ loss)/c of one image, the gradient taken at c·z, and the loss before. Eq. (15)."""
+    model_input = (scale * latents).requires_grad_()
+    value = loss_at(unet, model_input, *where)
+    (gradient,) = torch.autograd.grad(value, model_input)
+    return ((model_input - alpha * gradient) / scale).detach(), value.item()

@@ -1,0 +1,366 @@
+"""The product against a slow, literal reading of the equations: `oracle.py`, which shares no code with it."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+
+import oracle
+from diffusers_tsam import StableDiffusionTSAMPipeline, TextSelfAttention
+from diffusers_tsam.attention_processors import (
+    LatentAlignment,
+    alignment_loss,
+    content_of,
+    cosine_similarity,
+    mean_self_attention,
+    normalize_similarity,
+    normalize_text_attention,
+    record_cross_attention,
+    smooth,
+    updates_per_timestep,
+)
+
+
+OBJECTIVES = ("l1", "l1_full", "cosine")
+LENGTHS = (1, 4, 7)  # content tokens of the images in a batch
+TOKENS = 9  # <bos>, up to 7 of the prompt's own, <eos> to the end
+PROMPTS = ("a black car", "a red cube and a blue sphere on the table", "dog on a green table")
+SIZE, GRID = (7, 6), (4, 3)  # of the latents, and of the maps read from them
+
+
+def content_masks():
+    return torch.tensor([[0 < position <= length for position in range(TOKENS)] for length in LENGTHS])
+
+
+def positions(mask):
+    return [position for position, own in enumerate(mask.tolist()) if own]
+
+
+def causal_attention(sink=0.0):
+    """T' (B, N, N), rows sum to one, the part `sink` of them going to <bos>."""
+    attention = torch.rand(len(LENGTHS), TOKENS, TOKENS, dtype=torch.float64).add(0.02).tril()
+    attention = (1 - sink) * attention / attention.sum(-1, keepdim=True)
+    attention[..., 0] += sink
+    return attention
+
+
+def ragged(matrix, mask):
+    """Rows of a lower triangle over the content tokens, and the sum of everything outside it."""
+    own = positions(mask)
+    rows = [[matrix[i, j].item() for j in own if j <= i] for i in own]
+    return rows, matrix.abs().sum().item() - sum(abs(value) for row in rows for value in row)
+
+
+def close(rows, expected, rel=1e-5):
+    return len(rows) == len(expected) and all(
+        row == pytest.approx(other, rel=rel, abs=1e-7) for row, other in zip(rows, expected)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 4.0])
+def test_text_attention_is_that_of_each_prompt_alone(gamma):
+    attention, content = causal_attention(), content_masks()
+    product = normalize_text_attention(attention.float(), content, gamma)
+    for image, mask in enumerate(content):
+        rows, outside = ragged(product[image], mask)
+        assert close(rows, oracle.text_attention(attention[image].tolist(), positions(mask), gamma))
+        assert outside == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("sink", [0.0, 0.99999])
+def test_text_attention_stays_right_under_a_huge_exponent(sink):
+    attention, content = causal_attention(sink), content_masks()
+    product = normalize_text_attention(attention.float(), content, 60.0)
+    assert product.isfinite().all()
+    for image, mask in enumerate(content):
+        expected = oracle.text_attention_in_logs(attention[image].tolist(), positions(mask), 60.0)
+        assert close(ragged(product[image], mask)[0], expected, rel=2e-5)  # 60 roundings of the base
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (2, 2), (4, 7), (16, 12)])
+def test_smoothing_reflects_at_every_border(grid):
+    maps = torch.rand(2, 3, *grid, dtype=torch.float64)
+    product = smooth(maps.float())
+    for image in range(2):
+        for token in range(3):
+            assert close(product[image, token].tolist(), oracle.smooth(maps[image, token].tolist()))
+
+
+@pytest.mark.parametrize("grid", [(1, 5), (5, 1), (1, 1)])
+def test_smoothing_a_single_row_or_column_leaves_a_flat_map_flat(grid):
+    assert smooth(torch.rand(2, 3, *grid)).isfinite().all()
+    torch.testing.assert_close(smooth(torch.full((2, 3, *grid), 0.3)), torch.full((2, 3, *grid), 0.3))
+
+
+@pytest.mark.parametrize("objective", ["l1", "l1_full"])
+def test_similarity_is_summed_over_the_tokens_that_the_objective_names(objective):
+    maps, content = torch.rand(len(LENGTHS), TOKENS, *GRID, dtype=torch.float64), content_masks()
+    similarity = cosine_similarity(smooth(maps.float()).flatten(2))
+    product = normalize_similarity(similarity, content, objective)
+    for image, mask in enumerate(content):
+        own = positions(mask)
+        expected = oracle.similarity(maps[image, own].tolist())
+        assert close(similarity[image][own][:, own].tolist(), expected)
+        rows, outside = ragged(product[image], mask)
+        assert close(rows, oracle.normalized(expected, objective))
+        assert outside == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 4.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_is_that_of_each_image_alone(objective, gamma):
+    maps, content = torch.rand(len(LENGTHS), TOKENS, *GRID, dtype=torch.float64), content_masks()
+    attention = causal_attention()
+    product, _ = alignment_loss(
+        maps.float(), normalize_text_attention(attention.float(), content, gamma), content, objective
+    )
+    for image, mask in enumerate(content):
+        own = positions(mask)
+        text = oracle.text_attention(attention[image].tolist(), own, gamma)
+        expected = oracle.loss(text, maps[image, own].tolist(), objective)
+        assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("strongest", [1.0, 1e-2, 1e-4])
+def test_cosine_loss_depends_on_no_scale_of_the_text_attention_beside_the_diagonal(strongest):
+    """Tokens that attend to themselves far more than to others: γ = 3 leaves little beside the diagonal."""
+    maps, content = torch.rand(1, TOKENS, *GRID, dtype=torch.float64), content_masks()[-1:]
+    attention = causal_attention()[-1:]
+    attention = attention.tril(-1) * strongest + torch.eye(TOKENS, dtype=torch.float64)
+    product, _ = alignment_loss(
+        maps.float(), normalize_text_attention(attention.float(), content, 3.0), content, "cosine"
+    )
+    own = positions(content[0])
+    expected = oracle.loss(oracle.text_attention(attention[0].tolist(), own, 3.0), maps[0, own].tolist(), "cosine")
+    assert product.item() == pytest.approx(expected, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.mark.parametrize(
+    "ids, own",
+    [
+        ([0, 5, 6, 7, 1, 1, 1], [1, 2, 3]),
+        ([0, 5, 1, 6, 1, 1, 1], [1]),  # a literal <eos> ends the prompt
+        ([0, 5, 0, 6, 1, 1, 1], [1, 3]),  # a literal <bos> is nobody's own
+        ([0, 5, 0, 6, 1, 0, 7], [1, 3]),
+        ([0, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 5]),
+        ([0, 1, 1, 1, 1, 1, 1], []),
+    ],
+)
+def test_content_ends_at_the_first_eos_and_leaves_bos_out(ids, own):
+    assert oracle.content(ids, 0, 1) == own
+    assert positions(content_of(torch.tensor([ids]), 0, 1)[0]) == own
+
+
+def test_content_without_a_bos_starts_at_the_first_token():
+    ids = [5, 6, 7, 1, 0, 0]
+    assert positions(content_of(torch.tensor([ids]), None, 1)[0]) == oracle.content(ids, None, 1) == [0, 1, 2]
+
+
+def test_special_tokens_written_in_the_prompt_are_not_content(pipe):
+    text = pipe.get_text_self_attention(["a <|startoftext|> black car", "a dog <|endoftext|> and a cube"])
+    assert text.tokens == [["a</w>", "black</w>", "car</w>"], ["a</w>", "dog</w>"]]
+    assert [positions(mask) for mask in text.content] == [[1, 3, 4], [1, 2]]
+
+
+def token_ids(pipe, prompts=PROMPTS):
+    return pipe.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def test_text_self_attention_is_the_mean_of_all_layers_and_heads(pipe):
+    ids = token_ids(pipe)
+    product = mean_self_attention(pipe.text_encoder, ids)
+    assert product.dtype == torch.float32
+    for image in range(len(ids)):
+        expected = oracle.mean_self_attention(pipe.text_encoder, ids[image])
+        torch.testing.assert_close(product[image].double(), expected, rtol=1e-4, atol=1e-6)
+    text = pipe.get_text_self_attention(list(PROMPTS))
+    assert torch.equal(text.attention, product)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_text_encoder_keeps_its_attention_implementation_even_when_it_fails(pipe, implementation):
+    encoder = pipe.text_encoder
+    found = encoder.config._attn_implementation
+    try:
+        encoder.set_attn_implementation(implementation)
+        mean_self_attention(encoder, token_ids(pipe))
+        assert encoder.config._attn_implementation == implementation
+        with pytest.raises(ValueError, match="[Ss]equence length"):
+            mean_self_attention(encoder, torch.zeros(1, 500, dtype=torch.long))
+        assert encoder.config._attn_implementation == implementation
+    finally:
+        encoder.set_attn_implementation(found)
+
+
+@pytest.mark.parametrize("resolution", [8, 16])
+def test_layers_are_those_with_that_many_queries_at_the_default_size(components, resolution):
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    pipe = StableDiffusionTSAMPipeline(**{**components, "unet": unet}, requires_safety_checker=False)
+    layers, level = pipe.cross_attention_layers(resolution)
+    names = {layer: name for name, layer in unet.named_modules()}
+    assert [names[layer] for layer in layers] == oracle.layers_at(unet, resolution)
+    assert 32 // 2**level == resolution
+
+
+@torch.no_grad()
+def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(pipe):
+    unet, (layers, _) = pipe.unet, pipe.cross_attention_layers()
+    processors = [layer.processor for layer in layers]
+    latents, context, tokens = torch.randn(1, 4, *SIZE), 4 * torch.randn(1, 77, 16), 11
+    outputs, hooks = [], [layer.register_forward_hook(lambda m, a, output: outputs.append(output)) for layer in layers]
+    plain = unet(latents, 500, context).sample
+    with oracle.captured_inputs(unet) as inputs, record_cross_attention(layers, tokens) as maps:
+        recorded = unet(latents, 500, context).sample
+    for hook in hooks:
+        hook.remove()
+
+    assert all(now is before for now, before in zip([layer.processor for layer in layers], processors))
+    assert torch.equal(recorded, plain)
+    assert len(outputs) == 2 * len(layers)
+    assert all(torch.equal(a, b) for a, b in zip(outputs[: len(layers)], outputs[len(layers) :]))
+
+    modules = dict(oracle.double(unet).named_modules())
+    names = oracle.layers_at(unet, 16)
+    inputs = {name: [tensor.double() for tensor in inputs[name]] for name in names}
+    for index, name in enumerate(names):
+        expected = oracle.mean_cross_attention({name: modules[name]}, inputs)[:, :tokens]
+        torch.testing.assert_close(maps[index][0].double(), expected, rtol=1e-5, atol=1e-7)
+    expected = oracle.mean_cross_attention({name: modules[name] for name in names}, inputs)[:, :tokens]
+    torch.testing.assert_close(torch.stack(list(maps.values())).mean(0)[0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Moving
+
+
+class Scene:
+    """Three prompts of different lengths, their embeddings and latents."""
+
+    t, gamma = 500, 2.0
+
+    @torch.no_grad()
+    def __init__(self, pipe, prompts=PROMPTS):
+        self.pipe, self.ids = pipe, token_ids(pipe, prompts)
+        self.text = pipe.get_text_self_attention(list(prompts))
+        self.context = pipe.text_encoder(self.ids)[0]
+        self.latents = torch.randn(len(prompts), 4, *SIZE)
+
+    def update(self, objective, scale, alpha, images=slice(None)):
+        """The product's update of some of the images: their latents, and the losses before."""
+        text = TextSelfAttention(self.text.attention[images], self.text.content[images], self.text.tokens[images])
+        alignment = LatentAlignment(text, alpha, self.gamma, objective)
+
+        def predict(model_input):
+            self.pipe.unet(model_input, self.t, self.context[images])
+
+        layers, _ = self.pipe.cross_attention_layers()
+        latents = alignment.update(self.latents[images], scale, predict, layers, GRID, step=0)
+        return latents, alignment.losses_per_image()
+
+    def where(self, image, objective):
+        """What the oracle has to know beside the latents."""
+        ids = self.ids[image]
+        own = oracle.content(ids.tolist(), self.pipe.tokenizer.bos_token_id, self.pipe.tokenizer.eos_token_id)
+        attention = oracle.mean_self_attention(self.pipe.text_encoder, ids).tolist()
+        text = oracle.text_attention(attention, own, self.gamma)
+        return self.t, self.context[image].double(), own, text, GRID, objective
+
+
+@pytest.fixture
+def scene(pipe):
+    return Scene(pipe)
+
+
+def distance(value, expected):
+    """Of two tensors, as a part of what is expected."""
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.07])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_update_is_a_step_down_the_gradient_at_the_models_input(scene, objective, scale):
+    alpha, unet = 20 * scale, oracle.double(scene.pipe.unet)
+    moved, losses = scene.update(objective, scale, alpha)
+    for image, latents in enumerate(scene.latents):
+        expected, loss = oracle.update(unet, latents.double(), scale, alpha, *scene.where(image, objective))
+        assert distance(moved[image], expected) < 1e-5
+        assert distance(moved[image] - latents, expected - latents) < 1e-5
+        assert losses[image, 0].item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_of_the_oracle_is_the_slope_of_its_loss(scene, objective):
+    unet, latents, where = oracle.double(scene.pipe.unet), scene.latents[1].double(), scene.where(1, objective)
+    gradient = latents - oracle.update(unet, latents, 1.0, 1.0, *where)[0]
+    for direction in torch.randn(2, *latents.shape, dtype=torch.float64):
+        with torch.no_grad():
+            ahead, behind = (oracle.loss_at(unet, latents + h * direction, *where) for h in (1e-6, -1e-6))
+        slope = (ahead - behind).item() / 2e-6
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_image_moves_alike_alone_and_among_longer_and_shorter_prompts(scene, objective):
+    together, losses = scene.update(objective, 1.0, 20.0)
+    for image in range(len(PROMPTS)):
+        alone, loss = scene.update(objective, 1.0, 20.0, slice(image, image + 1))
+        assert distance(together[image] - scene.latents[image], alone[0] - scene.latents[image]) < 1e-5
+        torch.testing.assert_close(losses[image], loss[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_image_with_no_words_or_one_stays_where_it_is(pipe, objective):
+    scene = Scene(pipe, ("a black car and a white clock", "", "dog"))
+    moved, losses = scene.update(objective, 1.0, 100.0)
+    assert not torch.equal(moved[0], scene.latents[0])
+    torch.testing.assert_close(moved[1:], scene.latents[1:])
+    assert losses[1:, 0].tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scheduler, expected",
+    [
+        (DDIMScheduler(), [4, 1, 4, 0, 0]),
+        (HeunDiscreteScheduler(), [4, 0, 1, 0, 4, 0, 0, 0, 0]),  # the last step is evaluated once
+        (PNDMScheduler(skip_prk_steps=True), [4, 0, 1, 4, 0, 0]),  # the first step is evaluated twice
+    ],
+)
+def test_only_the_first_evaluation_of_a_step_is_guided(scheduler, expected):
+    scheduler.set_timesteps(5)
+    assert updates_per_timestep(len(scheduler.timesteps), 5, scheduler.order, 3, {0, 2}, 3) == expected
+
+
+def test_the_papers_schedule_takes_85_updates_under_every_scheduler():
+    for scheduler in (DDIMScheduler(), HeunDiscreteScheduler(), PNDMScheduler(skip_prk_steps=True)):
+        scheduler.set_timesteps(50)
+        updates = updates_per_timestep(len(scheduler.timesteps), 50, scheduler.order, 25, {0, 10, 20}, 20)
+        assert (
+            len(updates)
+            == len(scheduler.timesteps)
+            == {1: 50, 2: 99}[scheduler.order] + (isinstance(scheduler, PNDMScheduler))
+        )
+        expected = [21 if step in (0, 10, 20) else 1 for step in range(25)]
+        assert [number for number in updates if number] == expected
+
+
+def test_pndms_runge_kutta_steps_are_guided_at_the_first_of_their_four_evaluations():
+    """10 steps are 19 timesteps: three steps of four evaluations, then seven of one."""
+    updates = updates_per_timestep(19, 10, 1, 5, {0, 2}, 3, runge_kutta_timesteps=12)
+    assert updates == [4, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
