@@ -145,7 +145,7 @@ def mean_self_attention(text_encoder, input_ids, attention_mask=None):
 
 
 def content_of(input_ids, bos_token_id, eos_token_id):
-    """Which tokens are the prompt's own: token ids (B, N) -> bool (B, N). The first <eos> ends it; CLIP pads with more."""
+    """Which tokens are the prompt's own: token ids (B, N) -> bool (B, N). The first <eos> ends it; CLIP pads with it."""
     before_eos = (input_ids == eos_token_id).cumsum(-1) == 0
     return before_eos if bos_token_id is None else before_eos & (input_ids != bos_token_id)
 
@@ -160,7 +160,7 @@ class TSAMAttnProcessor(nn.Module):
     A module, so that the parameters of a wrapped processor (IP-Adapter) stay registered.
 
     processor: what it wraps. maps: dict that receives this layer's probabilities, mean over heads, float32
-    (B, P, tokens), under `name` (overwritten when gradient checkpointing calls again). tokens: columns to keep.
+    (B, P, tokens), under `name` (overwritten when gradient checkpointing calls again). tokens: columns kept.
     """
 
     def __init__(self, processor, maps, name, tokens):
@@ -412,8 +412,8 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
     return tsam_steps, set(refinement_steps)
 
 
-def check_text_self_attention(text, batch_size, tokens=None):
-    """Check a `TextSelfAttention` that the caller gives, for `batch_size` prompts of `tokens` tokens (None: unknown)."""
+def check_text_self_attention(text, batch_size, tokens):
+    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `tokens` tokens."""
     try:
         attention, content, texts = text
     except (TypeError, ValueError):
@@ -425,7 +425,6 @@ def check_text_self_attention(text, batch_size, tokens=None):
             "`text_self_attention` has to hold a tensor of attention and a bool tensor of content tokens, as"
             " `get_text_self_attention` returns them."
         )
-    tokens = attention.shape[-1] if tokens is None else tokens
     expected = (batch_size, tokens, tokens)
     if tuple(attention.shape) != expected or tuple(content.shape) != expected[:2] or len(texts) != batch_size:
         raise ValueError(

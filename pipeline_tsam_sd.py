@@ -1,8 +1,8 @@
 """Stable Diffusion with T-SAM: its cross-attention maps are held to the syntax that the text encoder reads.
 
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need: Attention Control for Text-to-Image Semantic Alignment with
-Text Self-Attention Maps", CVPR 2025 (arXiv:2411.15236). The denoising loop is diffusers' own (Apache-2.0) with the latent
-moved before the first predictions.
+Text Self-Attention Maps", CVPR 2025 (arXiv:2411.15236). The denoising loop is diffusers' own (Apache-2.0) with the
+latent moved before the first predictions.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,109 @@
+"""The world of coloured solids, the judge, and the trained model that ships."""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import diffusers_tsam
+from diffusers_tsam import StableDiffusionTSAMPipeline
+from diffusers_tsam.attention_processors import normalize_text_attention
+from diffusers_tsam.shapes import scenes
+from diffusers_tsam.shapes.judge import Judge, verdict
+
+
+MODEL = Path(diffusers_tsam.__file__).parent / "shapes" / "sd"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusionTSAMPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge.from_pretrained()
+
+
+def test_a_scene_shows_what_its_caption_says():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = scenes.random_scene(rng)
+        assert scene.caption.count(" and ") + scene.caption.count(" with ") == len(scene.solids) - 1
+        assert all(f"{colour} {solid}" in scene.caption for colour, solid in scene.solids)
+        assert scene.image.shape == (64, 64, 3) and (scene.masks.max((1, 2)) > 0).sum() == len(scene.solids)
+        assert scene.masks.sum(0).max() <= 1 + 1e-6  # no two solids cover the same place
+
+
+def test_training_never_shows_a_held_out_pair():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        for pair in combinations(scenes.random_scene(rng).solids, 2):
+            assert scenes.split_of(pair) == "train"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_prompts_of_two_splits_share_no_held_out_pair(count):
+    def pairs(split):
+        found = {frozenset(p) for _, s in scenes.prompts(count, split, 40) for p in combinations(s, 2)}
+        return {pair for pair in found if scenes.split_of(tuple(pair)) != "train"}
+
+    assert pairs("tune") and pairs("test") and not pairs("tune") & pairs("test")
+
+
+def test_the_judge_reads_unseen_rendered_scenes(judge):
+    rng = np.random.default_rng(12345)
+    drawn = [scenes.random_scene(rng, split) for split in ("tune", "test") for _ in range(250)]
+    seen = judge.read([scene.image for scene in drawn])
+    assert np.mean([set(scene.solids) == read for scene, read in zip(drawn, seen)]) >= 0.99
+
+
+def test_a_verdict_tells_a_swap_from_a_missing_solid():
+    wanted = [("red", "cube"), ("blue", "ring")]
+    right = verdict(wanted, wanted)
+    assert right == {"correct": True, "present": True, "objects": True, "swap": False}
+    swapped = verdict(wanted, [("blue", "cube"), ("red", "ring")])
+    assert swapped == {"correct": False, "present": False, "objects": True, "swap": True}
+    missing = verdict(wanted, [("red", "cube")])
+    assert missing == {"correct": False, "present": False, "objects": False, "swap": False}
+    extra = verdict(wanted, [*wanted, ("green", "star")])
+    assert extra == {"correct": False, "present": True, "objects": True, "swap": False}
+
+
+def test_the_shipped_model_is_small_and_loads_into_the_stock_pipeline():
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 25e6
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red cube", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_one_solid_comes_out_right_nearly_always(pipe, judge):
+    wanted = scenes.prompts(1, "train", 16)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    images = pipe(
+        [caption for caption, _ in wanted],
+        tsam_steps=0,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        generator=generator,
+    ).images
+    right = [set(solids) <= seen for (_, solids), seen in zip(wanted, judge.read(images))]
+    assert sum(right) >= 14
+
+
+def test_in_t_a_noun_attends_to_its_own_colour_more_than_to_the_other(pipe):
+    wanted = scenes.prompts(2, "test", 40)
+    text = pipe.get_text_self_attention([caption for caption, _ in wanted])
+    matrix = normalize_text_attention(text.attention, text.content, 1.0)
+    own, other = [], []
+    for index, (caption, _) in enumerate(wanted):
+        (first_colour, _), (colour, noun) = scenes.words_of_solids(caption)
+        own.append(matrix[index, noun + 1, colour + 1])
+        other.append(matrix[index, noun + 1, first_colour + 1])
+    assert np.mean(own) > 2 * np.mean(other)
+    assert np.mean([a > b for a, b in zip(own, other)]) > 0.9
