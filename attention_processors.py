@@ -8,7 +8,7 @@ Shapes: B images, N tokens, P = H x W positions of a layer's query grid. `conten
 not <bos>, nothing from the first <eos> on, no padding.
 """
 
-import math
+import sys
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -145,7 +145,7 @@ def mean_self_attention(text_encoder, input_ids, attention_mask=None):
 
 
 def content_of(input_ids, bos_token_id, eos_token_id):
-    """Which tokens are the prompt's own: token ids (B, N) -> bool (B, N). The first <eos> ends it; CLIP pads with it."""
+    """Which tokens are the prompt's own: ids (B, N) -> bool (B, N). The first <eos> ends it (CLIP pads with it)"""
     before_eos = (input_ids == eos_token_id).cumsum(-1) == 0
     return before_eos if bos_token_id is None else before_eos & (input_ids != bos_token_id)
 
@@ -368,7 +368,7 @@ def _check_integer(name, value, limit, remedy):
 def _check_number(name, value, remedy):
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` has to be a number but is {value!r}. {remedy}")
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # also integers too large for a float
         raise ValueError(f"`{name}` is {value}, but has to be finite. {remedy}")
 
 

@@ -18,7 +18,8 @@ SHIPPED_DEFAULTS = {
 }
 MAX_WORDS = 14  # two lines of maps that can still be read
 WORDS_A_LINE = 7
-WIDTH, MARGIN, PICTURE, HEADING, GAP = 14.0, 0.35, 2.7, 0.25, 0.1  # inches
+NARROW, WIDE, MARGIN, HEADING, GAP = 10.5, 14.0, 0.35, 0.25, 0.1  # inches
+PICTURES = {1: 2.7, 2: 3.4}  # inches of a picture's side beside one or two lines of maps
 DPI = 120
 NEAREST = 128  # pixels up to which a picture is shown as squares
 INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
@@ -59,44 +60,46 @@ def figure(prompt, stock, tsam, captions=("", ""), footer=""):
     seen = [output.attentions[0] for output in (stock, tsam)]
     words = [token.removesuffix("</w>") for token in seen[0]["tokens"]]
     shown = words[:MAX_WORDS]
-    columns = min(len(shown), WORDS_A_LINE)
-    lines = -(-len(shown) // columns)
-    left = MARGIN + PICTURE + 2 * GAP
-    cell = min((WIDTH - MARGIN + GAP - left) / columns, PICTURE - HEADING)  # of a map, with the gap to the next
-    row = max(PICTURE, lines * (cell + HEADING)) + 2 * HEADING
+    lines = -(-len(shown) // WORDS_A_LINE)
+    columns = -(-len(shown) // lines)
+    side = PICTURES[lines]
+    left = MARGIN + side + 2 * GAP
+    cell = min((WIDE - left - MARGIN + GAP) / columns, side / lines - HEADING)  # a map and the gap to the next
+    width = max(left + columns * cell - GAP + MARGIN, NARROW)
     label = 0.15 + 0.085 * max(map(len, shown))
-    table = (WIDTH - 2 * MARGIN) / 3 - label
-    title = textwrap.fill(textwrap.shorten(f"“{prompt}”", 200, placeholder=" …”"), 90)
+    table = (width - 2 * MARGIN) / 3 - label
+    title = textwrap.fill(textwrap.shorten(f"“{prompt}”", 200, placeholder=" …”"), int(6.5 * width))
     top = 0.75 + 0.3 * title.count("\n")
+    row = side + 2 * HEADING
     height = top + 2 * row + table + label + 1.0
-    fig = Figure((WIDTH, height), dpi=DPI, facecolor="white")
+    fig = Figure((width, height), dpi=DPI, facecolor="white")
 
     def write(x, y, text, size, **kwargs):
         """Text at (x, y) inches from the top left."""
-        fig.text(x / WIDTH, 1 - y / height, text, size=size, parse_math=False, **{"color": INK, **kwargs})
+        fig.text(x / width, 1 - y / height, text, size=size, parse_math=False, **{"color": INK, **kwargs})
 
-    def panel(x, y, side):
+    def panel(x, y, size):
         """A square without ticks, its top left corner at (x, y) inches from the figure's."""
-        axes = fig.add_axes((x / WIDTH, 1 - (y + side) / height, side / WIDTH, side / height), xticks=[], yticks=[])
+        axes = fig.add_axes((x / width, 1 - (y + size) / height, size / width, size / height), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         return axes
 
-    write(WIDTH / 2, 0.2, title, 17, ha="center", va="top", weight="bold")
-    maps = [image["maps"][-1] for image in seen]  # (s, H, W)
+    write(width / 2, 0.2, title, 17, ha="center", va="top", weight="bold")
+    maps = [image["maps"][-1].numpy() for image in seen]  # (s, H, W)
     for k, (name, output) in enumerate((("Stock", stock), ("T-SAM, same seed", tsam))):
         picture, y = output.images[0], top + k * row + HEADING
-        look = {"interpolation": "nearest" if max(picture.size) <= NEAREST else "bilinear"}
+        grey = picture.convert("L")
+        look = {"interpolation": "nearest" if max(picture.size) <= NEAREST else "bilinear", "vmin": 0, "vmax": 255}
         write(MARGIN, y - 0.08, name, 13, weight="bold")
         write(left, y - 0.08, captions[k], 11, color=GREY)
-        panel(MARGIN, y, PICTURE).imshow(picture, **look)
+        panel(MARGIN, y, side).imshow(picture, **look)
         for i, word in enumerate(shown):
             line, column = divmod(i, columns)
-            down = (PICTURE - lines * (cell + HEADING)) / 2 + line * (cell + HEADING) + HEADING
-            axes = panel(left + column * cell, y + max(down, HEADING), cell - GAP)
-            background = axes.imshow(picture.convert("L"), cmap="gray", **look)
-            heat = maps[k][i] / max(both[i].max() for both in maps).clamp(min=1e-12)  # one scale a word
-            look_of_heat = {"cmap": HEAT, "vmin": 0, "vmax": 1, "alpha": 0.75, "interpolation": "bilinear"}
-            axes.imshow(heat, extent=background.get_extent(), **look_of_heat)
+            down = side / 2 + (line - lines / 2) * (cell + HEADING) + HEADING
+            axes = panel(left + column * cell, y + down, cell - GAP)
+            extent = axes.imshow(grey, cmap="gray", **look).get_extent()
+            heat = maps[k][i] / max(1e-12, *(both[i].max() for both in maps))  # a word's maps share one scale
+            axes.imshow(heat, HEAT, vmin=0, vmax=1, alpha=0.65, extent=extent, interpolation="bilinear")
             axes.set_title(word, size=11, color=INK, pad=3, parse_math=False)
 
     tables = (
@@ -107,11 +110,11 @@ def figure(prompt, stock, tsam, captions=("", ""), footer=""):
     for k, (name, values) in enumerate(tables):
         axes = panel(MARGIN + label + k * (table + label), top + 2 * row + 0.45, table)
         axes.set_title(name, size=13, color=INK, weight="bold", pad=8)
-        _fill_table(axes, values, shown, table)
+        _fill_table(axes, values.numpy(), shown, table)
     guided = len(seen[0]["steps"])
     notes = [f"the first {MAX_WORDS} of {len(words)} words"] * (len(words) > MAX_WORDS)
-    notes += [f"maps and S at guided step {guided} of {guided}", footer]
-    write(WIDTH / 2, height - 0.15, " · ".join(filter(None, notes)), 9, color=GREY, ha="center", va="bottom")
+    notes += [f"maps and S at guided step {guided} of {guided}, one scale a word", footer]
+    write(width / 2, height - 0.15, " · ".join(filter(None, notes)), 9, color=GREY, ha="center", va="bottom")
     return fig
 
 
@@ -137,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"tsam: {' '.join(str(message).split())}\n")
 
 
-def parser():
+def arguments():
     parser = Parser(
         "tsam",
         description="Draw a prompt with and without T-SAM, from the same seed, and show what each word looks at.",
@@ -170,9 +173,7 @@ def check(args):
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
         raise ValueError(f"--output is {args.output!r}, which cannot be written.")
     if guided == 0:
-        raise ValueError(
-            f"No step of {args.steps} is guided, so there is nothing to show; pass --tsam-steps 1 or more."
-        )
+        raise ValueError(f"Of {args.steps} steps none is guided, so nothing would be shown. Pass --tsam-steps 1.")
 
 
 @contextmanager
@@ -182,30 +183,32 @@ def quiet():
     from transformers.utils import logging as transformers_logging
 
     loggers = diffusers_logging, transformers_logging
-    levels = [logger.get_verbosity() for logger in loggers]
+    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     try:
         for logger in loggers:
             logger.set_verbosity_error()
             logger.disable_progress_bar()
         yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.set_verbosity(level)
-            logger.enable_progress_bar()
+        for logger, verbosity, progress_bar in before:
+            logger.set_verbosity(verbosity)
+            if progress_bar:
+                logger.enable_progress_bar()
 
 
 def load(model, device=None, dtype=None):
     """A T-SAM pipeline from a folder or the Hub, on its device."""
-    import torch
-
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") != 1):
-        raise ValueError(f"{str(model)!r} is neither a folder nor a Hub id such as 'owner/name'.")
+        raise ValueError(f"--model is {str(model)!r}, which is neither a folder nor a Hub id such as 'owner/name'.")
+    with quiet():
+        import torch
+
+        from .pipeline_tsam_sd import StableDiffusionTSAMPipeline
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
+    folder = model if Path(model).is_dir() else StableDiffusionTSAMPipeline.download(model)  # with its progress bar
     with quiet():
-        from .pipeline_tsam_sd import StableDiffusionTSAMPipeline
-
-        return StableDiffusionTSAMPipeline.from_pretrained(model, dtype=dtype).to(device)
+        return StableDiffusionTSAMPipeline.from_pretrained(folder, dtype=dtype).to(device)
 
 
 def run(args):
@@ -241,12 +244,12 @@ def run(args):
 
 
 def main(argv=None):
-    options = parser()
-    args = options.parse_args(argv)
+    parser = arguments()
+    args = parser.parse_args(argv)
     try:
         print(*run(args), sep="\n")
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        options.error(error)
+        parser.error(error)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffusers.utils import logging
 import diffusers_tsam
 from diffusers_tsam import StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes.judge import Judge, verdict
-from diffusers_tsam.shapes.scenes import prompts
+from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 
 
 MODEL = Path(diffusers_tsam.__file__).parent / "shapes" / "sd"
@@ -95,6 +96,31 @@ def table(rows, names):
     return "\n".join(lines)
 
 
+def confusion(rows, names):
+    """Markdown table: what became of the solids that were asked for, and how many came unasked a picture."""
+    fates = ("drawn", "in another colour", "as another solid", "absent")
+    lines = ["| setting | " + " | ".join(fates) + " | unasked |", "|---|" + "---|" * (len(fates) + 1)]
+    for name in names:
+        counts, extra, own = Counter(), 0, [row for row in rows if row["setting"] == name]
+        for row in own:
+            words = row["caption"].split()
+            wanted = {(words[colour], words[noun]) for colour, noun in words_of_solids(row["caption"])}
+            seen = {tuple(pair) for pair in row["seen"]}
+            for colour, solid in wanted:
+                if (colour, solid) in seen:
+                    counts["drawn"] += 1
+                elif any(solid == other for _, other in seen):
+                    counts["in another colour"] += 1
+                elif any(colour == other for other, _ in seen - wanted):
+                    counts["as another solid"] += 1
+                else:
+                    counts["absent"] += 1
+            extra += len({solid for _, solid in seen} - {solid for _, solid in wanted})
+        cells = [f"{100 * counts[fate] / counts.total():.1f} %" for fate in fates]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {extra / len(own):.2f} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(MODEL), help="folder of a model of the shapes world")
@@ -104,13 +130,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=7, help="pictures a prompt")
     parser.add_argument("--setting", nargs="+", default=["paper"], help='names, or "alpha=1,gamma=2,objective=l1_full"')
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("results/alignment.jsonl"))
     args = parser.parse_args()
 
     logging.disable_progress_bar()
-    pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     judge = Judge.from_pretrained()
     wanted = prompts(args.solids, args.split, args.prompts)
@@ -147,7 +174,7 @@ def main():
                 file.flush()
             if todo:
                 print(f"{name}: {len(todo)} pictures, {(time.time() - started) / len(todo):.2f} s each", flush=True)
-    print(table(rows, names))
+    print(table(rows, names), confusion(rows, names), sep="\n\n")
 
 
 if __name__ == "__main__":
