@@ -58,7 +58,7 @@ def figure(prompt, stock, tsam, captions=("", ""), footer=""):
     from matplotlib.figure import Figure
 
     seen = [output.attentions[0] for output in (stock, tsam)]
-    words = [token.removesuffix("</w>") for token in seen[0]["tokens"]]
+    words = seen[0]["tokens"]
     shown = words[:MAX_WORDS]
     lines = -(-len(shown) // WORDS_A_LINE)
     columns = -(-len(shown) // lines)

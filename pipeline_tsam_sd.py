@@ -108,7 +108,7 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
             if lora_scale is not None:
                 unscale_lora_layers(text_encoder, lora_scale)
         content = content_of(inputs.input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        tokens = [tokenizer.convert_ids_to_tokens(ids[own]) for ids, own in zip(inputs.input_ids, content)]
+        tokens = [[tokenizer.decode(token) for token in ids[own]] for ids, own in zip(inputs.input_ids, content)]
         return TextSelfAttention(attention, content, tokens)
 
     def align_latents(

@@ -91,7 +91,7 @@ def test_signs_that_matplotlib_would_read_as_mathematics_are_drawn(pipe):
     prompt = r"$\frac$ car"
     outputs = cli.draw(pipe, prompt, num_inference_steps=2, refinement_iterations=0)
     for output in outputs:
-        output.attentions[0]["tokens"][0] = r"$\frac$</w>"
+        output.attentions[0]["tokens"][0] = r"$\frac$"
     cli.figure(prompt, *outputs, footer=prompt).savefig(io.BytesIO())
 
 
