@@ -9,13 +9,7 @@ from pathlib import Path
 
 
 SHIPPED = Path(__file__).parent / "shapes" / "sd"
-SHIPPED_DEFAULTS = {
-    "alpha": 1.0,
-    "gamma": 2.0,
-    "objective": "l1_full",
-    "refinement_iterations": 0,
-    "guidance_scale": 4.0,
-}
+SETTINGS = ("tsam_steps", "alpha", "gamma", "refinement_steps", "refinement_iterations", "objective", "guidance_scale")
 MAX_WORDS = 14  # two lines of maps that can still be read
 WORDS_A_LINE = 7
 NARROW, WIDE, MARGIN, HEADING, GAP = 10.5, 14.0, 0.35, 0.25, 0.1  # inches
@@ -144,35 +138,35 @@ def arguments():
     parser = Parser(
         "tsam",
         description="Draw a prompt with and without T-SAM, from the same seed, and show what each word looks at.",
-        epilog="The defaults of the last five are the shipped model's; any other model has the pipeline's own.",
+        epilog="What is not given was tuned for the shipped model; any other model has the pipeline's own defaults.",
     )
-    add, own = parser.add_argument, SHIPPED_DEFAULTS
+    add = parser.add_argument
     add("prompt", help="what to draw, two words or more")
     add("--model", default=SHIPPED, help="a Stable Diffusion folder or Hub id (the shipped model of shapes)")
     add("--output", default="tsam.png", help="the PNG to write (tsam.png)")
     add("--seed", type=int, default=0, help="seed of the noise that both pictures start from (0)")
     add("--steps", type=int, default=50, help="denoising steps (50)")
-    add("--tsam-steps", type=int, help="how many of the first steps are guided (half of them)")
+    add("--tsam-steps", type=int, help="how many of the first steps are guided")
     add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="precision (float32 on the cpu, else float16)")
-    add("--alpha", type=float, help=f"size of an update; too much breaks the picture ({own['alpha']})")
-    add("--gamma", type=float, help=f"more keeps only the strongest bonds between words ({own['gamma']})")
-    add("--objective", choices=("l1", "l1_full", "cosine"), help=f"how S is compared with T ({own['objective']})")
-    add("--refinement-iterations", type=int, help=f"more updates at a few steps ({own['refinement_iterations']})")
-    add("--guidance-scale", type=float, help=f"how closely to follow the prompt ({own['guidance_scale']})")
+    add("--alpha", type=float, help="size of an update; too much breaks the picture")
+    add("--gamma", type=float, help="more keeps only the strongest bonds between words")
+    add("--objective", choices=("l1", "l1_full", "cosine"), help="how S is compared with T")
+    add("--refinement-iterations", type=int, help="how many more updates at a few steps")
+    add("--guidance-scale", type=float, help="how closely to follow the prompt")
     return parser
 
 
 def check(args):
     """Refuse what would only fail after the pictures are drawn."""
-    output, guided = Path(args.output), args.steps // 2 if args.tsam_steps is None else args.tsam_steps
+    output = Path(args.output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output has to end in .png but is {args.output!r}.")
     if not output.parent.is_dir():
         raise ValueError(f"--output is {args.output!r}, but there is no folder {str(output.parent)!r}.")
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
         raise ValueError(f"--output is {args.output!r}, which cannot be written.")
-    if guided == 0:
+    if args.tsam_steps == 0 or args.steps == 1 and args.tsam_steps is None:
         raise ValueError(f"Of {args.steps} steps none is guided, so nothing would be shown. Pass --tsam-steps 1.")
 
 
@@ -213,19 +207,22 @@ def load(model, device=None, dtype=None):
 
 def run(args):
     """Everything the command does; the lines it prints."""
+    from .shapes import GUIDANCE_SCALE, tuned_setting
+
     check(args)
     pipe = load(args.model, args.device, args.dtype)
     if pipe.get_text_self_attention(args.prompt).content.sum() < 2:
         raise ValueError(f"T-SAM aligns words with each other: {args.prompt!r} needs two or more.")
     shipped = Path(args.model).resolve() == SHIPPED.resolve()
     pipeline_defaults = inspect.signature(pipe.__call__).parameters
-    settings = {name: pipeline_defaults[name].default for name in SHIPPED_DEFAULTS}
-    settings.update(SHIPPED_DEFAULTS if shipped else {})
-    settings.update({name: getattr(args, name) for name in settings if getattr(args, name) is not None})
+    settings = {name: pipeline_defaults[name].default for name in SETTINGS}
+    if shipped:
+        settings.update(tuned_setting(args.steps), guidance_scale=GUIDANCE_SCALE)
+    settings.update({name: value for name, value in vars(args).items() if name in SETTINGS and value is not None})
+    if shipped and args.tsam_steps is not None:
+        settings["refinement_steps"] = [step for step in settings["refinement_steps"] if step < args.tsam_steps]
 
-    stock, tsam = outputs = draw(
-        pipe, args.prompt, args.seed, num_inference_steps=args.steps, tsam_steps=args.tsam_steps, **settings
-    )
+    stock, tsam = outputs = draw(pipe, args.prompt, args.seed, num_inference_steps=args.steps, **settings)
     losses = [final_loss(output, settings["objective"]) for output in outputs]
     captions = [f"loss {loss:.3f}" for loss in losses]
     guided = len(tsam.attentions[0]["steps"])
@@ -237,7 +234,7 @@ def run(args):
         seen = [", ".join(sorted(map(" ".join, solids))) or "nothing" for solids in seen]
         captions = [f"{caption} · the judge sees: {solids}" for caption, solids in zip(captions, seen)]
         lines.append("the judge sees: stock {}; T-SAM {}".format(*seen))
-    settings = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items()]
+    settings = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None]
     footer = " · ".join([f"seed {args.seed}", f"{args.steps} steps", *settings])
     figure(args.prompt, stock, tsam, captions, footer).savefig(args.output)
     return lines

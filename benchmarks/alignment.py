@@ -1,6 +1,6 @@
 """Does T-SAM help? Stock and T-SAM pictures from the same latents, read by the judge.
 
-    python benchmarks/alignment.py --split test --solids 2 --prompts 64 --seeds 7 --setting tuned
+    python benchmarks/alignment.py --split test --solids 2 --prompts 70 --seeds 6 --setting tuned
 
 Prompts come from pairs of coloured solids that training never showed together: `tune` to choose settings on, `test` to
 report. One JSON line a picture goes to --output (a stopped run goes on where it was), the table to the terminal.
@@ -20,25 +20,25 @@ from diffusers.utils import logging
 
 import diffusers_tsam
 from diffusers_tsam import StableDiffusionTSAMPipeline
+from diffusers_tsam.shapes import GUIDANCE_SCALE, tuned_setting
 from diffusers_tsam.shapes.judge import Judge, verdict
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 
 
 MODEL = Path(diffusers_tsam.__file__).parent / "shapes" / "sd"
-GUIDANCE_SCALE = 4.0
-# Settings by name; "paper" is METHOD's for Stable Diffusion, the others what was tried on the tuning prompts.
-SETTINGS = {
-    "stock": {"tsam_steps": 0},
-    "paper": {},
-}
 
 
-def parse_setting(text):
-    """A name of SETTINGS or "key=value,..." of the pipeline's arguments; refinement_steps as 0+10+20 or none."""
-    if text in SETTINGS:
-        return SETTINGS[text]
-    setting = {}
-    for part in text.split(","):
+def parse_setting(text, steps):
+    """The pipeline's arguments for `steps` denoising steps.
+
+    text: "stock", "paper" (the pipeline's defaults, the paper's for Stable Diffusion), "tuned", or any of these and
+    others changed, as "tuned,alpha=2,refinement_steps=0+2+4"; refinement_steps may be none.
+    """
+    name, *changes = text.split(",")
+    if "=" in name:
+        name, changes = "paper", [name, *changes]
+    setting = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": tuned_setting(steps)}[name]
+    for part in changes:
         key, value = part.split("=")
         if key == "refinement_steps":
             setting[key] = [] if value == "none" else [int(step) for step in value.split("+")]
@@ -126,9 +126,11 @@ def main():
     parser.add_argument("--model", default=str(MODEL), help="folder of a model of the shapes world")
     parser.add_argument("--split", default="test", choices=("tune", "test", "train"))
     parser.add_argument("--solids", type=int, default=2, choices=(1, 2, 3))
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=7, help="pictures a prompt")
-    parser.add_argument("--setting", nargs="+", default=["paper"], help='names, or "alpha=1,gamma=2,objective=l1_full"')
+    parser.add_argument("--prompts", type=int, default=70)
+    parser.add_argument("--seeds", type=int, default=6, help="pictures a prompt")
+    parser.add_argument(
+        "--setting", nargs="+", default=["paper"], help='"paper", "tuned", "tuned,alpha=2,objective=l1_full"'
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch", type=int, default=32)
@@ -146,7 +148,7 @@ def main():
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    done = [row for row in done if row["steps"] == args.steps and row["split"] == args.split]
+    done = [row for row in done if (row["steps"], row["split"], row["solids"]) == (args.steps, args.split, args.solids)]
     names = ["stock", *(name for name in args.setting if name != "stock")]
     rows = []
     with args.output.open("a") as file:
@@ -157,12 +159,13 @@ def main():
             started = time.time()
             for first in range(0, len(todo), args.batch):
                 batch = todo[first : first + args.batch]
-                images, losses = draw(pipe, batch, parse_setting(name), args.steps)
+                images, losses = draw(pipe, batch, parse_setting(name, args.steps), args.steps)
                 for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
                     row = {
                         "setting": name,
                         "split": args.split,
                         "steps": args.steps,
+                        "solids": args.solids,
                         "caption": caption,
                         "seed": seed,
                         "seen": sorted(map(list, seen)),
