@@ -13,7 +13,7 @@ def tuned_setting(steps):
     return {
         "tsam_steps": tsam_steps,
         "alpha": 1.0,
-        "gamma": 2.0,
+        "gamma": 4.0,
         "refinement_steps": sorted(step for step in refinement_steps if step < tsam_steps),
         "refinement_iterations": 5,
         "objective": "l1",
