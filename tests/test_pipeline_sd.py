@@ -48,6 +48,8 @@ def run(pipe, prompt=PROMPT, seed=0, **kwargs):
 def use(pipe, scheduler, **kwargs):
     if getattr(scheduler, "_missing", False) or "dummy" in scheduler.__module__:
         pytest.skip(f"{scheduler.__name__} needs a package that is not installed")
+    if scheduler.__name__ == "DPMSolverSDEScheduler":
+        kwargs["noise_sampler_seed"] = 0  # it draws its own noise, not the generator's
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **kwargs)
 
 
@@ -482,14 +484,15 @@ class TestWrongInput:
             run(pipe, tsam_steps=0, refinement_steps=(0,))
 
 
-class TestArchitecture:
-    @pytest.fixture(scope="class")
-    def sd15(self, components):
-        """Stable Diffusion 1.5's UNet, without memory or weights."""
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**SD15)
-        return StableDiffusionTSAMPipeline(**{**components, "unet": unet}, requires_safety_checker=False)
+@pytest.fixture(scope="module")
+def sd15(components):
+    """Stable Diffusion 1.5's UNet, without memory or weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15)
+    return StableDiffusionTSAMPipeline(**{**components, "unet": unet}, requires_safety_checker=False)
 
+
+class TestArchitecture:
     @pytest.mark.parametrize("height, width, grid", [(512, 512, (16, 16)), (768, 512, (24, 16)), (520, 512, (17, 16))])
     def test_sd15_records_the_same_five_layers_at_every_size(self, sd15, height, width, grid):
         layers, level = sd15.cross_attention_layers()
