@@ -260,10 +260,12 @@ class TestBatches:
         assert output.losses.shape == (1, 0)
 
     @pytest.mark.parametrize("words", [75, 120])
-    def test_a_long_prompt_is_truncated_as_stock_does(self, pipe, words):
+    def test_a_long_prompt_is_truncated_as_stock_does_with_its_warning(self, pipe, words, caplog, capfd):
         text = pipe.get_text_self_attention("a red car " * (words // 3))
         assert text.content.sum() == 75 and len(text.tokens[0]) == 75
         assert run(pipe, "a red car " * (words // 3)).images.isfinite().all()
+        warnings_seen = caplog.text + capfd.readouterr().err
+        assert ("part of your input was truncated" in warnings_seen) == (words > 75)
 
     @pytest.mark.parametrize("size", [(48, 80), (128, 64), (8, 8), (2, 64)])
     def test_any_size_is_guided_on_its_own_grid(self, pipe, size):
