@@ -18,14 +18,10 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-import diffusers_tsam
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import GUIDANCE_SCALE, tuned_setting
+from diffusers_tsam.shapes import GUIDANCE_SCALE, MODEL, tuned_setting
 from diffusers_tsam.shapes.judge import Judge, verdict
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
-
-
-MODEL = Path(diffusers_tsam.__file__).parent / "shapes" / "sd"
 
 
 def parse_setting(text, steps):

@@ -11,7 +11,6 @@ import argparse
 
 import numpy as np
 import torch
-from alignment import MODEL
 from diffusers.utils import logging
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
@@ -22,7 +21,7 @@ from diffusers_tsam.attention_processors import (
     normalize_text_attention,
     smooth,
 )
-from diffusers_tsam.shapes import GUIDANCE_SCALE
+from diffusers_tsam.shapes import GUIDANCE_SCALE, MODEL
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 

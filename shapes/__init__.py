@@ -1,5 +1,9 @@
 """A small world of coloured solids: its scenes, the models trained on it, and a judge that reads their pictures."""
 
+from pathlib import Path
+
+
+MODEL = Path(__file__).parent / "sd"  # the Stable Diffusion that ships
 GUIDANCE_SCALE = 4.0
 
 

@@ -36,6 +36,16 @@ def components():
     return tiny_components()
 
 
+@pytest.fixture(scope="session")
+def folder(components, tmp_path_factory):
+    """The tiny model, saved."""
+    from diffusers import StableDiffusionPipeline
+
+    path = tmp_path_factory.mktemp("model")
+    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
 def stock(components):
     from diffusers import DDIMScheduler, StableDiffusionPipeline

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_tsam import cli
@@ -17,13 +16,6 @@ from diffusers_tsam.pipeline_tsam_sd import StableDiffusionTSAMPipeline
 
 PROMPT = "a black car and a white clock"
 LONG = "a red cube and a blue sphere and a green car and a black dog on the white table"  # 19 words
-
-
-@pytest.fixture(scope="module")
-def folder(components, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture

@@ -22,13 +22,6 @@ def draw(pipe, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def folder(components, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def expected(folder):
     return draw(StableDiffusionTSAMPipeline.from_pretrained(folder))
 

@@ -1,21 +1,16 @@
 """The world of coloured solids, the judge, and the trained model that ships."""
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-import diffusers_tsam
 from diffusers_tsam import StableDiffusionTSAMPipeline
 from diffusers_tsam.attention_processors import normalize_text_attention
-from diffusers_tsam.shapes import scenes
+from diffusers_tsam.shapes import MODEL, scenes
 from diffusers_tsam.shapes.judge import Judge, verdict
-
-
-MODEL = Path(diffusers_tsam.__file__).parent / "shapes" / "sd"
 
 
 @pytest.fixture(scope="module")
