@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 OBJECTIVES = ("l1", "l1_full", "cosine")
@@ -41,6 +42,11 @@ def _normalize_rows(matrix):
 def _pairs(content):
     """Which pairs of tokens are both content: (B, N) bool -> (B, N, N) bool."""
     return content.unsqueeze(-1) & content.unsqueeze(-2)
+
+
+def symmetrize(attention):
+    """T' of a bidirectional text encoder as if it were causal: tril((T' + T'ᵀ)/2), (B, N, N). App. B.2."""
+    return (attention + attention.mT).tril() / 2
 
 
 def normalize_text_attention(attention, content, gamma):
@@ -124,24 +130,74 @@ class TextSelfAttention(NamedTuple):
     tokens: list
 
 
+class _SelfAttentionSum(TorchFunctionMode):
+    """Adds up the attention probabilities of one text encoder, layer by layer, as torch computes its attention.
+
+    One (B, N, N) sum is all that is kept, and the encoder's own results are not touched: T costs no second run.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.sums, self.layers = [], [], []  # an entry for every call of the encoder
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is F.scaled_dot_product_attention:  # transformers' "sdpa"
+            self._add(_probabilities(*args, **(kwargs or {})))
+        elif function is F.softmax and output.dim() == 4:  # its "eager"
+            self._add(output)
+        return output
+
+    def _add(self, probabilities):
+        self.sums[-1] = self.sums[-1] + probabilities.float().mean(1)
+        self.layers[-1] += 1
+
+
+def _probabilities(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+    """What `scaled_dot_product_attention` computes on its way, float32 (B, heads, N, N)."""
+    scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1)
+
+
 @contextmanager
-def eager_attention(model):
-    """Let a transformers model compute its attention probabilities, and put its own implementation back."""
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+def record_self_attention(text_encoder):
+    """Record what a transformers text encoder is asked while the context is open, its results untouched.
+
+    Yields a recording for `read_text_self_attention`.
+    """
+    recording = _SelfAttentionSum()
+
+    def begin(module, args, kwargs):
+        recording.ids.append(args[0] if args else kwargs["input_ids"])
+        recording.sums.append(0)
+        recording.layers.append(0)
+
+    hook = text_encoder.register_forward_pre_hook(begin, with_kwargs=True)
     try:
-        yield
+        with recording:
+            yield recording
     finally:
-        model.set_attn_implementation(implementation)
+        hook.remove()
 
 
-def mean_self_attention(text_encoder, input_ids, attention_mask=None):
-    """T': mean over all layers and heads, float32 (B, N, N), of token ids (B, N). Eq. (2)."""
-    with eager_attention(text_encoder):
-        layers = text_encoder(input_ids, attention_mask=attention_mask, output_attentions=True).attentions
-    if not layers or any(layer is None for layer in layers):
-        raise RuntimeError(f"{type(text_encoder).__name__} returned no attention: T-SAM needs `output_attentions`.")
-    return sum(layer.float().mean(1) for layer in layers) / len(layers)
+def read_text_self_attention(recording, text_encoder, tokenizer):
+    """T' of the prompts that were encoded first while `record_self_attention` was open. Eq. (2)."""
+    expected, found = text_encoder.config.num_hidden_layers, recording.layers[0] if recording.layers else 0
+    if found != expected:
+        raise RuntimeError(
+            f"The self-attention of {found} of the {expected} layers of {type(text_encoder).__name__} was seen. Load it"
+            ' with `attn_implementation="sdpa"`, not compiled, or pass `tsam_steps=0`.'
+        )
+    ids, attention = recording.ids[0], recording.sums[0] / expected
+    content = content_of(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    tokens = [[tokenizer.decode(token) for token in prompt[own]] for prompt, own in zip(ids, content)]
+    return TextSelfAttention(attention, content, tokens)
 
 
 def content_of(input_ids, bos_token_id, eos_token_id):
@@ -236,17 +292,20 @@ def frozen(model):
 class LatentAlignment:
     """What T-SAM keeps during one call of a pipeline.
 
-    text: `TextSelfAttention` of the B images. losses: one (B,) tensor an update, each taken before it. steps: with
+    text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times, B images in all. losses: one (B,) tensor an update, each taken before it. steps: with
     `keep_maps`, (position in the scheduler's timesteps, maps (B, N, H, W), S (B, N, N)) before each guided step's first
     update, on the CPU.
     """
 
-    def __init__(self, text, alpha, gamma, objective="l1", keep_maps=False):
-        self.tokens = max([1 + token for token in text.content.any(0).nonzero().flatten().tolist()], default=1)
-        self.content = text.content[:, : self.tokens]
-        attention = text.attention[:, : self.tokens, : self.tokens]
+    def __init__(self, text, alpha, gamma, objective="l1", keep_maps=False, num_images_per_prompt=1, device=None):
+        attention, content, texts = text
+        attention, content = (x.to(device).repeat_interleave(num_images_per_prompt, 0) for x in (attention, content))
+        self.token_texts = [tokens for tokens in texts for _ in range(num_images_per_prompt)]
+        self.tokens = max([1 + token for token in content.any(0).nonzero().flatten().tolist()], default=1)
+        self.content = content[:, : self.tokens]
+        attention = attention[:, : self.tokens, : self.tokens]
         self.text_attention = normalize_text_attention(attention, self.content, gamma)
-        self.token_texts, self.alpha, self.objective, self.keep_maps = text.tokens, alpha, objective, keep_maps
+        self.alpha, self.objective, self.keep_maps = alpha, objective, keep_maps
         self.losses, self.steps, self.loss_scale = [], [], None
 
     @property
@@ -254,13 +313,16 @@ class LatentAlignment:
         """Whether there is anything to align: one token alone has only itself to attend to."""
         return bool((self.content.sum(-1) > 1).any())
 
-    def update(self, latents, input_scale, predict, layers, grid, step, iterations=1):
-        """Move latents (B, C, h, w) `iterations` times down the gradient of the loss. Eq. (15).
+    def update(self, latents, scheduler, t, predict, layers, grid, step, iterations=1):
+        """Move latents (B, C, h, w) before timestep t `iterations` times down the gradient of the loss. Eq. (15).
 
-        The step is taken at the model's input, z_in = c·z with c = `input_scale`, so that one alpha holds under every
-        scheduler: z' = z - (α/c) ∇_{z_in} loss. `predict(model_input)` runs the denoiser on the conditional half;
-        `layers` are read on the query grid `grid` = (H, W).
+        The step is taken at the model's input, z_in = c·z with c the scale that `scheduler` gives it, so that one alpha
+        holds under every scheduler: z' = z - (α/c) ∇_{z_in} loss. `predict(model_input)` runs the denoiser on the
+        conditional half; `layers` are read on the query grid `grid` = (H, W).
         """
+        input_scale = torch.ones((), device=latents.device)
+        if hasattr(scheduler, "scale_model_input"):
+            input_scale = scheduler.scale_model_input(input_scale, t)
         with record_cross_attention(layers, self.tokens) as maps:
             for iteration in range(iterations):
                 gradient, grids, similarity, loss = self._gradient(latents, input_scale, predict, maps, grid)
@@ -270,6 +332,9 @@ class LatentAlignment:
                 self.losses.append(loss)
                 if self.keep_maps and iteration == 0:
                     self.steps.append((step, grids.cpu(), similarity.cpu()))
+        # UniPC's corrector starts again from the previous sample, which would undo the move; without one it is skipped.
+        if getattr(scheduler, "last_sample", None) is not None:
+            scheduler.last_sample = None
         return latents
 
     def _gradient(self, latents, input_scale, predict, maps, grid):
@@ -325,27 +390,20 @@ class LatentAlignment:
         return result
 
 
-def updates_per_timestep(
-    num_timesteps,
-    num_inference_steps,
-    order,
-    tsam_steps,
-    refinement_steps,
-    refinement_iterations,
-    runge_kutta_timesteps=0,
-):
+def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations):
     """How many updates the latent gets before each entry of the scheduler's timesteps.
 
     A denoising step may take several entries: second-order schedulers evaluate the model twice, PNDM four times in its
     Runge-Kutta steps or, without these, twice in its first. Only a step's first evaluation is guided, since the later
     ones start again from the sample that the scheduler kept.
     """
-    if runge_kutta_timesteps:
-        first = runge_kutta_timesteps
-        steps = [i // 4 if i < first else first // 4 + i - first for i in range(num_timesteps)]
+    number, runge_kutta = len(scheduler.timesteps), getattr(scheduler, "prk_timesteps", None)
+    if runge_kutta is not None and len(runge_kutta):
+        first = len(runge_kutta)
+        steps = [i // 4 if i < first else first // 4 + i - first for i in range(number)]
     else:
-        warmup = max(num_timesteps - num_inference_steps * order, 0)
-        steps = [max(i - warmup, 0) // order for i in range(num_timesteps)]
+        warmup = max(number - num_inference_steps * scheduler.order, 0)
+        steps = [max(i - warmup, 0) // scheduler.order for i in range(number)]
     return [
         0
         if step >= tsam_steps or (i > 0 and step == steps[i - 1])

@@ -16,16 +16,16 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
-from diffusers.utils import deprecate, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import deprecate
 
 from .attention_processors import (
     LatentAlignment,
     TextSelfAttention,
     check_text_self_attention,
     check_tsam_inputs,
-    content_of,
     frozen,
-    mean_self_attention,
+    read_text_self_attention,
+    record_self_attention,
     updates_per_timestep,
 )
 
@@ -88,28 +88,12 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
     def get_text_self_attention(self, prompt: str | list[str], lora_scale: float | None = None) -> TextSelfAttention:
         """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
 
-        It is read from the token ids (textual inversion, truncation, padding) that `encode_prompt` encodes.
+        It is read while `encode_prompt` encodes them, so it is of the tokens (textual inversion, truncation, padding)
+        and layers (LoRA) that the picture is drawn from.
         """
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        tokenizer, text_encoder = self.tokenizer, self.text_encoder
-        inputs = tokenizer(
-            self.maybe_convert_prompt(prompt, tokenizer),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self._execution_device)
-        mask = inputs.attention_mask if getattr(text_encoder.config, "use_attention_mask", False) else None
-        if lora_scale is not None:
-            scale_lora_layers(text_encoder, lora_scale)
-        try:
-            attention = mean_self_attention(text_encoder, inputs.input_ids, mask)
-        finally:
-            if lora_scale is not None:
-                unscale_lora_layers(text_encoder, lora_scale)
-        content = content_of(inputs.input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        tokens = [[tokenizer.decode(token) for token in ids[own]] for ids, own in zip(inputs.input_ids, content)]
-        return TextSelfAttention(attention, content, tokens)
+        with record_self_attention(self.text_encoder) as recording:
+            self.encode_prompt(prompt, self._execution_device, 1, False, lora_scale=lora_scale)
+        return read_text_self_attention(recording, self.text_encoder, self.tokenizer)
 
     def align_latents(
         self,
@@ -140,15 +124,8 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
                 return_dict=False,
             )
 
-        input_scale = torch.ones((), device=latents.device)
-        if hasattr(self.scheduler, "scale_model_input"):
-            input_scale = self.scheduler.scale_model_input(input_scale, t)
         grid = tuple(-(-side // 2**level) for side in latents.shape[-2:])
-        latents = alignment.update(latents, input_scale, predict, layers, grid, step, iterations)
-        # UniPC's corrector starts again from the previous sample, which would undo the move; without one it is skipped.
-        if getattr(self.scheduler, "last_sample", None) is not None:
-            self.scheduler.last_sample = None
-        return latents
+        return alignment.update(latents, self.scheduler, t, predict, layers, grid, step, iterations)
 
     # Inference mode makes tensors that autograd cannot use later; its callers get the same results without it.
     @torch.inference_mode(False)
@@ -286,26 +263,26 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
 
         # 3. Encode input prompt, and read its syntax
         lora_scale = self.cross_attention_kwargs.get("scale", None) if self.cross_attention_kwargs is not None else None
+        reading = tsam_steps > 0 and text_self_attention is None
+        with record_self_attention(self.text_encoder) if reading else nullcontext() as recording:
+            prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                prompt,
+                device,
+                num_images_per_prompt,
+                self.do_classifier_free_guidance,
+                negative_prompt,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                lora_scale=lora_scale,
+                clip_skip=self.clip_skip,
+            )
+        if reading:
+            text_self_attention = read_text_self_attention(recording, self.text_encoder, self.tokenizer)
         alignment = None
         if tsam_steps > 0:
-            text = text_self_attention or self.get_text_self_attention(prompt, lora_scale)
-            text = TextSelfAttention(
-                text[0].to(device).repeat_interleave(num_images_per_prompt, 0),
-                text[1].to(device).repeat_interleave(num_images_per_prompt, 0),
-                [tokens for tokens in text[2] for _ in range(num_images_per_prompt)],
+            alignment = LatentAlignment(
+                text_self_attention, alpha, gamma, objective, output_attentions, num_images_per_prompt, device
             )
-            alignment = LatentAlignment(text, alpha, gamma, objective, keep_maps=output_attentions)
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=self.clip_skip,
-        )
 
         # For classifier free guidance, we need to do two forward passes.
         # Here we concatenate the unconditional and text embeddings into a single batch
@@ -357,15 +334,8 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
         if alignment is not None and alignment.possible:
-            prk_timesteps = getattr(self.scheduler, "prk_timesteps", None)
             updates = updates_per_timestep(
-                len(timesteps),
-                num_inference_steps,
-                self.scheduler.order,
-                tsam_steps,
-                refinement_steps,
-                refinement_iterations,
-                runge_kutta_timesteps=len([] if prk_timesteps is None else prk_timesteps),
+                self.scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations
             )
         else:
             updates = [0] * len(timesteps)

@@ -1,6 +1,7 @@
 """Train what ships in this folder, from nothing:
 
-    python -m diffusers_tsam.shapes.train --output shapes      # about 70 minutes on two cores
+    python -m diffusers_tsam.shapes.train --output shapes                     # about 70 minutes on two cores
+    python -m diffusers_tsam.shapes.train --output shapes --stages vae,pixart # its transformer twin
 
 Every stage is seeded, saves a checkpoint every few minutes and resumes from it when started again.
 """
@@ -14,16 +15,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from .judge import Judge
 from .scenes import COLOURS, GRID, PAIRS, SIZE, SOLIDS, random_scene, words_of_solids
 
 
 MAX_TOKENS = 32
+WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
 GROUNDING = 0.03  # weight of the share of a word's map that lies off its solid (TokenCompose, Wang et al. 2024)
 EMA_DECAY = 0.999
@@ -32,21 +42,28 @@ DECODER_NOISE = 0.05  # what a sampler leaves in a latent
 CHECKPOINT_SECONDS = 120
 
 
-def build_tokenizer():
+def build_clip_tokenizer():
     """A CLIPTokenizer of the captions' words, one token each; anything else falls apart into bytes."""
-    words = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=10_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator([" ".join(words)] * 3, trainer)
+    bpe.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     tokens += [a + b for a, b in merges if a + b not in tokens] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_t5_tokenizer():
+    """A T5Tokenizer of the captions' words, one token each; anything else falls apart into printable characters."""
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = [("▁" + word, -1.0) for word in WORDS] + [("▁", -2.0)] + [(character, -10.0) for character in characters]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *dict(pieces).items()]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
 def build_vae():
@@ -62,7 +79,7 @@ def build_vae():
     )
 
 
-def build_text_encoder(tokenizer):
+def build_clip(tokenizer):
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -79,6 +96,23 @@ def build_text_encoder(tokenizer):
     )
 
 
+def build_t5(tokenizer):
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=3,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",  # as T5 1.1, PixArt's
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+
+
 def build_unet():
     return UNet2DConditionModel(
         sample_size=GRID,
@@ -90,6 +124,26 @@ def build_unet():
         attention_head_dim=4,  # as in SD 1.x, this is the number of heads
         norm_num_groups=16,
     )
+
+
+def build_transformer():
+    """As deep as blocks 10 to 18 ask for, narrow; initialised as PixArt was, from an identity."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=GRID,
+        patch_size=2,
+        num_layers=20,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        cross_attention_dim=128,
+        caption_channels=128,
+        in_channels=4,
+        out_channels=4,
+    )
+    nn.init.normal_(transformer.adaln_single.linear.weight, std=0.02)
+    for block in transformer.transformer_blocks:
+        nn.init.zeros_(block.attn2.to_out[0].weight)
+    nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
 
 
 def build_scheduler():
@@ -295,27 +349,54 @@ def latents_of(args, vae, number):
     return data
 
 
-def train_diffusion(args, vae):
+def train_sd(args, vae):
+    """Stable Diffusion: UNet and CLIP."""
+    tokenizer, unet = build_clip_tokenizer(), build_unet().to(memory_format=torch.channels_last)
+    text_encoder, scheduler = build_clip(tokenizer), build_scheduler()
+
+    def predict(noisy, timesteps, tokens):
+        return unet(noisy, timesteps, text_encoder(tokens)[0]).sample
+
+    train_diffusion("sd", args, vae, unet, text_encoder, scheduler, tokenizer, MAX_TOKENS, predict)
+    return StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def train_pixart(args, vae):
+    """PixArt-α: diffusion transformer and T5."""
+    tokenizer, transformer = build_t5_tokenizer(), build_transformer()
+    text_encoder, scheduler = build_t5(tokenizer), build_scheduler()
+
+    def predict(noisy, timesteps, tokens):
+        attended = tokens != tokenizer.pad_token_id
+        states = text_encoder(tokens, attention_mask=attended)[0]
+        return transformer(noisy, states, timesteps, encoder_attention_mask=attended.float()).sample
+
+    train_diffusion("pixart", args, vae, transformer, text_encoder, scheduler, tokenizer, 12, predict)
+    return PixArtAlphaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+
+
+def train_diffusion(name, args, vae, denoiser, text_encoder, scheduler, tokenizer, length, predict):
+    """Train denoiser and text encoder together on captions of `length` tokens; predict(noisy, timesteps, tokens)."""
     data = latents_of(args, vae, args.scenes)
     vae.register_to_config(scaling_factor=data["scale"])
-    tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    text_encoder, unet = build_text_encoder(tokenizer).to(args.device), build_unet().to(args.device)
-    unet.to(memory_format=torch.channels_last)
-    print(f"UNet {unet.num_parameters():,} parameters, text encoder {text_encoder.num_parameters():,}", flush=True)
+    denoiser.to(args.device), text_encoder.to(args.device)
+    print(f"denoiser {denoiser.num_parameters():,} parameters, text encoder {text_encoder.num_parameters():,}", flush=True)
     maps = []
-    stock = unet.attn_processors
-    unet.set_attn_processor(GroundedAttnProcessor(maps))
-    ids = tokenizer(data["captions"], padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-    empty = tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids[0]
+    stock = denoiser.attn_processors
+    denoiser.set_attn_processor(GroundedAttnProcessor(maps))
+    ids = tokenizer(data["captions"], padding="max_length", max_length=length, return_tensors="pt").input_ids
+    empty = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids[0]
     words = torch.zeros(len(ids), 3, 2, dtype=torch.long)
     for index, caption in enumerate(data["captions"]):
         for solid, positions in enumerate(words_of_solids(caption)):
-            words[index, solid] = torch.tensor(positions) + 1  # after <|startoftext|>
-    run = Run("sd", args, {"unet": unet, "text_encoder": text_encoder}, args.steps, args.rate, ema=True)
+            words[index, solid] = torch.tensor(positions) + (tokenizer.bos_token_id is not None)
+    run = Run(name, args, {"denoiser": denoiser, "text_encoder": text_encoder}, args.steps, args.rate, ema=True)
 
     def loss_of(rng, generator):
         text_encoder.train()
-        unet.train()
+        denoiser.train()
         pick = torch.from_numpy(rng.integers(0, len(ids), args.batch))
         latents = data["latents"][pick].float().to(args.device).to(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -326,16 +407,13 @@ def train_diffusion(args, vae):
         noisy = scheduler.add_noise(latents, noise, timesteps)
         maps.clear()
         with torch.autocast(args.device, torch.bfloat16):
-            prediction = unet(noisy, timesteps, text_encoder(tokens)[0]).sample.float()
+            prediction = predict(noisy, timesteps, tokens).float()
             fit = F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
         off = grounding_loss(maps, data["masks"][pick].float().to(args.device), where)
         return fit + GROUNDING * off, {"mse": fit, "off": off}
 
     run(loss_of)
-    unet.set_attn_processor(dict(stock))
-    return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
+    denoiser.set_attn_processor(dict(stock))
 
 
 def save(pipe, path):
@@ -365,12 +443,13 @@ def main():
     stages = args.stages.split(",")
     if "judge" in stages:
         train_judge(args)
-    if "vae" in stages or "sd" in stages:
+    if {"vae", "sd", "pixart"} & set(stages):
         vae = train_vae(args)
-    if "sd" in stages:
-        pipe = train_diffusion(args, vae)
-        train_decoder(args, vae)
-        save(pipe, args.output / "sd")
+    for name, train in (("sd", train_sd), ("pixart", train_pixart)):
+        if name in stages:
+            pipe = train(args, vae)
+            train_decoder(args, vae)
+            save(pipe, args.output / name)
 
 
 if __name__ == "__main__":

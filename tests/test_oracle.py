@@ -11,7 +11,8 @@ from diffusers_tsam.attention_processors import (
     alignment_loss,
     content_of,
     cosine_similarity,
-    mean_self_attention,
+    read_text_self_attention,
+    record_self_attention,
     normalize_similarity,
     normalize_text_attention,
     record_cross_attention,
@@ -176,28 +177,46 @@ def token_ids(pipe, prompts=PROMPTS):
 @torch.no_grad()
 def test_text_self_attention_is_the_mean_of_all_layers_and_heads(pipe):
     ids = token_ids(pipe)
-    product = mean_self_attention(pipe.text_encoder, ids)
+    product = pipe.get_text_self_attention(list(PROMPTS)).attention
     assert product.dtype == torch.float32
     for image in range(len(ids)):
         expected = oracle.mean_self_attention(pipe.text_encoder, ids[image])
         torch.testing.assert_close(product[image].double(), expected, rtol=1e-4, atol=1e-6)
-    text = pipe.get_text_self_attention(list(PROMPTS))
-    assert torch.equal(text.attention, product)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_text_encoder_keeps_its_attention_implementation_even_when_it_fails(pipe, implementation):
-    encoder = pipe.text_encoder
-    found = encoder.config._attn_implementation
-    try:
-        encoder.set_attn_implementation(implementation)
-        mean_self_attention(encoder, token_ids(pipe))
-        assert encoder.config._attn_implementation == implementation
-        with pytest.raises(ValueError, match="[Ss]equence length"):
-            mean_self_attention(encoder, torch.zeros(1, 500, dtype=torch.long))
-        assert encoder.config._attn_implementation == implementation
-    finally:
-        encoder.set_attn_implementation(found)
+@pytest.fixture(params=["sdpa", "eager"])
+def implementation(pipe, request):
+    """Both of transformers' ways to compute attention that torch can see."""
+    found = pipe.text_encoder.config._attn_implementation
+    pipe.text_encoder.set_attn_implementation(request.param)
+    yield request.param
+    pipe.text_encoder.set_attn_implementation(found)
+
+
+@torch.no_grad()
+def test_text_self_attention_is_read_without_touching_the_text_encoder(pipe, implementation):
+    encoder, ids = pipe.text_encoder, token_ids(pipe)
+    plain = encoder(ids)[0]
+    with record_self_attention(encoder) as recording:
+        recorded = encoder(ids)[0]
+        encoder(ids[:1])  # as a negative prompt, after the prompts
+    assert torch.equal(recorded, plain)
+    assert not encoder._forward_pre_hooks
+    text = read_text_self_attention(recording, encoder, pipe.tokenizer)
+    expected = torch.stack([oracle.mean_self_attention(encoder, prompt) for prompt in ids])
+    torch.testing.assert_close(text.attention.double(), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="[Ss]equence length"), record_self_attention(encoder):
+        encoder(torch.zeros(1, 500, dtype=torch.long))
+    assert not encoder._forward_pre_hooks
+
+
+def test_a_text_encoder_whose_attention_cannot_be_seen_is_refused(pipe):
+    with record_self_attention(pipe.text_encoder) as recording:
+        recording.ids.append(token_ids(pipe))
+        recording.sums.append(0)
+        recording.layers.append(0)
+    with pytest.raises(RuntimeError, match="0 of the 2 layers"):
+        read_text_self_attention(recording, pipe.text_encoder, pipe.tokenizer)
 
 
 @pytest.mark.parametrize("resolution", [8, 16])
@@ -250,6 +269,16 @@ def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(pipe):
 # Moving
 
 
+class Scaling:
+    """A scheduler that scales the model's input."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def scale_model_input(self, sample, t):
+        return self.scale * sample
+
+
 class Scene:
     """Three prompts of different lengths, their embeddings and latents."""
 
@@ -271,7 +300,7 @@ class Scene:
             self.pipe.unet(model_input, self.t, self.context[images])
 
         layers, _ = self.pipe.cross_attention_layers()
-        latents = alignment.update(self.latents[images], scale, predict, layers, GRID, step=0)
+        latents = alignment.update(self.latents[images], Scaling(scale), self.t, predict, layers, GRID, step=0)
         return latents, alignment.losses_per_image()
 
     def where(self, image, objective):
@@ -344,13 +373,13 @@ def test_an_image_with_no_words_or_one_stays_where_it_is(pipe, objective):
 )
 def test_only_the_first_evaluation_of_a_step_is_guided(scheduler, expected):
     scheduler.set_timesteps(5)
-    assert updates_per_timestep(len(scheduler.timesteps), 5, scheduler.order, 3, {0, 2}, 3) == expected
+    assert updates_per_timestep(scheduler, 5, 3, {0, 2}, 3) == expected
 
 
 def test_the_papers_schedule_takes_85_updates_under_every_scheduler():
     for scheduler in (DDIMScheduler(), HeunDiscreteScheduler(), PNDMScheduler(skip_prk_steps=True)):
         scheduler.set_timesteps(50)
-        updates = updates_per_timestep(len(scheduler.timesteps), 50, scheduler.order, 25, {0, 10, 20}, 20)
+        updates = updates_per_timestep(scheduler, 50, 25, {0, 10, 20}, 20)
         assert (
             len(updates)
             == len(scheduler.timesteps)
@@ -362,5 +391,7 @@ def test_the_papers_schedule_takes_85_updates_under_every_scheduler():
 
 def test_pndms_runge_kutta_steps_are_guided_at_the_first_of_their_four_evaluations():
     """10 steps are 19 timesteps: three steps of four evaluations, then seven of one."""
-    updates = updates_per_timestep(19, 10, 1, 5, {0, 2}, 3, runge_kutta_timesteps=12)
+    scheduler = PNDMScheduler()
+    scheduler.set_timesteps(10)
+    updates = updates_per_timestep(scheduler, 10, 5, {0, 2}, 3)
     assert updates == [4, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
