@@ -4,6 +4,8 @@ import importlib
 
 
 _MODULES = {
+    "PixArtAlphaTSAMPipeline": "pipeline_tsam_pixart",
+    "PixArtAlphaTSAMPipelineOutput": "pipeline_tsam_pixart",
     "StableDiffusionTSAMPipeline": "pipeline_tsam_sd",
     "StableDiffusionTSAMPipelineOutput": "pipeline_tsam_sd",
     "TextSelfAttention": "attention_processors",

@@ -292,9 +292,9 @@ def frozen(model):
 class LatentAlignment:
     """What T-SAM keeps during one call of a pipeline.
 
-    text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times, B images in all. losses: one (B,) tensor an update, each taken before it. steps: with
-    `keep_maps`, (position in the scheduler's timesteps, maps (B, N, H, W), S (B, N, N)) before each guided step's first
-    update, on the CPU.
+    text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times, B images in all. losses: one
+    (B,) tensor an update, each taken before it. steps: with `keep_maps`, (position in the scheduler's timesteps, maps
+    (B, N, H, W), S (B, N, N)) before each guided step's first update, on the CPU.
     """
 
     def __init__(self, text, alpha, gamma, objective="l1", keep_maps=False, num_images_per_prompt=1, device=None):
@@ -416,7 +416,7 @@ def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_
 # Checking the arguments
 
 
-def _check_integer(name, value, limit, remedy):
+def check_integer(name, value, limit, remedy):
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` has to be an integer but is {value!r}. {remedy}")
     if value < limit:
@@ -436,11 +436,11 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
     Returns tsam_steps and refinement_steps (a set). Raises ValueError or TypeError naming the value, the limit and the
     remedy.
     """
-    _check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
+    check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
     if tsam_steps is None:
         tsam_steps = num_steps * GUIDED_PERCENT // 100
     remedy = f"Pass 0 to {num_steps} (0 is off), or None for half of the steps."
-    _check_integer("tsam_steps", tsam_steps, 0, remedy)
+    check_integer("tsam_steps", tsam_steps, 0, remedy)
     if tsam_steps > num_steps:
         raise ValueError(f"`tsam_steps` is {tsam_steps}, but there are only {num_steps} denoising steps. {remedy}")
 
@@ -450,7 +450,7 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
     _check_number("gamma", gamma, "Pass the exponent of T, 2.0 for instance.")
     if gamma <= 0:
         raise ValueError(f"`gamma` is {gamma}, but has to be above 0: at 0, T says nothing. Pass 2.0.")
-    _check_integer("refinement_iterations", refinement_iterations, 0, "Pass 0 for no refinement.")
+    check_integer("refinement_iterations", refinement_iterations, 0, "Pass 0 for no refinement.")
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` is {objective!r}, but has to be one of {', '.join(map(repr, OBJECTIVES))}.")
 
@@ -461,7 +461,7 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
         raise TypeError(f"`refinement_steps` has to be a sequence but is {refinement_steps!r}. Pass (0, 10).")
     refinement_steps = list(refinement_steps)
     for step in refinement_steps:
-        _check_integer("refinement_steps", step, 0, "Steps count from 0; pass () for no refinement.")
+        check_integer("refinement_steps", step, 0, "Steps count from 0; pass () for no refinement.")
         if step >= tsam_steps:
             raise ValueError(
                 f"`refinement_steps` has {step}, but only steps 0 to {tsam_steps - 1} are guided: `tsam_steps` is"

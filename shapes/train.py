@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -26,6 +25,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from .judge import Judge
@@ -382,7 +382,8 @@ def train_diffusion(name, args, vae, denoiser, text_encoder, scheduler, tokenize
     data = latents_of(args, vae, args.scenes)
     vae.register_to_config(scaling_factor=data["scale"])
     denoiser.to(args.device), text_encoder.to(args.device)
-    print(f"denoiser {denoiser.num_parameters():,} parameters, text encoder {text_encoder.num_parameters():,}", flush=True)
+    sizes = denoiser.num_parameters(), text_encoder.num_parameters()
+    print("denoiser {:,} parameters, text encoder {:,}".format(*sizes), flush=True)
     maps = []
     stock = denoiser.attn_processors
     denoiser.set_attn_processor(GroundedAttnProcessor(maps))

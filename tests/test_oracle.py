@@ -11,11 +11,11 @@ from diffusers_tsam.attention_processors import (
     alignment_loss,
     content_of,
     cosine_similarity,
-    read_text_self_attention,
-    record_self_attention,
     normalize_similarity,
     normalize_text_attention,
+    read_text_self_attention,
     record_cross_attention,
+    record_self_attention,
     smooth,
     updates_per_timestep,
 )

@@ -1,8 +1,8 @@
-"""A tiny Stable Diffusion with random weights, built from nothing in a fraction of a second."""
+"""A tiny Stable Diffusion and a tiny PixArt-α with random weights, built from nothing in a fraction of a second."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 
 WORDS = "a an and with black white red blue green car clock cube sphere dog on table the of".split()
@@ -23,6 +23,29 @@ def tiny_tokenizer(length=77):
     tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def tiny_vae():
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    ).eval()
+
+
+def tiny_scheduler():
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def tiny_components(length=77):
@@ -58,29 +81,56 @@ def tiny_components(length=77):
         if name.endswith("attn2"):
             layer.to_q.weight.data *= 4
             layer.to_k.weight.data *= 4
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    ).eval()
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
     return {
-        "vae": vae,
+        "vae": tiny_vae(),
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
         "unet": unet,
-        "scheduler": scheduler,
+        "scheduler": tiny_scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
+    }
+
+
+def tiny_t5_tokenizer():
+    """T5Tokenizer of WORDS, one token each; other text falls apart into characters."""
+    pieces = {"▁" + word: -1.0 for word in WORDS} | {"▁": -2.0} | {chr(code): -10.0 for code in range(33, 127)}
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces.items()], extra_ids=0)
+
+
+def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
+    """Blocks 10 to 18 and one more; the variance is learned, as in the published PixArt-α."""
+    torch.manual_seed(0)
+    tokenizer = tiny_t5_tokenizer()
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    ).eval()
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=blocks,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        **kwargs,
+    ).eval()
+    for block in transformer.transformer_blocks:
+        block.attn2.to_q.weight.data *= 4
+        block.attn2.to_k.weight.data *= 4
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "vae": tiny_vae(),
+        "transformer": transformer,
+        "scheduler": tiny_scheduler(),
     }
