@@ -125,8 +125,8 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
         **kwargs,
     ).eval()
     for block in transformer.transformer_blocks:
-        block.attn2.to_q.weight.data *= 4
-        block.attn2.to_k.weight.data *= 4
+        block.attn2.to_q.weight.data *= 12
+        block.attn2.to_k.weight.data *= 12
     return {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
