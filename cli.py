@@ -1,16 +1,21 @@
 """`tsam "a red cube and a blue sphere"`: what T-SAM changes in a picture, and why, drawn into one PNG."""
 
 import argparse
+import importlib
 import inspect
+import json
 import os
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
+from .shapes import ARGUMENTS, MODELS, tuned_setting
 
-SHIPPED = Path(__file__).parent / "shapes" / "sd"
+
+PIPELINES = {"sd": "StableDiffusionTSAMPipeline", "pixart": "PixArtAlphaTSAMPipeline"}
 SETTINGS = ("tsam_steps", "alpha", "gamma", "refinement_steps", "refinement_iterations", "objective", "guidance_scale")
-SEED = 74  # of 0 to 109, stock fails on "a red cube and a blue sphere" at 30, 41 and this, where the sphere is missing
+# Seeds at which stock fails on "a red cube and a blue sphere": for sd one of three (30, 41, 74) of 0 to 109.
+SEEDS = {"sd": 74, "pixart": 0}
 MAX_WORDS = 14  # two lines of maps that can still be read
 WORDS_A_LINE = 7
 NARROW, WIDE, MARGIN, HEADING, GAP = 10.5, 14.0, 0.35, 0.25, 0.1  # inches
@@ -143,9 +148,14 @@ def arguments():
     )
     add = parser.add_argument
     add("prompt", help="what to draw, two words or more")
-    add("--model", default=SHIPPED, help="a Stable Diffusion folder or Hub id (the shipped model of shapes)")
+    add("--pipeline", choices=tuple(PIPELINES), help="Stable Diffusion or PixArt-α (what --model is, or sd)")
+    add("--model", help="a folder or Hub id of either (the shipped model of shapes)")
     add("--output", default="tsam.png", help="the PNG to write (tsam.png)")
-    add("--seed", type=int, default=SEED, help=f"seed of the noise that both pictures start from ({SEED})")
+    add(
+        "--seed",
+        type=int,
+        help="seed of the noise that both pictures start from ({sd}, for pixart {pixart})".format(**SEEDS),
+    )
     add("--steps", type=int, default=50, help="denoising steps (50)")
     add("--tsam-steps", type=int, help="how many of the first steps are guided")
     add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
@@ -191,39 +201,53 @@ def quiet():
                 logger.enable_progress_bar()
 
 
-def load(model, device=None, dtype=None):
-    """A T-SAM pipeline from a folder or the Hub, on its device."""
+def kind_of(folder):
+    """Which of PIPELINES a saved pipeline is for, by its components."""
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"--model is {str(folder)!r}, which is no saved pipeline: it has no model_index.json.")
+    components = json.loads(index.read_text())
+    for kind, denoiser in (("sd", "UNet2DConditionModel"), ("pixart", "PixArtTransformer2DModel")):
+        if denoiser in (components.get(name, [None])[-1] for name in ("unet", "transformer")):
+            return kind
+    raise ValueError(
+        f"--model is {str(folder)!r}, a {components.get('_class_name')}. T-SAM is for {', '.join(PIPELINES)}."
+    )
+
+
+def load(model, kind=None, device=None, dtype=None):
+    """A T-SAM pipeline from a folder or the Hub, on its device, and which of PIPELINES it is."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") != 1):
         raise ValueError(f"--model is {str(model)!r}, which is neither a folder nor a Hub id such as 'owner/name'.")
     with quiet():
         import torch
-
-        from .pipeline_tsam_sd import StableDiffusionTSAMPipeline
+        from diffusers import DiffusionPipeline
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
-    folder = model if Path(model).is_dir() else StableDiffusionTSAMPipeline.download(model)  # with its progress bar
+    folder = model if Path(model).is_dir() else DiffusionPipeline.download(model)  # with its progress bar
+    kind = kind or kind_of(folder)
     with quiet():
-        return StableDiffusionTSAMPipeline.from_pretrained(folder, dtype=dtype).to(device)
+        pipeline = getattr(importlib.import_module(__package__), PIPELINES[kind])
+        return pipeline.from_pretrained(folder, dtype=dtype).to(device), kind
 
 
 def run(args):
     """Everything the command does; the lines it prints."""
-    from .shapes import GUIDANCE_SCALE, tuned_setting
-
     check(args)
-    pipe = load(args.model, args.device, args.dtype)
+    pipe, kind = load(args.model or MODELS[args.pipeline or "sd"], args.pipeline, args.device, args.dtype)
     if pipe.get_text_self_attention(args.prompt).content.sum() < 2:
         raise ValueError(f"T-SAM aligns words with each other: {args.prompt!r} needs two or more.")
-    shipped = Path(args.model).resolve() == SHIPPED.resolve()
+    shipped = args.model is None or Path(args.model).resolve() == MODELS[kind].resolve()
+    seed = SEEDS[kind] if args.seed is None else args.seed
     pipeline_defaults = inspect.signature(pipe.__call__).parameters
     settings = {name: pipeline_defaults[name].default for name in SETTINGS}
     if shipped:
-        settings.update(tuned_setting(args.steps), guidance_scale=GUIDANCE_SCALE)
+        settings.update(tuned_setting(args.steps, kind), **ARGUMENTS[kind])
     settings.update({name: value for name, value in vars(args).items() if name in SETTINGS and value is not None})
     if shipped and args.tsam_steps is not None:
         settings["refinement_steps"] = [step for step in settings["refinement_steps"] if step < args.tsam_steps]
 
-    stock, tsam = outputs = draw(pipe, args.prompt, args.seed, num_inference_steps=args.steps, **settings)
+    stock, tsam = outputs = draw(pipe, args.prompt, seed, num_inference_steps=args.steps, **settings)
     losses = [final_loss(output, settings["objective"]) for output in outputs]
     captions = [f"loss {loss:.3f}" for loss in losses]
     guided = len(tsam.attentions[0]["steps"])
@@ -235,8 +259,8 @@ def run(args):
         seen = [", ".join(sorted(map(" ".join, solids))) or "nothing" for solids in seen]
         captions = [f"{caption} · the judge sees: {solids}" for caption, solids in zip(captions, seen)]
         lines.append("the judge sees: stock {}; T-SAM {}".format(*seen))
-    settings = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None]
-    footer = " · ".join([f"seed {args.seed}", f"{args.steps} steps", *settings])
+    settings = [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings[name] is not None]
+    footer = " · ".join([f"seed {seed}", f"{args.steps} steps", *settings])
     figure(args.prompt, stock, tsam, captions, footer).savefig(args.output)
     return lines
 

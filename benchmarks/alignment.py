@@ -1,6 +1,7 @@
 """Does T-SAM help? Stock and T-SAM pictures from the same latents, read by the judge.
 
     python benchmarks/alignment.py --split test --solids 2 --prompts 70 --seeds 6 --setting tuned
+    python benchmarks/alignment.py --pipeline pixart --solids 2 --prompts 70 --seeds 6 --setting tuned
 
 Prompts come from pairs of coloured solids that training never showed together: `tune` to choose settings on, `test` to
 report. One JSON line a picture goes to --output (a stopped run goes on where it was), the table to the terminal.
@@ -18,26 +19,29 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import GUIDANCE_SCALE, MODEL, tuned_setting
+from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
+from diffusers_tsam.shapes import ARGUMENTS, MODELS, tuned_setting
 from diffusers_tsam.shapes.judge import Judge, verdict
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 
 
-def parse_setting(text, steps):
-    """The pipeline's arguments for `steps` denoising steps.
+PIPELINES = {"sd": StableDiffusionTSAMPipeline, "pixart": PixArtAlphaTSAMPipeline}
 
-    text: "stock", "paper" (the pipeline's defaults, the paper's for Stable Diffusion), "tuned", or any of these and
-    others changed, as "tuned,alpha=2,refinement_steps=0+2+4"; refinement_steps may be none.
+
+def parse_setting(text, steps, pipeline="sd"):
+    """The arguments of one of PIPELINES for `steps` denoising steps.
+
+    text: "stock", "paper" (the pipeline's defaults), "tuned", or any of these and others changed, as
+    "tuned,alpha=2,refinement_steps=0+2+4,attention_layers=10+18"; refinement_steps may be none.
     """
     name, *changes = text.split(",")
     if "=" in name:
         name, changes = "paper", [name, *changes]
-    setting = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": tuned_setting(steps)}[name]
+    setting = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": tuned_setting(steps, pipeline)}[name]
     for part in changes:
         key, value = part.split("=")
-        if key == "refinement_steps":
-            setting[key] = [] if value == "none" else [int(step) for step in value.split("+")]
+        if key in ("refinement_steps", "attention_layers"):
+            setting[key] = () if value == "none" else tuple(map(int, value.split("+")))
         elif key == "objective":
             setting[key] = value
         else:
@@ -51,9 +55,9 @@ def draw(pipe, jobs, setting, steps):
     output = pipe(
         [caption for caption, _ in jobs],
         num_inference_steps=steps,
-        guidance_scale=GUIDANCE_SCALE,
         generator=generators,
         output_type="np",
+        **ARGUMENTS[next(kind for kind, pipeline in PIPELINES.items() if isinstance(pipe, pipeline))],
         **setting,
     )
     return (output.images * 255).round().astype(np.uint8), output.losses
@@ -119,7 +123,8 @@ def confusion(rows, names):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(MODEL), help="folder of a model of the shapes world")
+    parser.add_argument("--pipeline", default="sd", choices=tuple(PIPELINES))
+    parser.add_argument("--model", help="folder of another model of the shapes world")
     parser.add_argument("--split", default="test", choices=("tune", "test", "train"))
     parser.add_argument("--solids", type=int, default=2, choices=(1, 2, 3))
     parser.add_argument("--prompts", type=int, default=70)
@@ -135,7 +140,8 @@ def main():
     args = parser.parse_args()
 
     logging.disable_progress_bar()
-    pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
+    model = args.model or MODELS[args.pipeline]
+    pipe = PIPELINES[args.pipeline].from_pretrained(model, dtype=getattr(torch, args.dtype)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     judge = Judge.from_pretrained()
     wanted = prompts(args.solids, args.split, args.prompts)
@@ -144,7 +150,8 @@ def main():
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    done = [row for row in done if (row["steps"], row["split"], row["solids"]) == (args.steps, args.split, args.solids)]
+    run = {"pipeline": args.pipeline, "split": args.split, "steps": args.steps, "solids": args.solids}
+    done = [row for row in done if run.items() <= row.items()]
     names = ["stock", *(name for name in args.setting if name != "stock")]
     rows = []
     with args.output.open("a") as file:
@@ -155,13 +162,11 @@ def main():
             started = time.time()
             for first in range(0, len(todo), args.batch):
                 batch = todo[first : first + args.batch]
-                images, losses = draw(pipe, batch, parse_setting(name, args.steps), args.steps)
+                images, losses = draw(pipe, batch, parse_setting(name, args.steps, args.pipeline), args.steps)
                 for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
                     row = {
+                        **run,
                         "setting": name,
-                        "split": args.split,
-                        "steps": args.steps,
-                        "solids": args.solids,
                         "caption": caption,
                         "seed": seed,
                         "seen": sorted(map(list, seen)),

@@ -21,7 +21,7 @@ from diffusers_tsam.attention_processors import (
     normalize_text_attention,
     smooth,
 )
-from diffusers_tsam.shapes import GUIDANCE_SCALE, MODEL
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 
@@ -50,7 +50,7 @@ def mean_of(matrix, caption, kind):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(MODEL), help="folder of a model of the shapes world")
+    parser.add_argument("--model", default=str(MODELS["sd"]), help="folder of a model of the shapes world")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
@@ -82,7 +82,7 @@ def main():
         captions,
         generator=generator,
         num_inference_steps=args.steps,
-        guidance_scale=GUIDANCE_SCALE,
+        **ARGUMENTS["sd"],
         tsam_steps=args.steps,
         alpha=0.0,
         refinement_steps=(),

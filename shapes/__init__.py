@@ -3,20 +3,23 @@
 from pathlib import Path
 
 
-MODEL = Path(__file__).parent / "sd"  # the Stable Diffusion that ships
-GUIDANCE_SCALE = 4.0
+MODELS = {name: Path(__file__).parent / name for name in ("sd", "pixart")}  # what ships, a folder a pipeline
+ARGUMENTS = {  # what a call for them needs, guided or not
+    "sd": {"guidance_scale": 4.0},
+    "pixart": {"guidance_scale": 4.0, "use_resolution_binning": False, "clean_caption": False},
+}
 
 
-def tuned_setting(steps):
-    """T-SAM's arguments for the model that ships at `steps` denoising steps, tuned by `benchmarks/alignment.py`.
+def tuned_setting(steps, pipeline="sd"):
+    """T-SAM's arguments for a model that ships at `steps` denoising steps, tuned by `benchmarks/alignment.py`.
 
-    Its maps are sharper than Stable Diffusion's, so one update of the paper's size overshoots: many small ones, early.
+    Its maps are sharper than a large model's, so one update of the paper's size overshoots: many small ones, early.
     """
     tsam_steps = max(steps * 20 // 100, 1)
     refinement_steps = {steps * percent // 100 for percent in (0, 8, 16)}
     return {
         "tsam_steps": tsam_steps,
-        "alpha": 1.0,
+        "alpha": {"sd": 1.0, "pixart": 1.0}[pipeline],
         "gamma": 4.0,
         "refinement_steps": sorted(step for step in refinement_steps if step < tsam_steps),
         "refinement_iterations": 5,

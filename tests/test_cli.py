@@ -111,7 +111,7 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
             return [set(), {("red", "cube"), ("blue", "ring")}]
 
     given, draw = {}, cli.draw
-    monkeypatch.setattr(cli, "SHIPPED", cli.Path(folder))
+    monkeypatch.setitem(cli.MODELS, "sd", cli.Path(folder))
     monkeypatch.setattr(Judge, "from_pretrained", Seen)
     monkeypatch.setattr(cli, "draw", lambda *args, **settings: given.update(settings) or draw(*args, **settings))
     tsam(PROMPT)
@@ -120,17 +120,19 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
     assert {name: given[name] for name in tuned} == tuned and given["guidance_scale"] == 4.0
 
 
-@pytest.mark.skipif(not cli.SHIPPED.is_dir(), reason="the shapes model is not here")
+@pytest.mark.skipif(not cli.MODELS["sd"].is_dir(), reason="the shapes model is not here")
 def test_the_shipped_model_draws_and_is_judged(tmp_path, capsys):
     output = tmp_path / "shapes.png"
     cli.main(["a red cube and a blue sphere", "--steps", "4", "--output", str(output)])
     assert output.exists() and "the judge sees: stock " in capsys.readouterr().out
 
 
-def test_help_explains_every_option_in_one_line_and_imports_nothing_heavy():
+def test_help_explains_every_option_in_one_line_and_imports_nothing_heavy(tmp_path):
     options = cli.arguments()._actions
     assert all(option.help and "\n" not in option.help for option in options)
-    done = subprocess.run([sys.executable, "-X", "importtime", cli.__file__, "--help"], capture_output=True, text=True)
+    (tmp_path / "diffusers_tsam").symlink_to(cli.Path(cli.__file__).parent)  # a checkout need not be installed
+    command = [sys.executable, "-X", "importtime", "-m", "diffusers_tsam.cli", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for option in options for name in option.option_strings)
     assert not any(f" {heavy}\n" in done.stderr for heavy in ("torch", "diffusers", "transformers", "numpy"))
@@ -191,5 +193,6 @@ def test_loading_prints_nothing_and_puts_the_loggers_back(folder, capfd):
         return [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
 
     before = state()
-    assert cli.load(folder, "cpu", "bfloat16").unet.dtype == torch.bfloat16
+    pipe, kind = cli.load(folder, device="cpu", dtype="bfloat16")
+    assert (kind, pipe.unet.dtype) == ("sd", torch.bfloat16)
     assert capfd.readouterr() == ("", "") and state() == before

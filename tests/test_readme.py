@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import diffusers_tsam
-from diffusers_tsam.shapes import MODEL
+from diffusers_tsam.shapes import MODELS
 
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(MODEL))
+    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(MODELS["sd"]))
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")
     code = code.replace("a black car and a white clock", "a red cube and a blue sphere")
     for name in ("pipeline_tsam_sd.py", "attention_processors.py"):

@@ -9,13 +9,13 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
 from diffusers_tsam.attention_processors import normalize_text_attention
-from diffusers_tsam.shapes import MODEL, scenes
+from diffusers_tsam.shapes import MODELS, scenes
 from diffusers_tsam.shapes.judge import Judge, verdict
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = StableDiffusionTSAMPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"], dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -71,8 +71,8 @@ def test_a_verdict_tells_a_swap_from_a_missing_solid():
 
 
 def test_the_shipped_model_is_small_and_loads_into_the_stock_pipeline():
-    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) < 25e6
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL)
+    assert sum(path.stat().st_size for path in MODELS["sd"].rglob("*") if path.is_file()) < 25e6
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["sd"])
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red cube", num_inference_steps=2).images[0].size == (64, 64)
 
