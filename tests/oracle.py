@@ -25,6 +25,17 @@ def content(ids, bos, eos):
     return own
 
 
+def symmetrized(attention):
+    """T' of an encoder whose tokens see those behind them, as if they did not: tril((T' + T'ᵀ)/2). App. B.2."""
+    matrix = []
+    for i in range(len(attention)):
+        row = []
+        for j in range(len(attention)):
+            row.append((attention[i][j] + attention[j][i]) / 2 if j <= i else 0.0)
+        matrix.append(row)
+    return matrix
+
+
 def text_attention(attention, own, gamma):
     """T_ij = T'_ij^γ / Σ_{m<=i} T'_im^γ over content tokens, row i of i + 1 columns. Eq. (3), (14)."""
     matrix = []
@@ -100,19 +111,28 @@ def loss(text, images, objective):
     return total
 
 
-def probabilities(query, key, heads, causal=False):
-    """softmax(q kᵀ/√d), a matrix (P, N) a head; query (P, heads·d), key (N, heads·d)."""
+def probabilities(query, key, heads, scale=None, bias=None):
+    """softmax(scale·q kᵀ + bias), a matrix (P, N) a head; query (P, heads·d), key (N, heads·d).
+
+    scale: 1/√d unless given. bias: what is added to the scores, one for each head.
+    """
     d = query.shape[-1] // heads
+    scale = 1 / math.sqrt(d) if scale is None else scale
     result = []
     for head in range(heads):
         own = slice(head * d, (head + 1) * d)
-        weights = (query[:, own] @ key[:, own].T / math.sqrt(d)).exp()
-        weights = weights.tril() if causal else weights
+        scores = query[:, own] @ key[:, own].T * scale
+        weights = (scores if bias is None else scores + bias[head]).exp()
         result.append(weights / weights.sum(-1, keepdim=True))
     return result
 
 
-def mean_self_attention(encoder, ids):
+def attended(heads, value):
+    """What the heads (P, N) read from value (N, heads·d), side by side."""
+    return torch.cat([head @ own for head, own in zip(heads, value.chunk(len(heads), -1))], -1)
+
+
+def clip_self_attention(encoder, ids):
     """T' (N, N) of one prompt's token ids, from the weights of a CLIP text encoder. Eq. (2)."""
     config = encoder.config
     weights = {name.removeprefix("text_model."): value.double() for name, value in encoder.state_dict().items()}
@@ -126,15 +146,63 @@ def mean_self_attention(encoder, ids):
         return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     x = weights["embeddings.token_embedding.weight"][ids] + weights["embeddings.position_embedding.weight"][: len(ids)]
+    later = torch.full((len(ids), len(ids)), -math.inf).triu(1)
     seen = []
     for layer in (f"encoder.layers.{number}" for number in range(config.num_hidden_layers)):
         y = norm(x, f"{layer}.layer_norm1")
         query, key, value = (linear(y, f"{layer}.self_attn.{name}_proj") for name in "qkv")
-        heads = probabilities(query, key, config.num_attention_heads, causal=True)
-        values = value.chunk(len(heads), -1)
-        x = x + linear(torch.cat([head @ v for head, v in zip(heads, values)], -1), f"{layer}.self_attn.out_proj")
+        heads = probabilities(query, key, config.num_attention_heads, bias=[later] * config.num_attention_heads)
+        x = x + linear(attended(heads, value), f"{layer}.self_attn.out_proj")
         y = linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")
         x = x + linear(y / (1 + (-1.702 * y).exp()), f"{layer}.mlp.fc2")  # "quick_gelu"
+        seen += heads
+    return sum(seen) / len(seen)
+
+
+def bucket(distance, buckets, max_distance):
+    """Which of T5's relative positions a key is at, `distance` tokens after the query (Raffel et al., 2020).
+
+    Half of the buckets are for keys ahead, half for the others; of each half, the first half for one distance each, the
+    second for logarithmically growing ranges up to max_distance, and whatever is farther.
+    """
+    half = buckets // 2
+    exact, far = half // 2, abs(distance)
+    if far >= exact:
+        part = math.log(far / exact) / math.log(max_distance / exact)
+        far = min(exact + math.floor(part * (half - exact)), half - 1)
+    return half + far if distance > 0 else far
+
+
+def t5_self_attention(encoder, ids, mask):
+    """T' (N, N) of one prompt's token ids, from the weights of a T5 encoder; mask (N) is 0 at padding. Eq. (2)."""
+    config = encoder.config
+    weights = {name: value.double() for name, value in encoder.state_dict().items()}
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T
+
+    def norm(x, name):
+        x = x / (x.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()
+        return x * weights[f"{name}.weight"]
+
+    positions = range(len(ids))
+    buckets, max_distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    number = torch.tensor([[bucket(key - query, buckets, max_distance) for key in positions] for query in positions])
+    padding = torch.tensor([0.0 if own else -math.inf for own in mask.tolist()])
+    table = weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]  # for all layers
+    bias = [table[number, head] + padding for head in range(config.num_heads)]
+
+    x = weights["shared.weight"][ids]
+    seen = []
+    for layer in (f"encoder.block.{number}.layer" for number in range(config.num_layers)):
+        y = norm(x, f"{layer}.0.layer_norm")
+        query, key, value = (linear(y, f"{layer}.0.SelfAttention.{name}") for name in "qkv")
+        heads = probabilities(query, key, config.num_heads, 1.0, bias)
+        x = x + linear(attended(heads, value), f"{layer}.0.SelfAttention.o")
+        y = norm(x, f"{layer}.1.layer_norm")
+        gate = linear(y, f"{layer}.1.DenseReluDense.wi_0")
+        gate = gate / 2 * (1 + (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh())  # "gelu_new"
+        x = x + linear(gate * linear(y, f"{layer}.1.DenseReluDense.wi_1"), f"{layer}.1.DenseReluDense.wo")
         seen += heads
     return sum(seen) / len(seen)
 
@@ -166,34 +234,51 @@ def layers_at(unet, resolution):
     return [name for name, (hidden, _) in inputs.items() if hidden.shape[1] == resolution**2]
 
 
-def mean_cross_attention(layers, inputs):
-    """A (P, N) of the one image in `inputs`: mean over heads, then over the layers {name: module}. Eq. (6)."""
+def layers_of_blocks(first, last):
+    """Names of the cross-attention layers of a transformer's blocks, first and last included."""
+    return [f"transformer_blocks.{number}.attn2" for number in range(first, last + 1)]
+
+
+def linear(x, layer):
+    x = x @ layer.weight.T
+    return x if layer.bias is None else x + layer.bias
+
+
+def mean_cross_attention(layers, inputs, mask=None):
+    """A (P, N) of the one image in `inputs`: mean over heads, then over the layers {name: module}. Eq. (6).
+
+    mask: (N), the scores of tokens where it is 0 are lowered by 10000.
+    """
     maps = []
     for name, layer in layers.items():
         hidden, context = (tensor[0] for tensor in inputs[name])
-        heads = probabilities(hidden @ layer.to_q.weight.T, context @ layer.to_k.weight.T, layer.heads)
+        bias = None if mask is None else [-10000.0 * (1 - mask)] * layer.heads
+        heads = probabilities(linear(hidden, layer.to_q), linear(context, layer.to_k), layer.heads, bias=bias)
         maps.append(sum(heads) / len(heads))
     return sum(maps) / len(maps)
 
 
-def double(unet):
-    return copy.deepcopy(unet).double().requires_grad_(False)
+def double(model):
+    return copy.deepcopy(model).double().requires_grad_(False)
 
 
-def loss_at(unet, model_input, t, context, own, text, grid, objective):
-    """The loss of one image (C, h, w) at the input of a float64 UNet, its grid (H, W), context (N, D)."""
-    modules = dict(unet.named_modules())
-    layers = {name: modules[name] for name in layers_at(unet, 16)}
-    with captured_inputs(unet) as inputs:
-        unet(model_input[None], t, context[None])
-    maps = mean_cross_attention(layers, inputs)
+def loss_at(model, model_input, given, names, own, text, grid, objective):
+    """The loss of one image (C, h, w) at the input of a float64 UNet or transformer, its maps on the grid (H, W).
+
+    given: what the model is called with beside the input, by name, a batch of one. names: the layers that are read.
+    """
+    modules = dict(model.named_modules())
+    with captured_inputs(model) as inputs:
+        model(model_input[None], **given)
+    mask = given["encoder_attention_mask"][0] if "encoder_attention_mask" in given else None
+    maps = mean_cross_attention({name: modules[name] for name in names}, inputs, mask)
     images = [[[maps[h * grid[1] + w, token] for w in range(grid[1])] for h in range(grid[0])] for token in own]
     return loss(text, images, objective)
 
 
-def update(unet, latents, scale, alpha, *where):
+def update(model, latents, scale, alpha, *where):
     """z' = (c·z - α ∇ loss)/c of one image, the gradient taken at c·z, and the loss before. Eq. (15)."""
     model_input = (scale * latents).requires_grad_()
-    value = loss_at(unet, model_input, *where)
+    value = loss_at(model, model_input, *where)
     (gradient,) = torch.autograd.grad(value, model_input)
     return ((model_input - alpha * gradient) / scale).detach(), value.item()

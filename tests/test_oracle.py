@@ -2,10 +2,16 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    HeunDiscreteScheduler,
+    PixArtTransformer2DModel,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
 
 import oracle
-from diffusers_tsam import StableDiffusionTSAMPipeline, TextSelfAttention
+from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline, TextSelfAttention
 from diffusers_tsam.attention_processors import (
     LatentAlignment,
     alignment_loss,
@@ -17,15 +23,42 @@ from diffusers_tsam.attention_processors import (
     record_cross_attention,
     record_self_attention,
     smooth,
+    symmetrize,
     updates_per_timestep,
 )
+from tiny import tiny_components, tiny_pixart_components
 
 
 OBJECTIVES = ("l1", "l1_full", "cosine")
 LENGTHS = (1, 4, 7)  # content tokens of the images in a batch
 TOKENS = 9  # <bos>, up to 7 of the prompt's own, <eos> to the end
 PROMPTS = ("a black car", "a red cube and a blue sphere on the table", "dog on a green table")
-SIZE, GRID = (7, 6), (4, 3)  # of the latents, and of the maps read from them
+GRID = (4, 3)
+
+
+@pytest.fixture(scope="module")
+def components():
+    return tiny_components()
+
+
+@pytest.fixture(scope="module")
+def pixart_components():
+    return tiny_pixart_components()
+
+
+@pytest.fixture
+def pipe(components):
+    return StableDiffusionTSAMPipeline(**components, requires_safety_checker=False)
+
+
+@pytest.fixture
+def pixart(pixart_components):
+    return PixArtAlphaTSAMPipeline(**pixart_components)
+
+
+@pytest.fixture(params=["pipe", "pixart"])
+def either(request):
+    return request.getfixturevalue(request.param)
 
 
 def content_masks():
@@ -59,6 +92,12 @@ def close(rows, expected, rel=1e-5):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The equations
+
+
+def test_symmetrized_attention_is_the_lower_triangle_of_both_directions():
+    attention = torch.rand(2, 5, 5, dtype=torch.float64)
+    for product, image in zip(symmetrize(attention.float()), attention.tolist()):
+        assert close(product.tolist(), oracle.symmetrized(image))
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 4.0])
@@ -170,49 +209,87 @@ def test_special_tokens_written_in_the_prompt_are_not_content(pipe):
     assert [positions(mask) for mask in text.content] == [[1, 3, 4], [1, 2]]
 
 
-def token_ids(pipe, prompts=PROMPTS):
-    return pipe.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
+def test_a_special_token_written_in_the_prompt_ends_it_for_t5(pixart):
+    text = pixart.get_text_self_attention(["a black car", "a dog </s> and a cube"], clean_caption=False)
+    assert text.tokens == [["a", "black", "car"], ["a", "dog"]]
+    assert [positions(mask) for mask in text.content] == [[0, 1, 2], [0, 1]]
 
 
-@torch.no_grad()
-def test_text_self_attention_is_the_mean_of_all_layers_and_heads(pipe):
-    ids = token_ids(pipe)
-    product = pipe.get_text_self_attention(list(PROMPTS)).attention
-    assert product.dtype == torch.float32
-    for image in range(len(ids)):
-        expected = oracle.mean_self_attention(pipe.text_encoder, ids[image])
-        torch.testing.assert_close(product[image].double(), expected, rtol=1e-4, atol=1e-6)
+def tokenize(pipe, prompts=PROMPTS, length=120):
+    """What the text encoder is given. Only T5 is told what is padding, and cut where it is wanted."""
+    if isinstance(pipe, StableDiffusionTSAMPipeline):
+        return {"input_ids": pipe.tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids}
+    return dict(
+        pipe.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    )
+
+
+def self_attention(pipe, input_ids, attention_mask=None):
+    """The oracle's T' of every prompt, (B, N, N)."""
+    found = []
+    for image, ids in enumerate(input_ids):
+        if attention_mask is None:
+            found.append(oracle.clip_self_attention(pipe.text_encoder, ids))
+        else:
+            both_ways = oracle.t5_self_attention(pipe.text_encoder, ids, attention_mask[image])
+            found.append(torch.tensor(oracle.symmetrized(both_ways.tolist()), dtype=torch.float64))
+    return torch.stack(found)
 
 
 @pytest.fixture(params=["sdpa", "eager"])
-def implementation(pipe, request):
+def implementation(either, request):
     """Both of transformers' ways to compute attention that torch can see."""
-    found = pipe.text_encoder.config._attn_implementation
-    pipe.text_encoder.set_attn_implementation(request.param)
+    found = either.text_encoder.config._attn_implementation
+    either.text_encoder.set_attn_implementation(request.param)
     yield request.param
-    pipe.text_encoder.set_attn_implementation(found)
+    either.text_encoder.set_attn_implementation(found)
 
 
 @torch.no_grad()
-def test_text_self_attention_is_read_without_touching_the_text_encoder(pipe, implementation):
-    encoder, ids = pipe.text_encoder, token_ids(pipe)
-    plain = encoder(ids)[0]
+def test_text_self_attention_is_the_mean_of_all_layers_and_heads(either, implementation):
+    product = either.get_text_self_attention(list(PROMPTS)).attention
+    assert product.dtype == torch.float32
+    expected = self_attention(either, **tokenize(either))
+    torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_t5_is_read_right_over_every_distance_and_where_a_prompt_is_cut(pixart):
+    """The long prompt has no padding and distances beyond those that T5 tells apart."""
+    prompts = ["a black car and a white clock " * 30, "dog on the table"]
+    product = pixart.get_text_self_attention(prompts, max_sequence_length=160)
+    inputs = tokenize(pixart, prompts, 160)
+    assert product.content.sum(-1).tolist() == [159, 4]
+    assert inputs["attention_mask"].sum(-1).tolist() == [160, 5]
+    expected = self_attention(pixart, **inputs)
+    torch.testing.assert_close(product.attention.double(), expected, rtol=1e-4, atol=1e-6)
+    alone = pixart.get_text_self_attention(prompts[0], max_sequence_length=160)
+    torch.testing.assert_close(alone.attention[0].double(), expected[0], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_text_self_attention_is_read_without_touching_the_text_encoder(either, implementation):
+    encoder, inputs = either.text_encoder, tokenize(either)
+    plain = encoder(**inputs)[0]
     with record_self_attention(encoder) as recording:
-        recorded = encoder(ids)[0]
-        encoder(ids[:1])  # as a negative prompt, after the prompts
+        recorded = encoder(**inputs)[0]
+        encoder(**tokenize(either, ["a white clock"]))  # as a negative prompt, after the prompts
     assert torch.equal(recorded, plain)
     assert not encoder._forward_pre_hooks
-    text = read_text_self_attention(recording, encoder, pipe.tokenizer)
-    expected = torch.stack([oracle.mean_self_attention(encoder, prompt) for prompt in ids])
-    torch.testing.assert_close(text.attention.double(), expected, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="[Ss]equence length"), record_self_attention(encoder):
-        encoder(torch.zeros(1, 500, dtype=torch.long))
+    if isinstance(either, PixArtAlphaTSAMPipeline):
+        text = either.read_text_self_attention(recording)
+    else:
+        text = read_text_self_attention(recording, encoder, either.tokenizer)
+    torch.testing.assert_close(text.attention.double(), self_attention(either, **inputs), rtol=1e-4, atol=1e-6)
+    refused = pytest.raises((ValueError, IndexError), match="[Ss]equence length|out of range")
+    with refused, record_self_attention(encoder):
+        encoder(torch.full((1, 500), 10**6))  # longer than CLIP reads, and of no token that T5 has
     assert not encoder._forward_pre_hooks
 
 
 def test_a_text_encoder_whose_attention_cannot_be_seen_is_refused(pipe):
     with record_self_attention(pipe.text_encoder) as recording:
-        recording.ids.append(token_ids(pipe))
+        recording.ids.append(tokenize(pipe)["input_ids"])
         recording.sums.append(0)
         recording.layers.append(0)
     with pytest.raises(RuntimeError, match="0 of the 2 layers"):
@@ -239,14 +316,13 @@ def test_layers_are_those_with_that_many_queries_at_the_default_size(components,
 
 
 @torch.no_grad()
-def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(pipe):
-    unet, (layers, _) = pipe.unet, pipe.cross_attention_layers()
-    processors = [layer.processor for layer in layers]
-    latents, context, tokens = torch.randn(1, 4, *SIZE), 4 * torch.randn(1, 77, 16), 11
+def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(scene):
+    model, layers, tokens = scene.model, scene.layers, 11
+    given, processors = scene.given(), [layer.processor for layer in layers]
     outputs, hooks = [], [layer.register_forward_hook(lambda m, a, output: outputs.append(output)) for layer in layers]
-    plain = unet(latents, 500, context).sample
-    with oracle.captured_inputs(unet) as inputs, record_cross_attention(layers, tokens) as maps:
-        recorded = unet(latents, 500, context).sample
+    plain = model(scene.latents, **given).sample
+    with oracle.captured_inputs(model) as inputs, record_cross_attention(layers, tokens) as maps:
+        recorded = model(scene.latents, **given).sample
     for hook in hooks:
         hook.remove()
 
@@ -255,14 +331,17 @@ def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(pipe):
     assert len(outputs) == 2 * len(layers)
     assert all(torch.equal(a, b) for a, b in zip(outputs[: len(layers)], outputs[len(layers) :]))
 
-    modules = dict(oracle.double(unet).named_modules())
-    names = oracle.layers_at(unet, 16)
-    inputs = {name: [tensor.double() for tensor in inputs[name]] for name in names}
-    for index, name in enumerate(names):
-        expected = oracle.mean_cross_attention({name: modules[name]}, inputs)[:, :tokens]
-        torch.testing.assert_close(maps[index][0].double(), expected, rtol=1e-5, atol=1e-7)
-    expected = oracle.mean_cross_attention({name: modules[name] for name in names}, inputs)[:, :tokens]
-    torch.testing.assert_close(torch.stack(list(maps.values())).mean(0)[0].double(), expected, rtol=1e-5, atol=1e-7)
+    modules = dict(oracle.double(model).named_modules())
+    assert len(scene.names) == len(layers)
+    for image in range(len(PROMPTS)):
+        mask = given["encoder_attention_mask"][image] if "encoder_attention_mask" in given else None
+        own = {name: [tensor[image : image + 1].double() for tensor in inputs[name]] for name in scene.names}
+        for index, name in enumerate(scene.names):
+            expected = oracle.mean_cross_attention({name: modules[name]}, own, mask)[:, :tokens]
+            torch.testing.assert_close(maps[index][image].double(), expected, rtol=1e-5, atol=1e-7)
+        expected = oracle.mean_cross_attention({name: modules[name] for name in scene.names}, own, mask)[:, :tokens]
+        mean = torch.stack(list(maps.values())).mean(0)[image]
+        torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,39 +361,103 @@ class Scaling:
 class Scene:
     """Three prompts of different lengths, their embeddings and latents."""
 
-    t, gamma = 500, 2.0
+    t = 500
 
-    @torch.no_grad()
     def __init__(self, pipe, prompts=PROMPTS):
-        self.pipe, self.ids = pipe, token_ids(pipe, prompts)
+        self.pipe, self.inputs = pipe, tokenize(pipe, prompts)
         self.text = pipe.get_text_self_attention(list(prompts))
-        self.context = pipe.text_encoder(self.ids)[0]
-        self.latents = torch.randn(len(prompts), 4, *SIZE)
+        self.latents = torch.randn(len(prompts), 4, *self.size)
 
     def update(self, objective, scale, alpha, images=slice(None)):
         """The product's update of some of the images: their latents, and the losses before."""
         text = TextSelfAttention(self.text.attention[images], self.text.content[images], self.text.tokens[images])
         alignment = LatentAlignment(text, alpha, self.gamma, objective)
-
-        def predict(model_input):
-            self.pipe.unet(model_input, self.t, self.context[images])
-
-        layers, _ = self.pipe.cross_attention_layers()
-        latents = alignment.update(self.latents[images], Scaling(scale), self.t, predict, layers, GRID, step=0)
-        return latents, alignment.losses_per_image()
+        return self.align(alignment, Scaling(scale), images), alignment.losses_per_image()
 
     def where(self, image, objective):
         """What the oracle has to know beside the latents."""
-        ids = self.ids[image]
-        own = oracle.content(ids.tolist(), self.pipe.tokenizer.bos_token_id, self.pipe.tokenizer.eos_token_id)
-        attention = oracle.mean_self_attention(self.pipe.text_encoder, ids).tolist()
+        images = slice(image, image + 1)
+        inputs = {name: value[images] for name, value in self.inputs.items()}
+        tokenizer = self.pipe.tokenizer
+        own = oracle.content(inputs["input_ids"][0].tolist(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+        attention = self_attention(self.pipe, **inputs)[0].tolist()
         text = oracle.text_attention(attention, own, self.gamma)
-        return self.t, self.context[image].double(), own, text, GRID, objective
+        return self.given(images, torch.float64), self.names, own, text, self.grid, objective
+
+
+class DiffusionScene(Scene):
+    """Under Stable Diffusion."""
+
+    size, grid = (7, 6), (4, 3)  # of the latents, of the maps
+    gamma, alpha = 2.0, 20.0
+
+    @torch.no_grad()
+    def __init__(self, pipe, prompts=PROMPTS):
+        super().__init__(pipe, prompts)
+        self.model, self.context = pipe.unet, pipe.text_encoder(**self.inputs)[0]
+        self.layers, self.names = pipe.cross_attention_layers()[0], oracle.layers_at(pipe.unet, 16)
+
+    def given(self, images=slice(None), dtype=torch.float32):
+        """What the UNet is called with beside the latents."""
+        context = self.context[images].to(dtype)
+        return {"timestep": torch.full((len(context),), self.t), "encoder_hidden_states": context}
+
+    def align(self, alignment, scheduler, images):
+        def predict(model_input):
+            self.model(model_input, **self.given(images))
+
+        return alignment.update(self.latents[images], scheduler, self.t, predict, self.layers, self.grid, step=0)
+
+
+class PixArtScene(Scene):
+    """Under PixArt-α; `blocks` are read, and `sizes` (B, 2) are told to a transformer that is conditioned on them."""
+
+    size, grid = (8, 12), (4, 6)
+    gamma, alpha = 4.0, 200.0  # so large that a move is no small part of the float32 latents
+
+    @torch.no_grad()
+    def __init__(self, pipe, prompts=PROMPTS, blocks=(10, 18), sizes=None):
+        super().__init__(pipe, prompts)
+        self.model = pipe.transformer
+        self.context, self.mask, *self.negative = pipe.encode_prompt(list(prompts), negative_prompt="a white clock")
+        self.conditions = {}
+        if sizes is not None:
+            self.conditions = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+        self.layers, self.names = pipe.cross_attention_layers(blocks), oracle.layers_of_blocks(*blocks)
+
+    def given(self, images=slice(None), dtype=torch.float32):
+        """What the transformer is called with beside the latents."""
+        context = self.context[images].to(dtype)
+        return {
+            "timestep": torch.full((len(context),), self.t),
+            "encoder_hidden_states": context,
+            "encoder_attention_mask": self.mask[images],
+            "added_cond_kwargs": {name: x[images].to(dtype) for name, x in self.conditions.items()},
+        }
+
+    def align(self, alignment, scheduler, images):
+        """With the unconditional half before the other, as under classifier-free guidance."""
+        embeds, mask = (torch.cat([a[images], b[images]]) for a, b in zip(self.negative, (self.context, self.mask)))
+        conditions = {name: torch.cat([x[images] + 1, x[images]]) for name, x in self.conditions.items()}
+        self.pipe.scheduler = scheduler
+        return self.pipe.align_latents(
+            alignment, self.latents[images], self.t, self.layers, 0, 1, embeds, mask, conditions
+        )
+
+
+SCENES = {"pipe": DiffusionScene, "pixart": PixArtScene}
+
+
+@pytest.fixture(params=SCENES)
+def scene_of(request):
+    """A function of prompts."""
+    pipe = request.getfixturevalue(request.param)
+    return lambda prompts: SCENES[request.param](pipe, prompts)
 
 
 @pytest.fixture
-def scene(pipe):
-    return Scene(pipe)
+def scene(scene_of):
+    return scene_of(PROMPTS)
 
 
 def distance(value, expected):
@@ -322,41 +465,65 @@ def distance(value, expected):
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.07])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_update_is_a_step_down_the_gradient_at_the_models_input(scene, objective, scale):
-    alpha, unet = 20 * scale, oracle.double(scene.pipe.unet)
+def check_update(scene, objective, scale=1.0):
+    """The product's update of all images against the oracle's of each."""
+    alpha, model = scene.alpha * scale, oracle.double(scene.model)
     moved, losses = scene.update(objective, scale, alpha)
     for image, latents in enumerate(scene.latents):
-        expected, loss = oracle.update(unet, latents.double(), scale, alpha, *scene.where(image, objective))
+        expected, loss = oracle.update(model, latents.double(), scale, alpha, *scene.where(image, objective))
         assert distance(moved[image], expected) < 1e-5
         assert distance(moved[image] - latents, expected - latents) < 1e-5
         assert losses[image, 0].item() == pytest.approx(loss, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.07])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_update_is_a_step_down_the_gradient_at_the_models_input(scene, objective, scale):
+    check_update(scene, objective, scale)
+
+
+@pytest.mark.parametrize("blocks", [(3, 12), (19, 19)])
+def test_update_reads_the_blocks_that_it_is_told_to(pixart, blocks):
+    check_update(PixArtScene(pixart, blocks=blocks), "l1")
+
+
+def test_update_tells_the_transformer_the_pictures_size():
+    """As the 1024-pixel PixArt-α is told it, here another for every image. Its width has to be a multiple of 3."""
+    components = tiny_pixart_components()
+    transformer = PixArtTransformer2DModel.from_config(
+        components["transformer"].config, sample_size=128, attention_head_dim=12, cross_attention_dim=24
+    ).eval()
+    for block in transformer.transformer_blocks:
+        block.attn2.to_q.weight.data *= 12
+        block.attn2.to_k.weight.data *= 12
+    assert transformer.use_additional_conditions
+    pipe = PixArtAlphaTSAMPipeline(**{**components, "transformer": transformer})
+    check_update(PixArtScene(pipe, sizes=torch.tensor([[64.0, 96.0], [512.0, 512.0], [1024.0, 768.0]])), "l1")
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradient_of_the_oracle_is_the_slope_of_its_loss(scene, objective):
-    unet, latents, where = oracle.double(scene.pipe.unet), scene.latents[1].double(), scene.where(1, objective)
-    gradient = latents - oracle.update(unet, latents, 1.0, 1.0, *where)[0]
+    model, latents, where = oracle.double(scene.model), scene.latents[1].double(), scene.where(1, objective)
+    gradient = latents - oracle.update(model, latents, 1.0, 1.0, *where)[0]
     for direction in torch.randn(2, *latents.shape, dtype=torch.float64):
         with torch.no_grad():
-            ahead, behind = (oracle.loss_at(unet, latents + h * direction, *where) for h in (1e-6, -1e-6))
+            ahead, behind = (oracle.loss_at(model, latents + h * direction, *where) for h in (1e-6, -1e-6))
         slope = (ahead - behind).item() / 2e-6
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_image_moves_alike_alone_and_among_longer_and_shorter_prompts(scene, objective):
-    together, losses = scene.update(objective, 1.0, 20.0)
+    together, losses = scene.update(objective, 1.0, scene.alpha)
     for image in range(len(PROMPTS)):
-        alone, loss = scene.update(objective, 1.0, 20.0, slice(image, image + 1))
+        alone, loss = scene.update(objective, 1.0, scene.alpha, slice(image, image + 1))
         assert distance(together[image] - scene.latents[image], alone[0] - scene.latents[image]) < 1e-5
         torch.testing.assert_close(losses[image], loss[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_an_image_with_no_words_or_one_stays_where_it_is(pipe, objective):
-    scene = Scene(pipe, ("a black car and a white clock", "", "dog"))
+def test_an_image_with_no_words_or_one_stays_where_it_is(scene_of, objective):
+    scene = scene_of(("a black car and a white clock", "", "dog"))
     moved, losses = scene.update(objective, 1.0, 100.0)
     assert not torch.equal(moved[0], scene.latents[0])
     torch.testing.assert_close(moved[1:], scene.latents[1:])
