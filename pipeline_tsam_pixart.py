@@ -18,7 +18,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (
     ASPECT_RATIO_1024_BIN,
     retrieve_timesteps,
 )
-from diffusers.utils import deprecate
+from diffusers.utils import deprecate, is_bs4_available, is_ftfy_available
 
 from .attention_processors import (
     LatentAlignment,
@@ -277,8 +277,9 @@ class PixArtAlphaTSAMPipeline(PixArtAlphaPipeline):
             batch_size = len(prompt)
         else:
             batch_size = prompt_embeds.shape[0]
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = ""
+        cleaning = clean_caption and is_bs4_available() and is_ftfy_available()
+        if negative_prompt is None and negative_prompt_embeds is None and not cleaning:
+            negative_prompt = ""  # stock would fail; when it cleans captions it makes the word "none" of it
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries, but there are {batch_size} prompts. Pass one"

@@ -23,7 +23,7 @@ if importlib.util.find_spec("diffusers_tsam") is None:  # an uninstalled checkou
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tiny import tiny_components  # noqa: E402
+from kinds import KINDS, make  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -33,34 +33,29 @@ def quiet_and_seeded():
 
 @pytest.fixture(scope="session")
 def components():
-    return tiny_components()
+    """The tiny Stable Diffusion."""
+    return KINDS["sd"].components
 
 
 @pytest.fixture(scope="session")
 def folder(components, tmp_path_factory):
-    """The tiny model, saved."""
-    from diffusers import StableDiffusionPipeline
-
+    """The same, saved."""
     path = tmp_path_factory.mktemp("model")
-    StableDiffusionPipeline(**components, requires_safety_checker=False).save_pretrained(path)
+    make(KINDS["sd"].stock, components).save_pretrained(path)
     return str(path)
 
 
 @pytest.fixture
-def stock(components):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline(
-        **{**components, "scheduler": DDIMScheduler.from_config(components["scheduler"].config)}
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def kind():
+    """Which pipeline is tested: a module that tests the other, or both, says so."""
+    return KINDS["sd"]
 
 
 @pytest.fixture
-def pipe(stock):
-    from diffusers_tsam import StableDiffusionTSAMPipeline
+def stock(kind):
+    return make(kind.stock, kind.components)
 
-    pipe = StableDiffusionTSAMPipeline(**stock.components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+@pytest.fixture
+def pipe(kind):
+    return make(kind.tsam, kind.components)

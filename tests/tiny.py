@@ -99,7 +99,8 @@ def tiny_t5_tokenizer():
 
 
 def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
-    """Blocks 10 to 18 and one more; the variance is learned, as in the published PixArt-α."""
+    """Blocks 10 to 18 and one more; the variance is learned, as in the published PixArt-α. The size's micro-conditions
+    (of `sample_size=128`) take a third of the width each."""
     torch.manual_seed(0)
     tokenizer = tiny_t5_tokenizer()
     text_encoder = T5EncoderModel(
@@ -119,8 +120,8 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
         sample_size=sample_size,
         num_layers=blocks,
         num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
+        attention_head_dim=12,
+        cross_attention_dim=24,
         caption_channels=16,
         **kwargs,
     ).eval()

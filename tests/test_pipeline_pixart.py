@@ -1,0 +1,253 @@
+"""What a user of `PixArtAlphaTSAMPipeline` alone may rely on."""
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.callbacks import SDCFGCutoffCallback
+
+from diffusers_tsam import PixArtAlphaTSAMPipeline
+from diffusers_tsam.attention_processors import record_cross_attention
+from kinds import KINDS, PROMPT, SHORT, calls_of, embeddings, make, refused, run
+from tiny import tiny_pixart_components
+
+
+RAW = "A RED cube &amp; a <b>Blue</b> sphere"
+SHORTLY = {"num_inference_steps": 2, "refinement_iterations": 1}
+
+
+@pytest.fixture
+def kind():
+    return KINDS["pixart"]
+
+
+def both(kind, components):
+    """Stock's and T-SAM's pipeline of the same components."""
+    return make(kind.stock, components), make(kind.tsam, components)
+
+
+def with_transformer(kind, **config):
+    """The tiny components with another transformer, of two blocks."""
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, **config}
+    transformer = PixArtTransformer2DModel(num_layers=2, caption_channels=16, **config).eval()
+    return {**kind.components, "transformer": transformer}
+
+
+class TestOff:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"height": None, "width": None},
+            {"max_sequence_length": 20},
+            {"max_sequence_length": 5, "negative_prompt": "a dog on the white table"},
+            {"prompt": RAW},
+            {"num_inference_steps": 1, "eta": 1.0, "guidance_scale": 1.0},
+        ],
+        ids=lambda options: "-".join(options),
+    )
+    def test_off_is_bit_identical_to_stock_with_every_option(self, stock, pipe, options):
+        assert torch.equal(run(stock, **options).images, run(pipe, tsam_steps=0, **options).images)
+
+    def test_off_with_a_cleaned_prompt_is_bit_identical_to_stock(self, stock, pipe):
+        pytest.importorskip("bs4")
+        pytest.importorskip("ftfy")
+        theirs = run(stock, RAW, clean_caption=True).images
+        assert torch.equal(theirs, run(pipe, RAW, tsam_steps=0, clean_caption=True).images)
+        assert not torch.equal(theirs, run(stock, RAW).images)
+
+    def test_off_with_binned_resolutions_is_bit_identical_to_stock(self, kind):
+        stock, pipe = both(kind, with_transformer(kind, sample_size=32))
+        options = {"height": 40, "width": 80, "use_resolution_binning": True, "output_type": "np"}
+        options |= {"num_inference_steps": 1, "guidance_scale": 1.0}
+        theirs, ours = run(stock, **options).images, run(pipe, tsam_steps=0, **options).images
+        assert theirs.shape[1:3] == (40, 80) and (theirs == ours).all()
+
+    def test_off_with_the_pictures_size_as_a_condition_is_bit_identical_to_stock(self, kind):
+        options = {"height": 32, "width": 48, "num_images_per_prompt": 2}
+        stock, pipe = both(kind, with_transformer(kind, sample_size=128, attention_head_dim=6, cross_attention_dim=12))
+        assert stock.transformer.use_additional_conditions
+        assert torch.equal(run(stock, **options).images, run(pipe, tsam_steps=0, **options).images)
+
+    def test_off_with_a_variance_that_is_not_learned_is_bit_identical_to_stock(self, kind):
+        stock, pipe = both(kind, with_transformer(kind, sample_size=32, out_channels=4))
+        assert torch.equal(run(stock).images, run(pipe, tsam_steps=0).images)
+
+    def test_no_negative_prompt_is_the_empty_one_where_stock_would_fail(self, stock, pipe):
+        options = {"prompt": [PROMPT, SHORT], "tsam_steps": 0, **SHORTLY}
+        assert torch.equal(run(pipe, negative_prompt=None, **options).images, run(pipe, **options).images)
+        pytest.importorskip("bs4"), pytest.importorskip("ftfy")
+        options |= {"negative_prompt": None, "clean_caption": True}  # stock reads the word "none"
+        assert torch.equal(run(pipe, **options).images, run(stock, **options).images)
+
+    def test_mask_feature_is_ignored_with_stocks_warning(self, pipe):
+        with pytest.warns(FutureWarning, match="mask_feature"):
+            output = run(pipe, mask_feature=True, **SHORTLY)
+        assert torch.equal(output.images, run(pipe, **SHORTLY).images)
+
+
+class TestGuidance:
+    def test_a_binned_picture_is_guided_on_the_grid_that_it_is_drawn_on(self, kind):
+        _, pipe = both(kind, with_transformer(kind, sample_size=32))
+        options = {"height": 40, "width": 80, "use_resolution_binning": True, "guidance_scale": 1.0}
+        options |= {"num_inference_steps": 1, "tsam_steps": 1, "refinement_steps": (), "attention_layers": (0, 0)}
+        output = run(pipe, output_attentions=True, output_type="np", **options)
+        assert output.attentions[0]["maps"].shape == (1, 7, 44, 88)  # of 176 x 352 pixels
+        assert output.images.shape == (1, 40, 80, 3)
+
+    def test_the_pictures_size_is_a_condition_of_the_guided_passes_too(self, kind):
+        _, pipe = both(kind, with_transformer(kind, sample_size=128, attention_head_dim=6, cross_attention_dim=12))
+        with calls_of(pipe.transformer) as calls:
+            output = run(pipe, [PROMPT, SHORT], height=32, width=48, attention_layers=(0, 1), **SHORTLY)
+        assert output.losses.isfinite().all() and output.images.isfinite().all()
+        for args, kwargs in calls:
+            conditions = kwargs["added_cond_kwargs"]
+            assert torch.equal(conditions["resolution"], torch.tensor([[32.0, 48.0]] * len(args[0])))
+            torch.testing.assert_close(conditions["aspect_ratio"], torch.full((len(args[0]), 1), 32 / 48))
+
+    def test_a_variance_that_is_not_learned_is_guided(self, kind):
+        stock, pipe = both(kind, with_transformer(kind, sample_size=32, out_channels=4))
+        output = run(pipe, attention_layers=(0, 1))
+        assert output.images.isfinite().all() and not torch.equal(output.images, run(stock).images)
+
+    def test_a_single_step_can_be_guided(self, pipe, stock):
+        output = run(pipe, num_inference_steps=1, tsam_steps=1)
+        assert output.losses.shape == (1, 3) and output.images.isfinite().all()
+        assert not torch.equal(output.images, run(stock, num_inference_steps=1).images)
+
+    def test_a_longer_padding_does_not_change_the_losses(self, pipe):
+        losses = [run(pipe, [PROMPT, SHORT], seed=1, max_sequence_length=length).losses for length in (12, 120)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+    def test_a_dropped_unconditional_half_takes_its_mask_along(self, pipe):
+        callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+        with calls_of(pipe.transformer) as calls:
+            run(pipe, tsam_steps=2, refinement_steps=(), callback_on_step_end=callback, **SHORTLY)
+        masks = [kwargs["encoder_attention_mask"].sum(-1).tolist() for _, kwargs in calls]
+        assert masks == [[8], [1, 8], [8], [8]]  # PROMPT's words and </s>; "" is </s> alone
+
+
+class TestTextSelfAttention:
+    def test_it_is_the_mean_of_all_layers_and_heads_symmetrized(self, pipe):
+        text = pipe.get_text_self_attention([PROMPT, SHORT], max_sequence_length=20)
+        encoder, found = pipe.text_encoder, pipe.text_encoder.config._attn_implementation
+        inputs = pipe.tokenizer([PROMPT, SHORT], padding="max_length", max_length=20, return_tensors="pt")
+        encoder.set_attn_implementation("eager")
+        with torch.no_grad():
+            attentions = encoder(inputs.input_ids, inputs.attention_mask, output_attentions=True).attentions
+        encoder.set_attn_implementation(found)
+        mean = torch.stack(attentions).mean((0, 2))
+        assert mean.triu(1).any()
+        torch.testing.assert_close(text.attention, ((mean + mean.mT) / 2).tril(), rtol=1e-5, atol=1e-6)
+
+    def test_the_prompt_ends_at_the_first_end_token(self, pipe):
+        text = pipe.get_text_self_attention(["a red </s> cube", "", PROMPT], clean_caption=False)
+        assert text.tokens == [["a", "red"], [], PROMPT.split()]
+        assert text.content.shape == (3, 120)
+        assert [content.nonzero().flatten().tolist() for content in text.content] == [[0, 1], [], list(range(7))]
+
+    def test_it_is_of_the_cleaned_prompt(self, pipe):
+        pytest.importorskip("bs4")
+        pytest.importorskip("ftfy")
+        cleaned = ["a", "red", "cube", "a", "blue", "sphere"]
+        assert pipe.get_text_self_attention(RAW).tokens == [cleaned]
+        output = run(pipe, RAW, clean_caption=True, output_attentions=True, **SHORTLY)
+        assert output.attentions[0]["tokens"] == cleaned
+        assert torch.equal(output.losses, run(pipe, " ".join(cleaned), **SHORTLY).losses)
+
+    def test_it_is_of_the_raw_prompt_in_lower_case_where_nothing_is_cleaned(self, pipe):
+        (tokens,) = pipe.get_text_self_attention(RAW, clean_caption=False).tokens
+        assert tokens[:3] == ["a", "red", "cube"] and "&" in tokens and "A" not in tokens
+        output = run(pipe, RAW, output_attentions=True, **SHORTLY)
+        assert output.attentions[0]["tokens"] == tokens
+
+    def test_it_is_of_the_tokens_that_a_short_sequence_has_room_for(self, pipe):
+        text = pipe.get_text_self_attention(PROMPT, max_sequence_length=5)
+        assert text.tokens == [["a", "black", "car", "and"]] and text.attention.shape == (1, 5, 5)
+        output = run(pipe, max_sequence_length=5, output_attentions=True, **SHORTLY)
+        assert output.attentions[0]["tokens"] == text.tokens[0]
+        given = run(pipe, max_sequence_length=5, text_self_attention=text, **SHORTLY)
+        assert torch.equal(given.images, output.images)
+        with refused(pipe, ValueError, "these prompts need"):
+            run(pipe, text_self_attention=text)
+
+
+class TestLayers:
+    def test_the_papers_nine_blocks_are_read_unless_others_are_asked_for(self, pipe):
+        blocks = pipe.transformer.transformer_blocks
+        assert pipe.cross_attention_layers() == [blocks[k].attn2 for k in range(10, 19)]
+        assert pipe.cross_attention_layers([3, 3]) == [blocks[3].attn2]
+        default, named, other = (
+            run(pipe, **arguments, **SHORTLY).losses
+            for arguments in ({}, {"attention_layers": (10, 18)}, {"attention_layers": (3, 3)})
+        )
+        assert torch.equal(default, named) and default[0, 0] != other[0, 0]
+
+    def test_blocks_that_a_shallow_transformer_lacks_are_refused_and_the_remedy_works(self, kind):
+        pipe = make(kind.tsam, tiny_pixart_components(blocks=4))
+        with refused(pipe, ValueError, r"has 4 blocks, 0 to 3\..*, for instance \(1, 2\), or `tsam_steps=0`"):
+            run(pipe, **SHORTLY)
+        assert run(pipe, attention_layers=(1, 2), **SHORTLY).losses.isfinite().all()
+        assert run(pipe, tsam_steps=0, **SHORTLY).losses.shape == (1, 0)
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        "arguments, error, message",
+        [
+            ({"attention_layers": (10, 20)}, ValueError, "has 20 blocks, 0 to 19"),
+            ({"attention_layers": (18, 10)}, ValueError, r"is \(18, 10\)"),
+            ({"attention_layers": (-1, 3)}, ValueError, "`attention_layers` is -1"),
+            ({"attention_layers": (1.0, 3)}, TypeError, "integer but is 1.0"),
+            ({"attention_layers": (True, 3)}, TypeError, "integer but is True"),
+            ({"attention_layers": 10}, TypeError, "two integers but is 10"),
+            ({"attention_layers": (1, 2, 3)}, TypeError, "two integers"),
+            ({"attention_layers": "01"}, TypeError, "two integers"),
+            ({"attention_layers": None}, TypeError, "two integers"),
+            ({"max_sequence_length": 0}, ValueError, "`max_sequence_length` is 0"),
+            ({"max_sequence_length": 1.5}, TypeError, "integer but is 1.5"),
+            ({"negative_prompt": ["a dog"] * 2}, ValueError, "has 2 entries, but there are 1 prompts"),
+            ({"attention_resolution": 16}, TypeError, "'attention_resolution'"),
+            ({"callback_steps": None}, ValueError, "`callback_steps`"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_a_wrong_value_is_named_before_any_network_runs(self, pipe, arguments, error, message):
+        with refused(pipe, error, message):
+            run(pipe, **arguments)
+
+    def test_a_size_without_resolutions_to_choose_from_is_refused_and_the_remedy_works(self, kind):
+        _, pipe = both(kind, with_transformer(kind, sample_size=16))
+        with refused(pipe, ValueError, "sample size of 16, only for 32, 64, 128.*`use_resolution_binning=False`"):
+            run(pipe, use_resolution_binning=True)
+        assert run(pipe, attention_layers=(0, 1), height=None, width=None, **SHORTLY).images.shape[-2:] == (16, 16)
+
+    @pytest.mark.parametrize("missing", ["prompt_attention_mask", "negative_prompt_attention_mask"])
+    def test_embeddings_without_a_mask_are_refused(self, pipe, missing):
+        given, text = embeddings(pipe, PROMPT), pipe.get_text_self_attention(PROMPT)
+        with refused(pipe, ValueError, f"Must provide `{missing}`"):
+            run(pipe, None, text_self_attention=text, **{**given, missing: None})
+
+    def test_embeddings_of_both_kinds_are_refused_with_the_default_negative_prompt(self, pipe):
+        given, text = embeddings(pipe, PROMPT), pipe.get_text_self_attention(PROMPT)
+        with refused(pipe, ValueError, "Cannot forward both `negative_prompt`"):
+            run(pipe, None, text_self_attention=text, **{**given, "negative_prompt": ""})
+
+
+class TestArchitecture:
+    @pytest.mark.parametrize("side", [64, 128])  # of the latents of 512 and 1024 pixels
+    def test_pixart_xl_2_records_its_nine_layers_at_full_resolution(self, kind, side):
+        with torch.device("meta"):  # without memory or weights
+            transformer = PixArtTransformer2DModel(sample_size=side, caption_channels=4096)
+            latents, embeds, mask = torch.empty(1, 4, side, side), torch.empty(1, 120, 4096), torch.ones(1, 120)
+            timestep, resolution, aspect_ratio = torch.ones(1), torch.empty(1, 2), torch.empty(1, 1)
+        pipe = PixArtAlphaTSAMPipeline(**{**kind.components, "transformer": transformer})
+        conditions = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        with record_cross_attention(pipe.cross_attention_layers(), 9) as maps, torch.no_grad():
+            transformer(
+                latents,
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=mask,
+                timestep=timestep,
+                added_cond_kwargs=conditions if side == 128 else dict.fromkeys(conditions),
+            )
+        assert [tuple(m.shape) for m in maps.values()] == [(1, (side // 2) ** 2, 9)] * 9
