@@ -277,9 +277,10 @@ class PixArtAlphaTSAMPipeline(PixArtAlphaPipeline):
             batch_size = len(prompt)
         else:
             batch_size = prompt_embeds.shape[0]
-        cleaning = clean_caption and is_bs4_available() and is_ftfy_available()
-        if negative_prompt is None and negative_prompt_embeds is None and not cleaning:
-            negative_prompt = ""  # stock would fail; when it cleans captions it makes the word "none" of it
+        # Stock makes the word "none" of None where it cleans the caption of one prompt; everywhere else it would fail.
+        word = batch_size == 1 and clean_caption and is_bs4_available() and is_ftfy_available()
+        if negative_prompt is None and negative_prompt_embeds is None and not word:
+            negative_prompt = ""
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries, but there are {batch_size} prompts. Pass one"

@@ -76,7 +76,7 @@ class TestOff:
         options = {"prompt": [PROMPT, SHORT], "tsam_steps": 0, **SHORTLY}
         assert torch.equal(run(pipe, negative_prompt=None, **options).images, run(pipe, **options).images)
         pytest.importorskip("bs4"), pytest.importorskip("ftfy")
-        options |= {"negative_prompt": None, "clean_caption": True}  # stock reads the word "none"
+        options |= {"prompt": PROMPT, "negative_prompt": None, "clean_caption": True}  # stock reads the word "none"
         assert torch.equal(run(pipe, **options).images, run(stock, **options).images)
 
     def test_mask_feature_is_ignored_with_stocks_warning(self, pipe):
