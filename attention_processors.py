@@ -9,7 +9,7 @@ not <bos>, nothing from the first <eos> on, no padding.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -130,31 +130,27 @@ class TextSelfAttention(NamedTuple):
     tokens: list
 
 
-class _SelfAttentionSum(TorchFunctionMode):
-    """Adds up the attention probabilities of one text encoder, layer by layer, as torch computes its attention.
+class _AttentionReader(TorchFunctionMode):
+    """Hands the probabilities of each attention that torch computes in its context, (B, heads, P, N), to `read`.
 
-    One (B, N, N) sum is all that is kept, and the encoder's own results are not touched: T costs no second run.
+    They are computed beside it from the same queries and keys; nothing that a model returns is touched.
     """
 
-    def __init__(self):
+    def __init__(self, read):
         super().__init__()
-        self.ids, self.sums, self.layers = [], [], []  # an entry for every call of the encoder
+        self.read = read
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if function is F.scaled_dot_product_attention:  # transformers' "sdpa"
-            self._add(_probabilities(*args, **(kwargs or {})))
-        elif function is F.softmax and output.dim() == 4:  # its "eager"
-            self._add(output)
+        if function is F.scaled_dot_product_attention:
+            self.read(_softmax_of_scores(*args, **(kwargs or {})))
+        elif function is F.softmax and output.dim() == 4:  # transformers' "eager"
+            self.read(output)
         return output
 
-    def _add(self, probabilities):
-        self.sums[-1] = self.sums[-1] + probabilities.float().mean(1)
-        self.layers[-1] += 1
 
-
-def _probabilities(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
-    """What `scaled_dot_product_attention` computes on its way, float32 (B, heads, N, N)."""
+def _softmax_of_scores(query, key, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+    """What `scaled_dot_product_attention` weighs the values with, float32 (B, heads, P, N)."""
     scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -165,22 +161,32 @@ def _probabilities(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=F
     return scores.softmax(-1)
 
 
+class _SelfAttentionSum:
+    """For every call of a text encoder: its token ids, the sum of its layers' attention (B, N, N), and their number."""
+
+    def __init__(self):
+        self.ids, self.sums, self.layers = [], [], []
+
+    def begin(self, module, args, kwargs):
+        self.ids.append(args[0] if args else kwargs["input_ids"])
+        self.sums.append(0)
+        self.layers.append(0)
+
+    def add(self, probabilities):
+        self.sums[-1] = self.sums[-1] + probabilities.float().mean(1)
+        self.layers[-1] += 1
+
+
 @contextmanager
 def record_self_attention(text_encoder):
     """Record what a transformers text encoder is asked while the context is open, its results untouched.
 
-    Yields a recording for `read_text_self_attention`.
+    Layer by layer, so that no more than one layer's heads are held. Yields what `read_text_self_attention` reads.
     """
     recording = _SelfAttentionSum()
-
-    def begin(module, args, kwargs):
-        recording.ids.append(args[0] if args else kwargs["input_ids"])
-        recording.sums.append(0)
-        recording.layers.append(0)
-
-    hook = text_encoder.register_forward_pre_hook(begin, with_kwargs=True)
+    hook = text_encoder.register_forward_pre_hook(recording.begin, with_kwargs=True)
     try:
-        with recording:
+        with _AttentionReader(recording.add):
             yield recording
     finally:
         hook.remove()
@@ -210,18 +216,23 @@ def content_of(input_ids, bos_token_id, eos_token_id):
 # Reading cross-attention from the denoiser
 
 
+class LastMapRecorded(Exception):
+    """Ends a forward pass whose remainder would change no map."""
+
+
 class TSAMAttnProcessor(nn.Module):
     """Wraps a layer's processor: returns exactly what that one returns and records the probabilities beside it.
 
     A module, so that the parameters of a wrapped processor (IP-Adapter) stay registered.
 
     processor: what it wraps. maps: dict that receives this layer's probabilities, mean over heads, float32
-    (B, P, tokens), under `name` (overwritten when gradient checkpointing calls again). tokens: columns kept.
+    (B, P, tokens), under `name` (overwritten when gradient checkpointing calls again). tokens: columns kept. last:
+    whether to raise `LastMapRecorded` then.
     """
 
-    def __init__(self, processor, maps, name, tokens):
+    def __init__(self, processor, maps, name, tokens, last=False):
         super().__init__()
-        self.processor, self.maps, self.name, self.tokens = processor, maps, name, tokens
+        self.processor, self.maps, self.name, self.tokens, self.last = processor, maps, name, tokens, last
 
     # `Attention` passes only the arguments that it finds named here.
     def __call__(
@@ -237,9 +248,17 @@ class TSAMAttnProcessor(nn.Module):
         if ip_adapter_masks is not None:
             kwargs["ip_adapter_masks"] = ip_adapter_masks
         context = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
-        probabilities = cross_attention_probabilities(attn, hidden_states, context, attention_mask)
+        if self.last:
+            self._record(cross_attention_probabilities(attn, hidden_states, context, attention_mask))
+            raise LastMapRecorded
+        read = []
+        with _AttentionReader(lambda probabilities: read or read.append(probabilities)):  # the text's comes first
+            output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+        self._record(read[0] if read else cross_attention_probabilities(attn, hidden_states, context, attention_mask))
+        return output
+
+    def _record(self, probabilities):
         self.maps[self.name] = probabilities.mean(1)[..., : self.tokens]
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
 
 
 def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask=None):
@@ -250,23 +269,22 @@ def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, at
     key = attn.to_k(encoder_hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
-    scores = query @ key.mT * attn.scale
-    if attention_mask is not None:
-        scores = scores + attention_mask.unsqueeze(1)  # (B, 1, N), additive
-    return scores.softmax(-1, dtype=torch.float32)
+    mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, N), additive
+    return _softmax_of_scores(query, key, attn_mask=mask, scale=attn.scale)
 
 
 @contextmanager
-def record_cross_attention(layers, tokens):
-    """Record the probabilities of `layers` (a list of `Attention`) while the context is open.
+def record_cross_attention(layers, tokens, stop=False):
+    """Record the probabilities of `layers` (a list of `Attention`, in the order they run) while the context is open.
 
-    Yields a dict of one (B, P, tokens) map a layer, filled anew by every forward. Afterwards each layer has its own
-    processor again.
+    Yields a dict of one (B, P, tokens) map a layer, filled anew by every forward, which ends with `LastMapRecorded` at
+    the last of them if `stop`. Afterwards each layer has its own processor again.
     """
     maps, processors = {}, [layer.processor for layer in layers]
     try:
         for name, layer in enumerate(layers):
-            layer.set_processor(TSAMAttnProcessor(layer.processor, maps, name, tokens))
+            last = stop and layer is layers[-1]
+            layer.set_processor(TSAMAttnProcessor(layer.processor, maps, name, tokens, last))
         yield maps
     finally:
         for layer, processor in zip(layers, processors):
@@ -323,7 +341,7 @@ class LatentAlignment:
         input_scale = torch.ones((), device=latents.device)
         if hasattr(scheduler, "scale_model_input"):
             input_scale = scheduler.scale_model_input(input_scale, t)
-        with record_cross_attention(layers, self.tokens) as maps:
+        with record_cross_attention(layers, self.tokens, stop=True) as maps:
             for iteration in range(iterations):
                 gradient, grids, similarity, loss = self._gradient(latents, input_scale, predict, maps, grid)
                 moved = (latents.float() - self.alpha / input_scale * gradient).to(latents.dtype)
@@ -350,7 +368,8 @@ class LatentAlignment:
         for _ in range(FP16_ATTEMPTS if half else 1):
             with torch.enable_grad():
                 model_input = (input_scale * latents.float()).requires_grad_()
-                predict(model_input.to(latents.dtype))
+                with suppress(LastMapRecorded):
+                    predict(model_input.to(latents.dtype))
                 mean = torch.stack(list(maps.values())).mean(0)  # (B, P, N), Eq. (6)
                 grids = mean.mT.unflatten(-1, grid)
                 loss, similarity = alignment_loss(grids, self.text_attention, self.content, self.objective)

@@ -135,6 +135,22 @@ class TestGuidance:
         assert output.losses.shape == (1, 2 + 2 * 2)  # steps 0 and 1; both (0 and 20 percent of 4 are 0) refine once
         assert output.losses[0, 2] < output.losses[0, 0]
 
+    def test_a_guided_pass_ends_at_the_last_map(self, pipe):
+        denoiser, last = denoiser_of(pipe), layers_of(pipe)[-1]
+        with calls_of(denoiser) as passes, calls_of(last.to_q) as read, calls_of(last.to_out[0]) as attended:
+            run(pipe, num_inference_steps=2, refinement_iterations=3)
+        assert len(passes) == len(read) == 2 + 4
+        assert len(attended) == 2  # only the two noise predictions go on
+
+    def test_gradient_checkpointing_changes_no_number(self, kind):
+        components = kind.build()
+        pipe = make(kind.tsam, components)
+        plain = run(pipe, alpha=kind.alpha)
+        components[kind.denoiser].enable_gradient_checkpointing()
+        checkpointed = run(pipe, alpha=kind.alpha)
+        torch.testing.assert_close(checkpointed.losses, plain.losses, rtol=1e-4, atol=1e-5)
+        assert checkpointed.losses[0, 2] < checkpointed.losses[0, 0]
+
     def test_the_loss_falls_during_refinement(self, kind, pipe):
         losses = run(pipe, refinement_iterations=10, alpha=kind.alpha).losses[0]
         assert losses[10] < 0.97 * losses[0]
