@@ -489,8 +489,15 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
     return tsam_steps, set(refinement_steps)
 
 
-def check_text_self_attention(text, batch_size, tokens):
-    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `tokens` tokens."""
+def check_text_self_attention(text, prompt, batch_size, tokens):
+    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `tokens` tokens; none is needed with text."""
+    if text is None:
+        if prompt is None:
+            raise ValueError(
+                "T cannot be known from `prompt_embeds` alone. Pass `text_self_attention=pipe."
+                "get_text_self_attention(prompt)` with them, or `tsam_steps=0`."
+            )
+        return
     try:
         attention, content, texts = text
     except (TypeError, ValueError):

@@ -289,14 +289,8 @@ class PixArtAlphaTSAMPipeline(PixArtAlphaPipeline):
 
         if tsam_steps > 0:
             layers = self.cross_attention_layers(attention_layers)
-            if text_self_attention is not None:
-                num_tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
-                check_text_self_attention(text_self_attention, batch_size, num_tokens)
-            elif prompt is None:
-                raise ValueError(
-                    "T cannot be known from `prompt_embeds` alone. Pass `text_self_attention=pipe."
-                    "get_text_self_attention(prompt)` with them, or `tsam_steps=0`."
-                )
+            num_tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
+            check_text_self_attention(text_self_attention, prompt, batch_size, num_tokens)
 
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -372,12 +366,11 @@ class PixArtAlphaTSAMPipeline(PixArtAlphaPipeline):
         self._num_timesteps = len(timesteps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        if alignment is not None and alignment.possible:
-            updates = updates_per_timestep(
-                self.scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations
-            )
-        else:
-            updates = [0] * len(timesteps)
+        if alignment is None or not alignment.possible:
+            tsam_steps = 0
+        updates = updates_per_timestep(
+            self.scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations
+        )
         freezing = frozen(self.transformer) if any(updates) else nullcontext()
         with freezing, self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
