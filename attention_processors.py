@@ -245,15 +245,15 @@ class TSAMAttnProcessor(nn.Module):
         ip_adapter_masks=None,
         **kwargs,
     ):
-        if ip_adapter_masks is not None:
-            kwargs["ip_adapter_masks"] = ip_adapter_masks
+        given = {"temb": temb, "ip_adapter_masks": ip_adapter_masks, **kwargs}
+        given = {name: value for name, value in given.items() if value is not None}  # not every processor has them
         context = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
         if self.last:
             self._record(cross_attention_probabilities(attn, hidden_states, context, attention_mask))
             raise LastMapRecorded
         read = []
         with _AttentionReader(lambda probabilities: read or read.append(probabilities)):  # the text's comes first
-            output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+            output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **given)
         self._record(read[0] if read else cross_attention_probabilities(attn, hidden_states, context, attention_mask))
         return output
 

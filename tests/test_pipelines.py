@@ -13,6 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
 from diffusers_tsam import attention_processors
 from diffusers_tsam.attention_processors import LatentAlignment, frozen, record_cross_attention
@@ -141,6 +142,21 @@ class TestGuidance:
             run(pipe, num_inference_steps=2, refinement_iterations=3)
         assert len(passes) == len(read) == 2 + 4
         assert len(attended) == 2  # only the two noise predictions go on
+
+    @pytest.mark.parametrize("way", ["slicing", "plain", "fused"])
+    def test_the_maps_are_the_same_however_attention_is_computed(self, kind, way):
+        components = kind.build()
+        pipe = make(kind.tsam, components)
+        expected = run(pipe, alpha=kind.alpha, num_inference_steps=2).losses
+        denoiser = components[kind.denoiser]
+        if way == "slicing":
+            denoiser.set_attn_processor(SlicedAttnProcessor(1))
+        elif way == "plain":
+            denoiser.set_attn_processor(AttnProcessor())
+        else:
+            denoiser.fuse_qkv_projections()
+        losses = run(pipe, alpha=kind.alpha, num_inference_steps=2).losses
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
 
     def test_gradient_checkpointing_changes_no_number(self, kind):
         components = kind.build()
