@@ -19,7 +19,7 @@ def tuned_setting(steps, pipeline="sd"):
     refinement_steps = {steps * percent // 100 for percent in (0, 8, 16)}
     return {
         "tsam_steps": tsam_steps,
-        "alpha": {"sd": 1.0, "pixart": 1.0}[pipeline],
+        "alpha": {"sd": 1.0, "pixart": 0.5}[pipeline],
         "gamma": 4.0,
         "refinement_steps": sorted(step for step in refinement_steps if step < tsam_steps),
         "refinement_iterations": 5,

@@ -1,7 +1,7 @@
 """Train what ships in this folder, from nothing:
 
-    python -m diffusers_tsam.shapes.train --output shapes                     # about 70 minutes on two cores
-    python -m diffusers_tsam.shapes.train --output shapes --stages vae,pixart # its transformer twin
+    python -m diffusers_tsam.shapes.train --output shapes                       # about 70 minutes on two cores
+    python -m diffusers_tsam.shapes.train --output shapes --stages vae,pixart   # its transformer twin, about 75
 
 Every stage is seeded, saves a checkpoint every few minutes and resumes from it when started again.
 """
@@ -32,6 +32,7 @@ from .judge import Judge
 from .scenes import COLOURS, GRID, PAIRS, SIZE, SOLIDS, random_scene, words_of_solids
 
 
+STEPS = {"sd": 2_300, "pixart": 4_500}
 MAX_TOKENS = 32
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
@@ -393,7 +394,8 @@ def train_diffusion(name, args, vae, denoiser, text_encoder, scheduler, tokenize
     for index, caption in enumerate(data["captions"]):
         for solid, positions in enumerate(words_of_solids(caption)):
             words[index, solid] = torch.tensor(positions) + (tokenizer.bos_token_id is not None)
-    run = Run(name, args, {"denoiser": denoiser, "text_encoder": text_encoder}, args.steps, args.rate, ema=True)
+    modules = {"denoiser": denoiser, "text_encoder": text_encoder}
+    run = Run(name, args, modules, args.steps or STEPS[name], args.rate, ema=True)
 
     def loss_of(rng, generator):
         text_encoder.train()
@@ -434,7 +436,7 @@ def main():
     parser.add_argument("--vae-steps", type=int, default=450)
     parser.add_argument("--decoder-steps", type=int, default=300)
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes the diffusion model sees")
-    parser.add_argument("--steps", type=int, default=2_300, help="steps of the diffusion model")
+    parser.add_argument("--steps", type=int, help=f"steps of the diffusion model {STEPS}")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     args = parser.parse_args()

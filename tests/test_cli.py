@@ -120,11 +120,20 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
     assert {name: given[name] for name in tuned} == tuned and given["guidance_scale"] == 4.0
 
 
-@pytest.mark.skipif(not cli.MODELS["sd"].is_dir(), reason="the shapes model is not here")
-def test_the_shipped_model_draws_and_is_judged(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "arguments", [["--pipeline", "sd"], ["--pipeline", "pixart"], ["--model", str(cli.MODELS["pixart"])]]
+)
+def test_the_shipped_models_draw_and_are_judged(arguments, tmp_path, capsys):
     output = tmp_path / "shapes.png"
-    cli.main(["a red cube and a blue sphere", "--steps", "4", "--output", str(output)])
+    cli.main(["a red cube and a blue sphere", "--steps", "4", "--output", str(output), *arguments])
     assert output.exists() and "the judge sees: stock " in capsys.readouterr().out
+
+
+def test_the_pipeline_is_told_by_the_models_components(folder, tmp_path):
+    assert cli.kind_of(folder) == "sd" and cli.kind_of(cli.MODELS["pixart"]) == "pixart"
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
+    with pytest.raises(ValueError, match="a FluxPipeline, but T-SAM is for sd, pixart"):
+        cli.kind_of(tmp_path)
 
 
 def test_help_explains_every_option_in_one_line_and_imports_nothing_heavy(tmp_path):

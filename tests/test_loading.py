@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_tsam
+from diffusers_tsam.shapes import MODELS
 from kinds import KINDS, make
 
 
@@ -110,7 +111,7 @@ def test_the_installed_package_is_this_checkout():
     files = [kind.file for kind in KINDS.values()]
     for name in ("__init__.py", "attention_processors.py", *files, "cli.py", "shapes/scenes.py"):
         assert (installed / name).read_bytes() == (ROOT / name).read_bytes(), f"{name}: install again"
-    for path in (ROOT / "shapes" / "sd").rglob("*.*"):
+    for path in (path for name in MODELS for path in (ROOT / "shapes" / name).rglob("*.*")):
         assert (installed / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 

@@ -1,27 +1,35 @@
 """The README's own words are run."""
 
+import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import diffusers_tsam
-from diffusers_tsam.shapes import MODELS
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("number, kind", list(enumerate(("sd", "pixart"))))
+def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(number, kind, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    code = blocks[number]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(MODELS["sd"]))
+    code = re.sub(r'"[^"]+/[^"]+"', repr(str(MODELS[kind])), code)
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")
-    code = code.replace("a black car and a white clock", "a red cube and a blue sphere")
-    for name in ("pipeline_tsam_sd.py", "attention_processors.py"):
+    own = {name: value for name, value in ARGUMENTS[kind].items() if name != "guidance_scale"}
+    code = code.replace('"a black car and a white clock"', f'"a red cube and a blue sphere", **{own}')
+    for name in (f"pipeline_tsam_{kind}.py", "attention_processors.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "car_and_clock.png").stat().st_size > 1000
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stat().st_size > 1000 and picture.name in code
 
 
 def test_every_link_to_a_file_of_the_repository_exists():
@@ -29,12 +37,14 @@ def test_every_link_to_a_file_of_the_repository_exists():
         assert (ROOT / target).exists(), target
 
 
-def test_the_defaults_in_the_readme_are_those_of_the_code():
-    import inspect
-
-    parameters = inspect.signature(diffusers_tsam.StableDiffusionTSAMPipeline.__call__).parameters
-    table = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+?) \|", README, re.MULTILINE))
+@pytest.mark.parametrize(
+    "column, pipeline", list(enumerate(("StableDiffusionTSAMPipeline", "PixArtAlphaTSAMPipeline")))
+)
+def test_the_defaults_in_the_readme_are_those_of_the_code(column, pipeline):
+    parameters = inspect.signature(getattr(diffusers_tsam, pipeline).__call__).parameters
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+?) \| ([^|]+?) \|", README, re.MULTILINE)
+    table = {name: defaults[column] for name, *defaults in rows if defaults[column] != "-"}
     ours = list(parameters)[list(parameters).index("tsam_steps") :]
     assert set(ours) - {"kwargs"} == set(table)
-    for name in ("alpha", "gamma", "refinement_iterations", "attention_resolution"):
-        assert float(table[name]) == parameters[name].default
+    numbers = {"alpha", "gamma", "refinement_iterations", "attention_resolution", "attention_layers"} & set(ours)
+    assert {name: str(parameters[name].default) for name in numbers} == {name: table[name] for name in numbers}

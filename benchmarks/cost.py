@@ -1,0 +1,293 @@
+"""What guidance costs: operations, seconds and memory of T-SAM and of Attend-and-Excite beside the plain pipeline.
+
+    python benchmarks/cost.py                          # a CPU: small pictures, few steps, minutes
+    python benchmarks/cost.py --size 512 --steps 50    # a GPU
+
+The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), with random weights; T5-XXL
+is replaced by one narrow layer and not counted. Operations of the first table are counted by torch on tensors without
+data, so they are exact at every size; those of the second are counted while the pictures are drawn.
+"""
+
+import argparse
+import gc
+import inspect
+import time
+import weakref
+from contextlib import nullcontext
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionAttendAndExcitePipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline, TextSelfAttention
+from diffusers_tsam.attention_processors import LatentAlignment, alignment_loss, check_tsam_inputs, frozen
+from diffusers_tsam.shapes import tuned_setting
+from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
+
+
+PROMPT = "a red cube and a blue sphere"
+NOUNS = [3, 7]  # what Attend-and-Excite has to be told: the tokens of "cube" and "sphere"
+TOKENS = {"sd": 77, "pixart": 120}
+PIPELINES = {
+    "sd": (StableDiffusionPipeline, StableDiffusionTSAMPipeline),
+    "pixart": (PixArtAlphaPipeline, PixArtAlphaTSAMPipeline),
+}
+NAMES = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2"}
+DENOISERS = {"sd": "unet", "pixart": "transformer"}
+
+
+def build_denoiser(kind):
+    """The published configuration, random weights."""
+    if kind == "pixart":
+        return PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
+    return UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    )
+
+
+def build_components(kind):
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
+    if kind == "pixart":
+        text = T5Config(vocab_size=1000, d_model=4096, d_ff=1024, num_layers=1, num_heads=8, is_encoder_decoder=False)
+        return {
+            "tokenizer": build_t5_tokenizer(),
+            "text_encoder": T5EncoderModel(text),
+            "vae": vae,
+            "transformer": build_denoiser(kind),
+            "scheduler": scheduler,
+        }
+    tokenizer = build_clip_tokenizer()
+    tokenizer.model_max_length = TOKENS[kind]
+    text = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(text),
+        "vae": vae,
+        "unet": build_denoiser(kind),
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors alive at once, what modules hold and operations return, for devices without counters."""
+
+    def __init__(self, modules):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._add(tensor)
+
+    def _add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        return output
+
+
+def count_pass(kind, size):
+    """Operations of a plain step with classifier-free guidance and of a guided pass, on tensors without data."""
+    dtype = torch.bfloat16
+    with torch.device("meta"):
+        pipe = PIPELINES[kind][1](**build_components(kind))
+        latents = torch.empty(2, 4, size // 8, size // 8, dtype=dtype)
+        embeds = torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096, dtype=dtype)
+        mask, t = torch.empty(2, TOKENS[kind]), torch.tensor(1)
+    denoiser = getattr(pipe, DENOISERS[kind]).to(dtype)
+    text = TextSelfAttention(torch.ones(1, 9, 9), torch.ones(1, 9, dtype=torch.bool), [["word"] * 9])
+    alignment = LatentAlignment(text, alpha=1.0, gamma=1.0)
+    alignment.content, alignment.text_attention = alignment.content.to("meta"), alignment.text_attention.to("meta")
+    if kind == "sd":
+        pipe._cross_attention_kwargs = None
+        arguments, where, more = {}, pipe.cross_attention_layers(), ()
+    else:
+        denoiser.pos_embed.to("meta")
+        conditions = {"resolution": None, "aspect_ratio": None}
+        arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": conditions}
+        where, more = (pipe.cross_attention_layers(),), (mask, conditions)
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        denoiser(latents, timestep=t.expand(2), encoder_hidden_states=embeds, **arguments)
+    with torch.no_grad(), frozen(denoiser), FlopCounterMode(display=False) as guided:
+        pipe.align_latents(alignment, latents[:1], t, *where, 0, 1, embeds, *more)
+    return plain.get_total_flops(), guided.get_total_flops()
+
+
+def operations(sizes, steps):
+    """Table of `count_pass`, and of whole pictures' denoising."""
+    print(f"| | plain step | guided pass | ratio | {steps} steps, paper | fast |\n|---|---|---|---|---|---|")
+    for kind in PIPELINES:
+        for size in sizes:
+            plain, guided = count_pass(kind, size)
+            passes = {name: number_of_updates(kind, name, steps) for name in ("paper", "fast")}
+            cells = [f"{NAMES[kind]}, {size}x{size}", f"{plain / 1e9:.0f} GFLOP", f"{guided / 1e9:.0f} GFLOP"]
+            cells += [f"{guided / plain:.3f}"]
+            cells += [f"{1 + n * guided / plain / steps:.2f}x ({n} passes)" for n in passes.values()]
+            print("|", " | ".join(cells), "|", flush=True)
+
+
+def arguments_of(name, steps):
+    """The call's arguments for a schedule; the paper's is the pipelines' default."""
+    if name != "fast":
+        return {}
+    schedule = tuned_setting(steps)
+    return {key: schedule[key] for key in ("tsam_steps", "refinement_steps", "refinement_iterations")}
+
+
+def number_of_updates(kind, name, steps):
+    """Guided passes of a picture."""
+    defaults = inspect.signature(PIPELINES[kind][1].__call__).parameters
+    names = "tsam_steps", "alpha", "gamma", "refinement_steps", "refinement_iterations", "objective"
+    setting = {key: defaults[key].default for key in names} | arguments_of(name, steps)
+    setting["tsam_steps"], setting["refinement_steps"] = check_tsam_inputs(steps, **setting)
+    return setting["tsam_steps"] + setting["refinement_iterations"] * len(setting["refinement_steps"])
+
+
+def measure(pipe, kind, device, arguments):
+    """Guided passes, operations, seconds and peak bytes of a call.
+
+    Drawn twice, since counting slows the first, which also warms up.
+    """
+    passes = []
+    denoiser = getattr(pipe, DENOISERS[kind])
+    hook = denoiser.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+
+    def call():
+        pipe(PROMPT, generator=torch.Generator().manual_seed(0), **arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    gc.collect()
+    memory = PeakMemory(module for module in pipe.components.values() if isinstance(module, torch.nn.Module))
+    with FlopCounterMode(display=False) as counter, memory if device.type != "cuda" else nullcontext():
+        call()
+    hook.remove()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory.peak
+    return sum(passes), counter.get_total_flops(), seconds, peak
+
+
+def pictures(kind, device, dtype, size, steps):
+    """Table of whole pictures, drawn one after the other with the same components and seed."""
+    components = build_components(kind)
+    stock, tsam = (cls(**components).to(device, dtype) for cls in PIPELINES[kind])
+    options = {"num_inference_steps": steps, "height": size, "width": size, "output_type": "pt"}
+    if kind == "pixart":
+        options |= {"use_resolution_binning": False, "clean_caption": False}
+    rows = {
+        "plain": (stock, {}),
+        "T-SAM, paper's schedule": (tsam, {}),
+        "T-SAM, fast": (tsam, arguments_of("fast", steps)),
+    }
+    if kind == "sd":
+        peer = StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
+        side = size // 32
+        limits = {"token_indices": NOUNS, "max_iter_to_alter": max(steps // 2, 1), "attn_res": (side, side)}
+        rows["Attend-and-Excite"] = (peer, limits)
+    print(f"| {NAMES[kind]}, {size}x{size}, {steps} steps | passes | operations | seconds | peak memory | each pass |")
+    print("|---|---|---|---|---|---|")
+    plain = None
+    for name, (pipe, more) in rows.items():
+        pipe.set_progress_bar_config(disable=True)
+        passes, *numbers = measure(pipe, kind, device, {**options, **more})
+        if plain is None:
+            plain = numbers
+            cells = [f"{plain[0] / 1e12:.2f} TFLOP", f"{plain[1]:.1f} s", f"{plain[2] / 1e9:.2f} GB", ""]
+        else:
+            cells = [f"{number / first:.2f}x" for number, first in zip(numbers, plain)]
+            each = [(number - first) / max(passes, 1) for number, first in zip(numbers, plain)]
+            cells += [f"{each[0] / 1e9:.0f} GFLOP, {each[1]:.2f} s"]
+        print("|", " | ".join([name, str(passes), *cells]), "|", flush=True)
+
+
+def loss_alone(device, repeats=20):
+    """Table of the loss and its gradient with respect to the maps, without the network, by length of the prompt."""
+    print("| tokens of the prompt | 5 | 20 | 40 | 75 |\n|---|---|---|---|---|")
+    cells = []
+    for tokens in (5, 20, 40, 75):
+        maps = torch.rand(1, tokens, 16, 16, device=device, requires_grad=True)
+        text = torch.rand(1, tokens, tokens, device=device).tril()
+        content = torch.ones(1, tokens, dtype=torch.bool, device=device)
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            torch.autograd.grad(alignment_loss(maps, text, content)[0].sum(), maps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        cells.append(f"{1e3 * sorted(times)[repeats // 2]:.2f} ms")
+    print("| loss and gradient |", " | ".join(cells), "|")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of the pictures that are drawn")
+    parser.add_argument("--pipelines", nargs="+", default=list(PIPELINES), choices=tuple(PIPELINES))
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    device = torch.device(args.device)
+    operations((512,), 50)
+    print()
+    loss_alone(device)
+    for kind in args.pipelines:
+        print()
+        torch.manual_seed(0)
+        pictures(kind, device, getattr(torch, args.dtype), args.size, args.steps)
+
+
+if __name__ == "__main__":
+    main()
