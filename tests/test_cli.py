@@ -132,7 +132,7 @@ def test_the_shipped_models_draw_and_are_judged(arguments, tmp_path, capsys):
 def test_the_pipeline_is_told_by_the_models_components(folder, tmp_path):
     assert cli.kind_of(folder) == "sd" and cli.kind_of(cli.MODELS["pixart"]) == "pixart"
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
-    with pytest.raises(ValueError, match="a FluxPipeline, but T-SAM is for sd, pixart"):
+    with pytest.raises(ValueError, match="a FluxPipeline. T-SAM is for sd, pixart"):
         cli.kind_of(tmp_path)
 
 
