@@ -133,6 +133,17 @@ class PeakMemory(TorchDispatchMode):
         return output
 
 
+class Operations(FlopCounterMode):
+    """Counts operations, not by module: torch's tracking of modules fails where Attend-and-Excite takes gradients."""
+
+    class Nowhere(nullcontext):
+        parents = frozenset(("Global",))
+
+    def __init__(self):
+        super().__init__(display=False)
+        self.mod_tracker = self.Nowhere()
+
+
 def count_pass(kind, size):
     """Operations of a plain step with classifier-free guidance and of a guided pass, on tensors without data."""
     dtype = torch.bfloat16
@@ -153,9 +164,9 @@ def count_pass(kind, size):
         conditions = {"resolution": None, "aspect_ratio": None}
         arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": conditions}
         where, more = (pipe.cross_attention_layers(),), (mask, conditions)
-    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+    with torch.no_grad(), Operations() as plain:
         denoiser(latents, timestep=t.expand(2), encoder_hidden_states=embeds, **arguments)
-    with torch.no_grad(), frozen(denoiser), FlopCounterMode(display=False) as guided:
+    with torch.no_grad(), frozen(denoiser), Operations() as guided:
         pipe.align_latents(alignment, latents[:1], t, *where, 0, 1, embeds, *more)
     return plain.get_total_flops(), guided.get_total_flops()
 
@@ -206,7 +217,7 @@ def measure(pipe, kind, device, arguments):
 
     gc.collect()
     memory = PeakMemory(module for module in pipe.components.values() if isinstance(module, torch.nn.Module))
-    with FlopCounterMode(display=False) as counter, memory if device.type != "cuda" else nullcontext():
+    with Operations() as counter, memory if device.type != "cuda" else nullcontext():
         call()
     hook.remove()
     if device.type == "cuda":
