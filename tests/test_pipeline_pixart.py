@@ -5,8 +5,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from diffusers_tsam import PixArtAlphaTSAMPipeline
-from diffusers_tsam.attention_processors import record_cross_attention
+from diffusers_tsam import PixArtAlphaTSAMPipeline, TextSelfAttention
+from diffusers_tsam.attention_processors import LatentAlignment
 from kinds import KINDS, PROMPT, SHORT, calls_of, embeddings, make, refused, run
 from tiny import tiny_pixart_components
 
@@ -235,19 +235,27 @@ class TestWrongInput:
 
 class TestArchitecture:
     @pytest.mark.parametrize("side", [64, 128])  # of the latents of 512 and 1024 pixels
-    def test_pixart_xl_2_records_its_nine_layers_at_full_resolution(self, kind, side):
+    def test_pixart_xl_2_goes_through_a_guided_step(self, kind, side):
         with torch.device("meta"):  # without memory or weights
             transformer = PixArtTransformer2DModel(sample_size=side, caption_channels=4096)
-            latents, embeds, mask = torch.empty(1, 4, side, side), torch.empty(1, 120, 4096), torch.ones(1, 120)
-            timestep, resolution, aspect_ratio = torch.ones(1), torch.empty(1, 2), torch.empty(1, 1)
+            latents, embeds, mask = torch.empty(1, 4, side, side), torch.empty(2, 120, 4096), torch.ones(2, 120)
+            t, conditions = torch.ones(()), {"resolution": torch.empty(2, 2), "aspect_ratio": torch.empty(2, 1)}
+        assert transformer.use_additional_conditions == (side == 128)
         pipe = PixArtAlphaTSAMPipeline(**{**kind.components, "transformer": transformer})
-        conditions = {"resolution": resolution, "aspect_ratio": aspect_ratio}
-        with record_cross_attention(pipe.cross_attention_layers(), 9) as maps, torch.no_grad():
-            transformer(
-                latents,
-                encoder_hidden_states=embeds,
-                encoder_attention_mask=mask,
-                timestep=timestep,
-                added_cond_kwargs=conditions if side == 128 else dict.fromkeys(conditions),
-            )
-        assert [tuple(m.shape) for m in maps.values()] == [(1, (side // 2) ** 2, 9)] * 9
+        text = TextSelfAttention(torch.ones(1, 9, 9), torch.ones(1, 9, dtype=torch.bool), [["word"] * 9])
+        alignment = LatentAlignment(text, 15.0, 4.0)
+        alignment.content, alignment.text_attention = alignment.content.to("meta"), alignment.text_attention.to("meta")
+        seen, measure = [], alignment._gradient
+
+        def gradient(*arguments):
+            found = measure(*arguments)
+            seen.extend(tensor.shape for tensor in found[:2])
+            return found
+
+        alignment._gradient = gradient
+        with torch.no_grad():
+            conditions = conditions if side == 128 else dict.fromkeys(conditions)
+            layers = pipe.cross_attention_layers()
+            moved = pipe.align_latents(alignment, latents, t, layers, 0, 1, embeds, mask, conditions)
+        assert len(layers) == 9 and moved.shape == latents.shape
+        assert seen == [latents.shape, (1, 9, side // 2, side // 2)]
