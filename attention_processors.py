@@ -133,15 +133,17 @@ class TextSelfAttention(NamedTuple):
 class _AttentionReader(TorchFunctionMode):
     """Hands the probabilities of each attention that torch computes in its context, (B, heads, P, N), to `read`.
 
-    They are computed beside it from the same queries and keys; nothing that a model returns is touched.
+    They are computed beside it from the same queries and keys, while `wanted()`; no result of a model is touched.
     """
 
-    def __init__(self, read):
+    def __init__(self, read, wanted):
         super().__init__()
-        self.read = read
+        self.read, self.wanted = read, wanted
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
+        if not self.wanted():
+            return output
         if function is F.scaled_dot_product_attention:
             self.read(_softmax_of_scores(*args, **(kwargs or {})))
         elif function is F.softmax and output.dim() == 4:  # transformers' "eager"
@@ -162,31 +164,31 @@ def _softmax_of_scores(query, key, value=None, attn_mask=None, dropout_p=0.0, is
 
 
 class _SelfAttentionSum:
-    """For every call of a text encoder: its token ids, the sum of its layers' attention (B, N, N), and their number."""
+    """Of the first call of a text encoder: its token ids, the sum of its layers' attention (B, N, N), their number."""
 
     def __init__(self):
-        self.ids, self.sums, self.layers = [], [], []
+        self.calls, self.ids, self.sum, self.layers = 0, None, 0, 0
 
     def begin(self, module, args, kwargs):
-        self.ids.append(args[0] if args else kwargs["input_ids"])
-        self.sums.append(0)
-        self.layers.append(0)
+        self.calls += 1
+        if self.calls == 1:
+            self.ids = args[0] if args else kwargs["input_ids"]
 
     def add(self, probabilities):
-        self.sums[-1] = self.sums[-1] + probabilities.float().mean(1)
-        self.layers[-1] += 1
+        self.sum = self.sum + probabilities.float().mean(1)
+        self.layers += 1
 
 
 @contextmanager
 def record_self_attention(text_encoder):
-    """Record what a transformers text encoder is asked while the context is open, its results untouched.
+    """Record the first prompts that a transformers text encoder encodes in the context, its results untouched.
 
     Layer by layer, so that no more than one layer's heads are held. Yields what `read_text_self_attention` reads.
     """
     recording = _SelfAttentionSum()
     hook = text_encoder.register_forward_pre_hook(recording.begin, with_kwargs=True)
     try:
-        with _AttentionReader(recording.add):
+        with _AttentionReader(recording.add, lambda: recording.calls == 1):
             yield recording
     finally:
         hook.remove()
@@ -194,13 +196,13 @@ def record_self_attention(text_encoder):
 
 def read_text_self_attention(recording, text_encoder, tokenizer):
     """T' of the prompts that were encoded first while `record_self_attention` was open. Eq. (2)."""
-    expected, found = text_encoder.config.num_hidden_layers, recording.layers[0] if recording.layers else 0
+    expected, found = text_encoder.config.num_hidden_layers, recording.layers
     if found != expected:
         raise RuntimeError(
             f"The self-attention of {found} of the {expected} layers of {type(text_encoder).__name__} was seen. Load it"
             ' with `attn_implementation="sdpa"`, not compiled, or pass `tsam_steps=0`.'
         )
-    ids, attention = recording.ids[0], recording.sums[0] / expected
+    ids, attention = recording.ids, recording.sum / expected
     content = content_of(ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
     tokens = [[tokenizer.decode(token) for token in prompt[own]] for prompt, own in zip(ids, content)]
     return TextSelfAttention(attention, content, tokens)
@@ -252,7 +254,7 @@ class TSAMAttnProcessor(nn.Module):
             self._record(cross_attention_probabilities(attn, hidden_states, context, attention_mask))
             raise LastMapRecorded
         read = []
-        with _AttentionReader(lambda probabilities: read or read.append(probabilities)):  # the text's comes first
+        with _AttentionReader(read.append, lambda: not read):  # the text's comes first
             output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **given)
         self._record(read[0] if read else cross_attention_probabilities(attn, hidden_states, context, attention_mask))
         return output

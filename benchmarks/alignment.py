@@ -57,7 +57,6 @@ def draw(pipe, jobs, setting, steps):
         num_inference_steps=steps,
         generator=generators,
         output_type="np",
-        **ARGUMENTS[next(kind for kind, pipeline in PIPELINES.items() if isinstance(pipe, pipeline))],
         **setting,
     )
     return (output.images * 255).round().astype(np.uint8), output.losses
@@ -162,7 +161,8 @@ def main():
             started = time.time()
             for first in range(0, len(todo), args.batch):
                 batch = todo[first : first + args.batch]
-                images, losses = draw(pipe, batch, parse_setting(name, args.steps, args.pipeline), args.steps)
+                setting = {**ARGUMENTS[args.pipeline], **parse_setting(name, args.steps, args.pipeline)}
+                images, losses = draw(pipe, batch, setting, args.steps)
                 for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
                     row = {
                         **run,

@@ -288,9 +288,7 @@ def test_text_self_attention_is_read_without_touching_the_text_encoder(either, i
 
 def test_a_text_encoder_whose_attention_cannot_be_seen_is_refused(pipe):
     with record_self_attention(pipe.text_encoder) as recording:
-        recording.ids.append(tokenize(pipe)["input_ids"])
-        recording.sums.append(0)
-        recording.layers.append(0)
+        recording.begin(pipe.text_encoder, (tokenize(pipe)["input_ids"],), {})
     with pytest.raises(RuntimeError, match="0 of the 2 layers"):
         read_text_self_attention(recording, pipe.text_encoder, pipe.tokenizer)
 
