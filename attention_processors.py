@@ -8,22 +8,28 @@ Shapes: B images, N tokens, P = H x W positions of a layer's query grid. `conten
 not <bos>, nothing from the first <eos> on, no padding.
 """
 
+import functools
+import json
 import sys
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
+from pathlib import Path
+from threading import RLock, get_ident
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
+logger = logging.get_logger(__name__)
+
 OBJECTIVES = ("l1", "l1_full", "cosine")
 SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
-GUIDED_PERCENT = 50  # 25 of 50 steps, App. B.2
-REFINEMENT_PERCENT = (0, 20, 40)  # steps 0, 10 and 20 of 50, App. B.2
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
 FP16_ATTEMPTS = 6  # the last one scales by 2^-8
@@ -168,8 +174,11 @@ class _SelfAttentionSum:
 
     def __init__(self):
         self.calls, self.ids, self.sum, self.layers = 0, None, 0, 0
+        self.thread = get_ident()
 
     def begin(self, module, args, kwargs):
+        if get_ident() != self.thread:  # another pipeline's call
+            return
         self.calls += 1
         if self.calls == 1:
             self.ids = args[0] if args else kwargs["input_ids"]
@@ -305,6 +314,48 @@ def frozen(model):
             parameter.requires_grad_(flags[name])
 
 
+@contextmanager
+def weights_kept():
+    """The backward pass has every weight as the forward pass in the context used it.
+
+    Group offloading and layerwise casting exchange the data under a weight as soon as its layer has run.
+    """
+
+    def keep(tensor):
+        tensor = tensor.detach()  # of the data, not of the parameter
+        if tensor.is_cuda:  # loaded on another stream, which must not reuse it while the backward pass reads it
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+_locks = WeakKeyDictionary()
+
+
+def lock_of(model):
+    """The lock that all pipelines with this model share. Its thread may take it again: a callback may draw, too."""
+    return _locks.setdefault(getattr(model, "_orig_mod", model), RLock())  # compiled or not
+
+
+def one_at_a_time(denoiser):
+    """Decorates a pipeline's call: calls that share their component named `denoiser` wait for each other.
+
+    Guidance exchanges its processors, and drawing its pipeline's state, so that two threads would spoil each other's.
+    """
+
+    def decorate(call):
+        @functools.wraps(call)
+        def alone(self, *args, **kwargs):
+            with lock_of(getattr(self, denoiser)):
+                return call(self, *args, **kwargs)
+
+        return alone
+
+    return decorate
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Moving the latent
 
@@ -314,7 +365,7 @@ class LatentAlignment:
 
     text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times, B images in all. losses: one
     (B,) tensor an update, each taken before it. steps: with `keep_maps`, (position in the scheduler's timesteps, maps
-    (B, N, H, W), S (B, N, N)) before each guided step's first update, on the CPU.
+    (B, N, H, W), S (B, N, N)) before each guided step's first update.
     """
 
     def __init__(self, text, alpha, gamma, objective="l1", keep_maps=False, num_images_per_prompt=1, device=None):
@@ -324,8 +375,8 @@ class LatentAlignment:
         self.tokens = max([1 + token for token in content.any(0).nonzero().flatten().tolist()], default=1)
         self.content = content[:, : self.tokens]
         attention = attention[:, : self.tokens, : self.tokens]
-        self.text_attention = normalize_text_attention(attention, self.content, gamma)
-        self.alpha, self.objective, self.keep_maps = alpha, objective, keep_maps
+        self.text_attention = normalize_text_attention(attention, self.content, float(gamma))
+        self.alpha, self.objective, self.keep_maps = float(alpha), objective, keep_maps
         self.losses, self.steps, self.loss_scale = [], [], None
 
     @property
@@ -351,7 +402,7 @@ class LatentAlignment:
                 latents = moved.where(finite[:, None, None, None], latents)
                 self.losses.append(loss)
                 if self.keep_maps and iteration == 0:
-                    self.steps.append((step, grids.cpu(), similarity.cpu()))
+                    self.steps.append((step, grids, similarity))
         # UniPC's corrector starts again from the previous sample, which would undo the move; without one it is skipped.
         if getattr(scheduler, "last_sample", None) is not None:
             scheduler.last_sample = None
@@ -370,7 +421,9 @@ class LatentAlignment:
         for _ in range(FP16_ATTEMPTS if half else 1):
             with torch.enable_grad():
                 model_input = (input_scale * latents.float()).requires_grad_()
-                with suppress(LastMapRecorded):
+                # A compiled model runs uncompiled here: this pass is half the batch, keeps what its gradient needs, and
+                # ends by an exception; it would be compiled anew, and on some versions of torch fail.
+                with suppress(LastMapRecorded), torch.compiler.set_stance("force_eager"), weights_kept():
                     predict(model_input.to(latents.dtype))
                 mean = torch.stack(list(maps.values())).mean(0)  # (B, P, N), Eq. (6)
                 grids = mean.mT.unflatten(-1, grid)
@@ -394,11 +447,11 @@ class LatentAlignment:
         tokens (s strings), text_attention T (s, s), steps (G positions in the scheduler's timesteps), maps (G, s, H, W)
         and similarity S (G, s, s), both before the step's first update.
         """
-        result = []
+        result, steps = [], [step for step, _, _ in self.steps]
+        kept = [(maps.cpu(), similarity.cpu()) for _, maps, similarity in self.steps]
         for image, content in enumerate(self.content.cpu()):
-            steps = [step for step, _, _ in self.steps]
-            maps = [maps[image, content] for _, maps, _ in self.steps]
-            similarity = [similarity[image][content][:, content] for _, _, similarity in self.steps]
+            maps = [maps[image, content] for maps, _ in kept]
+            similarity = [similarity[image][content][:, content] for _, similarity in kept]
             result.append(
                 {
                     "tokens": self.token_texts[image],
@@ -437,6 +490,24 @@ def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_
 # Checking the arguments
 
 
+class Schedule(NamedTuple):
+    """Where the updates are: at the first `guided` percent of the steps, with more of them at `refined` percent.
+
+    These are `iterations`, and `iterations_percent` percent of the number of steps.
+    """
+
+    guided: int
+    refined: tuple
+    iterations: int = 0
+    iterations_percent: int = 0
+
+
+SCHEDULES = {
+    "paper": Schedule(50, (0, 20, 40), iterations=20),  # of 50 steps 25, and 20 more at 0, 10 and 20; App. B.2
+    "fast": Schedule(20, (0, 8, 16), iterations_percent=16),  # of 50 steps 10, and 8 more at 0, 4 and 8
+}
+
+
 def check_integer(name, value, limit, remedy):
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{name}` has to be an integer but is {value!r}. {remedy}")
@@ -451,16 +522,63 @@ def _check_number(name, value, remedy):
         raise ValueError(f"`{name}` is {value}, but has to be finite. {remedy}")
 
 
-def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, refinement_iterations, objective):
-    """Check T-SAM's arguments against `num_steps` denoising steps, and fill in the defaults that depend on it.
+def check_stock_inputs(
+    prompt,
+    negative_prompt,
+    height,
+    width,
+    num_images_per_prompt,
+    guidance_scale,
+    eta,
+    generator,
+    callback,
+    tensor_inputs,
+):
+    """Check what the stock pipelines leave to fail later in other ways, or to draw NaN."""
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        several = isinstance(texts, (list, tuple))
+        if not all(text is None or isinstance(text, str) for text in (texts if several else [texts])):
+            raise TypeError(f"`{name}` has to be a string or a list of strings but is {texts!r}.")
+        if several and (not texts or None in texts):
+            raise ValueError(f'`{name}` is {texts!r}, but has to hold a string for each picture. Pass "" for none.')
+    if min(height, width) < 0:
+        raise ValueError(f"`height` and `width` are {height} and {width}, but have to be positive.")
+    check_integer("num_images_per_prompt", num_images_per_prompt, 1, "1 is usual.")
+    _check_number("guidance_scale", guidance_scale, "7.5 is usual.")
+    _check_number("eta", eta, "Pass 0.0 to 1.0.")
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise TypeError(f"`generator` has to be a torch.Generator or a list of them but is {generator!r}.")
+    if callback is not None and (not callable(callback) or tensor_inputs is None):
+        raise TypeError(
+            f"`callback_on_step_end` has to be callable but is {callback!r}, with a list of tensors' names but"
+            f' {tensor_inputs!r}. Pass a function and `callback_on_step_end_tensor_inputs=["latents"]`.'
+        )
 
-    Returns tsam_steps and refinement_steps (a set). Raises ValueError or TypeError naming the value, the limit and the
-    remedy.
+
+def check_tsam_inputs(
+    num_steps,
+    tsam_steps,
+    alpha,
+    gamma,
+    refinement_steps,
+    refinement_iterations,
+    objective,
+    schedule,
+    schedules=SCHEDULES,
+):
+    """Check T-SAM's arguments against `num_steps` denoising steps, and fill in what `schedule` sets where it is None.
+
+    Returns tsam_steps, refinement_steps (a set) and refinement_iterations. Raises ValueError or TypeError naming the
+    value, the limit and the remedy.
     """
+    if not isinstance(schedule, str) or schedule not in schedules:
+        raise ValueError(f"`schedule` is {schedule!r}, but has to be one of {', '.join(map(repr, schedules))}.")
+    percent = schedules[schedule]
     check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
     if tsam_steps is None:
-        tsam_steps = num_steps * GUIDED_PERCENT // 100
-    remedy = f"Pass 0 to {num_steps} (0 is off), or None for half of the steps."
+        tsam_steps = max(num_steps * percent.guided // 100, 1)
+    remedy = f"Pass 0 to {num_steps} (0 is off), or None for {percent.guided} % of the steps."
     check_integer("tsam_steps", tsam_steps, 0, remedy)
     if tsam_steps > num_steps:
         raise ValueError(f"`tsam_steps` is {tsam_steps}, but there are only {num_steps} denoising steps. {remedy}")
@@ -471,13 +589,15 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
     _check_number("gamma", gamma, "Pass the exponent of T, 2.0 for instance.")
     if gamma <= 0:
         raise ValueError(f"`gamma` is {gamma}, but has to be above 0: at 0, T says nothing. Pass 2.0.")
+    if refinement_iterations is None:
+        refinement_iterations = percent.iterations + num_steps * percent.iterations_percent // 100
     check_integer("refinement_iterations", refinement_iterations, 0, "Pass 0 for no refinement.")
     if objective not in OBJECTIVES:
         raise ValueError(f"`objective` is {objective!r}, but has to be one of {', '.join(map(repr, OBJECTIVES))}.")
 
     if refinement_steps is None:
-        defaults = {num_steps * percent // 100 for percent in REFINEMENT_PERCENT}
-        return tsam_steps, {step for step in defaults if step < tsam_steps}
+        defaults = {num_steps * refined // 100 for refined in percent.refined}
+        return tsam_steps, {step for step in defaults if step < tsam_steps}, refinement_iterations
     if isinstance(refinement_steps, (str, bytes)) or not hasattr(refinement_steps, "__iter__"):
         raise TypeError(f"`refinement_steps` has to be a sequence but is {refinement_steps!r}. Pass (0, 10).")
     refinement_steps = list(refinement_steps)
@@ -488,7 +608,7 @@ def check_tsam_inputs(num_steps, tsam_steps, alpha, gamma, refinement_steps, ref
                 f"`refinement_steps` has {step}, but only steps 0 to {tsam_steps - 1} are guided: `tsam_steps` is"
                 f" {tsam_steps}. Leave it out, or raise `tsam_steps`."
             )
-    return tsam_steps, set(refinement_steps)
+    return tsam_steps, set(refinement_steps), refinement_iterations
 
 
 def check_text_self_attention(text, prompt, batch_size, tokens):
@@ -520,3 +640,31 @@ def check_text_self_attention(text, prompt, batch_size, tokens):
         )
     if not attention.isfinite().all() or (attention < 0).any():
         raise ValueError("`text_self_attention` has negative or non-finite attention; pass probabilities.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def add_code(index, file, class_name):
+    """Let a saved pipeline load as the class `class_name` of the Python file `file`.
+
+    index: its model_index.json, which then names that class, and beside which copies of `file` and of this module lie.
+    """
+    index, file = Path(index), Path(file)
+    config = {**json.loads(index.read_bytes()), "_class_name": [file.stem, class_name]}
+    index.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for source in (file, Path(__file__)):
+        (index.parent / source.name).write_bytes(source.read_bytes())  # not shutil's, which fail on the file itself
+
+
+def save_code(pipeline, index, own, file):
+    """`add_code` for a pipeline of the class `own`, which `file` defines; a warning for one of a user's subclass."""
+    cls = type(pipeline)
+    if cls is own:
+        add_code(index, file, cls.__name__)
+    else:
+        logger.warning(
+            f"{index} names {cls.__name__} without its code, since that is a subclass of {own.__name__}. Load it with"
+            f" `{cls.__name__}.from_pretrained`."
+        )

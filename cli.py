@@ -9,11 +9,20 @@ import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
-from .shapes import ARGUMENTS, MODELS, tuned_setting
+from .shapes import ARGUMENTS, MODELS, TUNED
 
 
 PIPELINES = {"sd": "StableDiffusionTSAMPipeline", "pixart": "PixArtAlphaTSAMPipeline"}
-SETTINGS = ("tsam_steps", "alpha", "gamma", "refinement_steps", "refinement_iterations", "objective", "guidance_scale")
+SETTINGS = (
+    "schedule",
+    "tsam_steps",
+    "alpha",
+    "gamma",
+    "refinement_steps",
+    "refinement_iterations",
+    "objective",
+    "guidance_scale",
+)
 # At 74, stock Stable Diffusion fails on "a red cube and a blue sphere", as at 30 and 41 of 0 to 109 (the sphere is
 # missing); stock PixArt-α at none of 0 to 59.
 SEEDS = {"sd": 74, "pixart": 0}
@@ -158,6 +167,7 @@ def arguments():
         help="seed of the noise that both pictures start from ({sd}, for pixart {pixart})".format(**SEEDS),
     )
     add("--steps", type=int, default=50, help="denoising steps (50)")
+    add("--schedule", choices=("paper", "fast"), help="where the updates are, where not given below")
     add("--tsam-steps", type=int, help="how many of the first steps are guided")
     add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="precision (float32 on the cpu, else float16)")
@@ -222,14 +232,15 @@ def load(model, kind=None, device=None, dtype=None):
         raise ValueError(f"--model is {str(model)!r}, which is neither a folder nor a Hub id such as 'owner/name'.")
     with quiet():
         import torch
-        from diffusers import DiffusionPipeline
+
+        pipelines = importlib.import_module(__package__)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
-    folder = model if Path(model).is_dir() else DiffusionPipeline.download(model)  # with its progress bar
+    # with its progress bar, and without the code that may lie there: either class leaves it
+    folder = model if Path(model).is_dir() else getattr(pipelines, PIPELINES[kind or "sd"]).download(model)
     kind = kind or kind_of(folder)
     with quiet():
-        pipeline = getattr(importlib.import_module(__package__), PIPELINES[kind])
-        return pipeline.from_pretrained(folder, dtype=dtype).to(device), kind
+        return getattr(pipelines, PIPELINES[kind]).from_pretrained(folder, dtype=dtype).to(device), kind
 
 
 def run(args):
@@ -243,10 +254,8 @@ def run(args):
     pipeline_defaults = inspect.signature(pipe.__call__).parameters
     settings = {name: pipeline_defaults[name].default for name in SETTINGS}
     if shipped:
-        settings.update(tuned_setting(args.steps, kind), **ARGUMENTS[kind])
+        settings.update(TUNED[kind], **ARGUMENTS[kind])
     settings.update({name: value for name, value in vars(args).items() if name in SETTINGS and value is not None})
-    if shipped and args.tsam_steps is not None:
-        settings["refinement_steps"] = [step for step in settings["refinement_steps"] if step < args.tsam_steps]
 
     stock, tsam = outputs = draw(pipe, args.prompt, seed, num_inference_steps=args.steps, **settings)
     losses = [final_loss(output, settings["objective"]) for output in outputs]

@@ -20,7 +20,7 @@ import torch
 from diffusers.utils import logging
 
 from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, tuned_setting
+from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.judge import Judge, verdict
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 
@@ -28,8 +28,8 @@ from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 PIPELINES = {"sd": StableDiffusionTSAMPipeline, "pixart": PixArtAlphaTSAMPipeline}
 
 
-def parse_setting(text, steps, pipeline="sd"):
-    """The arguments of one of PIPELINES for `steps` denoising steps.
+def parse_setting(text, pipeline="sd"):
+    """The arguments of one of PIPELINES.
 
     text: "stock", "paper" (the pipeline's defaults), "tuned", or any of these and others changed, as
     "tuned,alpha=2,refinement_steps=0+2+4,attention_layers=10+18"; refinement_steps may be none.
@@ -37,12 +37,12 @@ def parse_setting(text, steps, pipeline="sd"):
     name, *changes = text.split(",")
     if "=" in name:
         name, changes = "paper", [name, *changes]
-    setting = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": tuned_setting(steps, pipeline)}[name]
+    setting = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": dict(TUNED[pipeline])}[name]
     for part in changes:
         key, value = part.split("=")
         if key in ("refinement_steps", "attention_layers"):
             setting[key] = () if value == "none" else tuple(map(int, value.split("+")))
-        elif key == "objective":
+        elif key in ("objective", "schedule"):
             setting[key] = value
         else:
             setting[key] = int(value) if key in ("tsam_steps", "refinement_iterations") else float(value)
@@ -161,7 +161,7 @@ def main():
             started = time.time()
             for first in range(0, len(todo), args.batch):
                 batch = todo[first : first + args.batch]
-                setting = {**ARGUMENTS[args.pipeline], **parse_setting(name, args.steps, args.pipeline)}
+                setting = {**ARGUMENTS[args.pipeline], **parse_setting(name, args.pipeline)}
                 images, losses = draw(pipe, batch, setting, args.steps)
                 for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
                     row = {
@@ -170,6 +170,7 @@ def main():
                         "caption": caption,
                         "seed": seed,
                         "seen": sorted(map(list, seen)),
+                        "updates": len(loss),
                         "loss": [round(x, 4) for x in (loss[[0, -1]] if len(loss) else loss).tolist()],
                         **verdict(solids[caption], seen),
                     }

@@ -4,16 +4,15 @@
     python benchmarks/cost.py --size 512 --steps 50    # a GPU
 
 The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), with random weights; T5-XXL
-is replaced by one narrow layer and not counted. Operations of the first table are counted by torch on tensors without
-data, so they are exact at every size; those of the second are counted while the pictures are drawn.
+is replaced by one narrow layer. Operations and memory of the first table are counted by torch on tensors without data,
+so they are exact at every size; those of the others are counted while the pictures are drawn.
 """
 
 import argparse
 import gc
-import inspect
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import (
@@ -26,14 +25,21 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline, TextSelfAttention
-from diffusers_tsam.attention_processors import LatentAlignment, alignment_loss, check_tsam_inputs, frozen
-from diffusers_tsam.shapes import tuned_setting
+from diffusers_tsam.attention_processors import (
+    SCHEDULES,
+    LatentAlignment,
+    alignment_loss,
+    check_tsam_inputs,
+    frozen,
+)
+from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
 
 
@@ -144,61 +150,79 @@ class Operations(FlopCounterMode):
         self.mod_tracker = self.Nowhere()
 
 
-def count_pass(kind, size):
-    """Operations of a plain step with classifier-free guidance and of a guided pass, on tensors without data."""
-    dtype = torch.bfloat16
-    with torch.device("meta"):
-        pipe = PIPELINES[kind][1](**build_components(kind))
-        latents = torch.empty(2, 4, size // 8, size // 8, dtype=dtype)
-        embeds = torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096, dtype=dtype)
-        mask, t = torch.empty(2, TOKENS[kind]), torch.tensor(1)
-    denoiser = getattr(pipe, DENOISERS[kind]).to(dtype)
+@contextmanager
+def default_dtype(dtype):
+    """Everything is made in `dtype`."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def simulate(kind, size, device):
+    """Operations and peak bytes of (plain step with classifier-free guidance, decoding, guided pass), without data.
+
+    device: "meta", on which attention is counted as torch's counter knows it, or "cpu" in `FakeTensorMode`, on which it
+    takes the memory of the fused kernels that a GPU has, too.
+    """
     text = TextSelfAttention(torch.ones(1, 9, 9), torch.ones(1, 9, dtype=torch.bool), [["word"] * 9])
     alignment = LatentAlignment(text, alpha=1.0, gamma=1.0)
-    alignment.content, alignment.text_attention = alignment.content.to("meta"), alignment.text_attention.to("meta")
-    if kind == "sd":
-        pipe._cross_attention_kwargs = None
-        arguments, where, more = {}, pipe.cross_attention_layers(), ()
-    else:
-        denoiser.pos_embed.to("meta")
-        conditions = {"resolution": None, "aspect_ratio": None}
-        arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": conditions}
-        where, more = (pipe.cross_attention_layers(),), (mask, conditions)
-    with torch.no_grad(), Operations() as plain:
-        denoiser(latents, timestep=t.expand(2), encoder_hidden_states=embeds, **arguments)
-    with torch.no_grad(), frozen(denoiser), Operations() as guided:
-        pipe.align_latents(alignment, latents[:1], t, *where, 0, 1, embeds, *more)
-    return plain.get_total_flops(), guided.get_total_flops()
+    alignment.content, alignment.text_attention = alignment.content.to(device), alignment.text_attention.to(device)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext()
+    with torch.device(device), mode, default_dtype(torch.bfloat16):
+        pipe = PIPELINES[kind][1](**build_components(kind))
+        latents = torch.empty(2, 4, size // 8, size // 8)
+        embeds = torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096)
+        mask, t = torch.empty(2, TOKENS[kind]), torch.tensor(1)
+        denoiser = getattr(pipe, DENOISERS[kind])
+        if kind == "sd":
+            pipe._cross_attention_kwargs = None
+            arguments, where, more = {}, pipe.cross_attention_layers(), ()
+        else:
+            denoiser.pos_embed.pos_embed = denoiser.pos_embed.pos_embed.to(device)  # comes from numpy
+            conditions = {"resolution": None, "aspect_ratio": None}
+            arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": conditions}
+            where, more = (pipe.cross_attention_layers(),), (mask, conditions)
+        calls = (
+            lambda: denoiser(latents, timestep=t.expand(2), encoder_hidden_states=embeds, **arguments),
+            lambda: pipe.vae.decode(latents[:1]),
+            lambda: pipe.align_latents(alignment, latents[:1], t, *where, 0, 1, embeds, *more),
+        )
+        operations, peaks = [], []
+        with torch.no_grad(), frozen(denoiser):
+            for call in calls:
+                memory = PeakMemory(
+                    module for module in pipe.components.values() if isinstance(module, torch.nn.Module)
+                )
+                with Operations() as counter, memory:
+                    call()
+                operations.append(counter.get_total_flops())
+                peaks.append(memory.peak)
+    return operations, peaks
 
 
-def operations(sizes, steps):
-    """Table of `count_pass`, and of whole pictures' denoising."""
-    print(f"| | plain step | guided pass | ratio | {steps} steps, paper | fast |\n|---|---|---|---|---|---|")
+def operations(size, steps):
+    """Table of what one guided pass costs, and of the schedules' operations in whole pictures' denoising."""
+    print(f"| {size}x{size}, half precision | plain step | guided pass | {steps} steps, paper | fast | peak memory |")
+    print("|---|---|---|---|---|---|")
     for kind in PIPELINES:
-        for size in sizes:
-            plain, guided = count_pass(kind, size)
-            passes = {name: number_of_updates(kind, name, steps) for name in ("paper", "fast")}
-            cells = [f"{NAMES[kind]}, {size}x{size}", f"{plain / 1e9:.0f} GFLOP", f"{guided / 1e9:.0f} GFLOP"]
-            cells += [f"{guided / plain:.3f}"]
-            cells += [f"{1 + n * guided / plain / steps:.2f}x ({n} passes)" for n in passes.values()]
-            print("|", " | ".join(cells), "|", flush=True)
+        (plain, _, guided), _ = simulate(kind, size, "meta")
+        _, (step, decoding, guidance) = simulate(kind, size, "cpu")
+        passes = {name: number_of_updates(kind, name, steps) for name in ("paper", "fast")}
+        cells = [NAMES[kind], f"{plain / 1e9:.0f} GFLOP", f"{guided / 1e9:.0f} GFLOP, {guided / plain:.3f}x"]
+        cells += [f"{1 + n * guided / plain / steps:.2f}x ({n} passes)" for n in passes.values()]
+        plainly = max(step, decoding)
+        cells += [f"{plainly / 1e9:.2f} GB plain, {guidance / 1e9:.2f} GB guided pass, {guidance / plainly:.2f}x"]
+        print("|", " | ".join(cells), "|", flush=True)
 
 
-def arguments_of(name, steps):
-    """The call's arguments for a schedule; the paper's is the pipelines' default."""
-    if name != "fast":
-        return {}
-    schedule = tuned_setting(steps)
-    return {key: schedule[key] for key in ("tsam_steps", "refinement_steps", "refinement_iterations")}
-
-
-def number_of_updates(kind, name, steps):
+def number_of_updates(kind, schedule, steps):
     """Guided passes of a picture."""
-    defaults = inspect.signature(PIPELINES[kind][1].__call__).parameters
-    names = "tsam_steps", "alpha", "gamma", "refinement_steps", "refinement_iterations", "objective"
-    setting = {key: defaults[key].default for key in names} | arguments_of(name, steps)
-    setting["tsam_steps"], setting["refinement_steps"] = check_tsam_inputs(steps, **setting)
-    return setting["tsam_steps"] + setting["refinement_iterations"] * len(setting["refinement_steps"])
+    schedules = PIXART_SCHEDULES if kind == "pixart" else SCHEDULES
+    guided, refined, iterations = check_tsam_inputs(steps, None, 1.0, 1.0, None, None, "l1", schedule, schedules)
+    return guided + iterations * len(refined)
 
 
 def measure(pipe, kind, device, arguments):
@@ -239,7 +263,7 @@ def pictures(kind, device, dtype, size, steps):
     rows = {
         "plain": (stock, {}),
         "T-SAM, paper's schedule": (tsam, {}),
-        "T-SAM, fast": (tsam, arguments_of("fast", steps)),
+        "T-SAM, fast": (tsam, {"schedule": "fast"}),
     }
     if kind == "sd":
         peer = StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
@@ -291,7 +315,7 @@ def main():
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device(args.device)
-    operations((512,), 50)
+    operations(512, 50)
     print()
     loss_alone(device)
     for kind in args.pipelines:

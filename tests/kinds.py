@@ -48,6 +48,7 @@ class Kind:
 
 
 DEFAULTS = {"tsam_steps": None, "refinement_steps": None, "objective": "l1", "text_self_attention": None}
+DEFAULTS |= {"refinement_iterations": None, "schedule": "paper"}
 DEFAULTS |= {"output_attentions": False}
 KINDS = {
     "sd": Kind(
@@ -57,7 +58,7 @@ KINDS = {
         build=tiny_components,
         denoiser="unet",
         call={},
-        defaults={**DEFAULTS, "alpha": 10.0, "gamma": 2.0, "refinement_iterations": 20, "attention_resolution": 16},
+        defaults={**DEFAULTS, "alpha": 10.0, "gamma": 2.0, "attention_resolution": 16},
         fields=("images", "nsfw_content_detected", "losses", "attentions"),
         attributes={
             "_guidance_scale",
@@ -79,7 +80,7 @@ KINDS = {
         build=tiny_pixart_components,
         denoiser="transformer",
         call={"use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32},
-        defaults={**DEFAULTS, "alpha": 15.0, "gamma": 4.0, "refinement_iterations": 10, "attention_layers": (10, 18)},
+        defaults={**DEFAULTS, "alpha": 15.0, "gamma": 4.0, "attention_layers": (10, 18)},
         fields=("images", "losses", "attentions"),
         attributes={"_guidance_scale", "_interrupt", "_num_timesteps"},
         words=119,

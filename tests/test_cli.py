@@ -97,12 +97,18 @@ def test_another_model_runs_with_the_pipelines_own_defaults(pipe, folder, monkey
     monkeypatch.setattr(cli, "draw", draw)
     with pytest.raises(SystemExit):
         cli.main([PROMPT, "--model", folder, "--gamma", "3", "--output", str(tmp_path / "a.png")])
-    own = {"alpha": 10.0, "objective": "l1", "refinement_steps": None, "refinement_iterations": 20}
+    own = {
+        "alpha": 10.0,
+        "objective": "l1",
+        "refinement_steps": None,
+        "refinement_iterations": None,
+        "schedule": "paper",
+    }
     assert given == {"num_inference_steps": 50, "tsam_steps": None, "gamma": 3.0, "guidance_scale": 7.5, **own}
 
 
 def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monkeypatch, capsys):
-    from diffusers_tsam.shapes import tuned_setting
+    from diffusers_tsam.shapes import TUNED
     from diffusers_tsam.shapes.judge import Judge
 
     class Seen(Judge):
@@ -116,7 +122,7 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
     monkeypatch.setattr(cli, "draw", lambda *args, **settings: given.update(settings) or draw(*args, **settings))
     tsam(PROMPT)
     assert capsys.readouterr().out.splitlines()[2] == "the judge sees: stock nothing; T-SAM blue ring, red cube"
-    tuned = {**tuned_setting(given["num_inference_steps"]), "refinement_iterations": 1}
+    tuned = {**TUNED["sd"], "refinement_iterations": 1}
     assert {name: given[name] for name in tuned} == tuned and given["guidance_scale"] == 4.0
 
 

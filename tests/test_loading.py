@@ -100,10 +100,9 @@ def test_from_pipe_takes_the_custom_pipeline_too(kind, saved, expected):
     assert torch.equal(draw(kind, pipe), expected)
 
 
-def test_a_saved_pipeline_loads_as_stock_and_with_the_class(kind, saved, expected, tmp_path):
+def test_a_saved_pipeline_loads_with_the_class(kind, saved, expected, tmp_path):
     kind.tsam.from_pretrained(saved).save_pretrained(tmp_path)
     assert torch.equal(draw(kind, kind.tsam.from_pretrained(tmp_path)), expected)
-    assert type(kind.stock.from_pretrained(tmp_path)) is kind.stock
 
 
 def test_the_installed_package_is_this_checkout():

@@ -25,14 +25,20 @@ def test_off_with_guidance_rescaled_is_bit_identical_to_stock(stock, pipe):
     assert not torch.equal(theirs, run(stock).images)
 
 
-def test_the_default_schedule_is_the_papers_and_scales_with_the_number_of_steps():
-    def steps(n):
-        return attention_processors.check_tsam_inputs(n, None, 10.0, 2.0, None, 20, "l1")
-
-    assert steps(50) == (25, {0, 10, 20})
-    assert steps(20) == (10, {0, 4, 8})
-    assert steps(4) == (2, {0, 1})
-    assert steps(1) == (0, set())
+@pytest.mark.parametrize(
+    "schedule, number, expected",
+    [
+        ("paper", 50, (25, {0, 10, 20}, 20)),
+        ("paper", 20, (10, {0, 4, 8}, 20)),
+        ("paper", 4, (2, {0, 1}, 20)),
+        ("paper", 1, (1, {0}, 20)),
+        ("fast", 50, (10, {0, 4, 8}, 8)),
+        ("fast", 25, (5, {0, 2, 4}, 4)),
+        ("fast", 4, (1, {0}, 0)),
+    ],
+)
+def test_the_schedules_scale_with_the_number_of_steps(schedule, number, expected):
+    assert attention_processors.check_tsam_inputs(number, None, 10.0, 2.0, None, None, "l1", schedule) == expected
 
 
 def test_a_row_of_t_is_a_distribution_over_all_tokens_up_to_its_own(pipe):

@@ -46,5 +46,5 @@ def test_the_defaults_in_the_readme_are_those_of_the_code(column, pipeline):
     table = {name: defaults[column] for name, *defaults in rows if defaults[column] != "-"}
     ours = list(parameters)[list(parameters).index("tsam_steps") :]
     assert set(ours) - {"kwargs"} == set(table)
-    numbers = {"alpha", "gamma", "refinement_iterations", "attention_resolution", "attention_layers"} & set(ours)
+    numbers = {"alpha", "gamma", "attention_resolution", "attention_layers"} & set(ours)
     assert {name: str(parameters[name].default) for name in numbers} == {name: table[name] for name in numbers}

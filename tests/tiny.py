@@ -6,11 +6,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 
 WORDS = "a an and with black white red blue green car clock cube sphere dog on table the of".split()
+ASCII = [chr(code) for code in range(33, 127)]
+BYTES = [*ASCII, *map(chr, [*range(161, 173), *range(174, 256), *range(256, 324)])]  # as byte-level BPE writes them
 
 
-def tiny_tokenizer(length=77):
-    """CLIPTokenizer of WORDS, one token each; other text falls apart into letters."""
-    alphabet = [chr(c) for c in range(33, 127)]
+def tiny_tokenizer(length=77, alphabet=ASCII):
+    """CLIPTokenizer of WORDS, one token each; other text falls apart into letters, or into bytes if it has BYTES."""
     tokens, merges = alphabet + [letter + "</w>" for letter in alphabet], []
     for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -48,9 +49,9 @@ def tiny_scheduler():
     )
 
 
-def tiny_components(length=77):
+def tiny_components(length=77, alphabet=ASCII):
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(length)
+    tokenizer = tiny_tokenizer(length, alphabet)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -1,0 +1,70 @@
+"""How much T-SAM gains for how many guided passes: the picture docs/passes.png.
+
+    python benchmarks/passes.py results/alignment.jsonl --output docs/passes.png
+
+From the lines that `alignment.py` wrote, for settings that differ in where the updates are. Lines over a picture are
+95 % intervals over prompts, paired with stock.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from alignment import interval
+from matplotlib.figure import Figure
+
+
+NAMES = {"sd": "Stable Diffusion", "pixart": "PixArt-α"}
+PASS = {"sd": 0.524, "pixart": 0.692}  # of a plain step's operations on the published architecture, `cost.py`
+LABELS = {"tuned": "fast", "tuned,schedule=paper": "paper's schedule"}
+INK, GREY, BLUE = "#222222", "#777777", "#1f6fb4"
+
+
+def gains(rows, pipeline, solids):
+    """(passes, gain over stock and its half-width in points, pictures, setting), by passes."""
+    rows = [row for row in rows if row["pipeline"] == pipeline and row["solids"] == solids]
+    stock = {(row["caption"], row["seed"]): row["present"] for row in rows if row["setting"] == "stock"}
+    result = []
+    for name in sorted({row["setting"] for row in rows} - {"stock"}):
+        own = [row for row in rows if row["setting"] == name and (row["caption"], row["seed"]) in stock]
+        differences = [row["present"] - stock[row["caption"], row["seed"]] for row in own]
+        mean, half = interval(differences, [row["caption"] for row in own])
+        result.append((own[0]["updates"], 100 * mean, 100 * half, len(own), name))
+    return sorted(result)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--solids", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("docs/passes.png"))
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+    kinds = [kind for kind in NAMES if any(row["pipeline"] == kind for row in rows)]
+    fig = Figure((5.2 * len(kinds), 3.6), dpi=120, layout="constrained")
+    for axes, kind in zip(fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
+        steps = next(row["steps"] for row in rows if row["pipeline"] == kind)
+        points = gains(rows, kind, args.solids)
+        for number, mean, half, pictures, name in points:
+            cells = (
+                name,
+                str(number),
+                f"{1 + PASS[kind] * number / steps:.2f}x",
+                f"{mean:+.1f} ± {half:.1f}",
+                str(pictures),
+            )
+            print(f"| {NAMES[kind]} |", " | ".join(cells), "|")
+            if name in LABELS:
+                axes.annotate(LABELS[name], (number, mean), (0, 8), textcoords="offset points", ha="center", color=INK)
+        passes, means, halves, *_ = zip((0, 0.0, 0.0, 0, "stock"), *points)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.errorbar(passes, means, halves, color=BLUE, marker="o", capsize=3, linewidth=1.5, elinewidth=0.8)
+        axes.set_title(f"the small {NAMES[kind]}", color=INK)
+        axes.set_xlabel(f"guided passes of a picture of {steps} steps", color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+    fig.axes[0].set_ylabel("more pictures right than stock, points", color=INK)
+    fig.savefig(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""No call ends half-way: it draws what was asked for, or is refused before the denoiser runs."""
+
+import functools
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kinds import KINDS, PROMPT, calls_of, denoiser_of, make, state_of
+from tiny import BYTES, WORDS, tiny_components
+
+
+NAN, INF = math.nan, math.inf
+INPUTS = "callback_on_step_end_tensor_inputs"
+TEXTS = [
+    "",
+    " \t\n ",
+    "car",
+    "car car car car",
+    "?!... -- ,;: ()[]{}",
+    "(red:1.3) cube and ((blue)) [sphere]",
+    "a 🐱 and a 👩‍👩‍👧 on the table",
+    "كرة زرقاء ومكعب أحمر",
+    "e\u0301 \u202ered\u202c a\u0000b\u0007\u001b[31m \u200bcube\ufeff",
+    "<|endoftext|> a red car </s> <pad> <unk>",
+    "a red cube " * 909,  # 10,000 characters
+    "x" * 10_000,
+]
+
+
+class Seeds(list):
+    """Stands for a list of generators, so that a call that fails can be read and repeated."""
+
+
+def keep(pipe, step, t, tensors):
+    return tensors
+
+
+CALL = {
+    "prompt": PROMPT,
+    "negative_prompt": "",
+    "num_inference_steps": 2,
+    "tsam_steps": None,
+    "refinement_steps": None,
+    "refinement_iterations": 1,
+    "alpha": 10.0,
+    "gamma": 2.0,
+    "schedule": "paper",
+    "objective": "l1",
+    "attention_resolution": 16,
+    "attention_layers": (10, 18),
+    "num_images_per_prompt": 1,
+    "guidance_scale": 4.5,
+    "height": 16,
+    "width": 32,
+    "generator": 0,
+    "eta": 0.0,
+    "output_type": "np",
+    "return_dict": True,
+    "output_attentions": False,
+    "callback_on_step_end": None,
+    INPUTS: ["latents"],
+}
+# Refused, whatever else is given
+WRONG = {
+    "prompt": [None, b"a red cube", 3, ("a red cube",), {"a red cube": 1}, "\ud800", [], ["a car", b"a dog"], [["a"]]],
+    "negative_prompt": [[], 3, b"a dog", [None], [["a"]]],
+    "num_inference_steps": [0, -1, 2.0, True, "2", None, [2], NAN],
+    "tsam_steps": [-1, 4, True, 1.0, "1", NAN, [1]],
+    "alpha": [-1, -1e-9, NAN, INF, -INF, 10**400, "10", None, True, torch.ones(())],
+    "gamma": [0, -2.0, NAN, INF, 10**400, "2", None, False],
+    "refinement_steps": [(3,), (-1,), (0.0,), (None,), (True,), 0, "0", b"0"],
+    "refinement_iterations": [-1, 1.0, True, "1", INF],
+    "schedule": ["slow", "", None, 3, ["fast"], ("paper", "fast")],
+    "objective": ["l2", "L1", "", None, 3, ["l1"], {"l1"}],
+    "num_images_per_prompt": [0, -1, True, None, 1.0, "2", [1]],
+    "guidance_scale": [INF, 10**400, "7.5", None, [7.5], NAN, True, torch.tensor([2.0, 3.0])],
+    "eta": [NAN, INF, "1", None, True],
+    "callback_on_step_end": [3, "keep", True],
+    "generator": [Seeds(), Seeds(range(13)), 3, "0", [None], ()],  # the first two are too few and too many
+    INPUTS: [["noise_pred"], ["latents", ""], "latents", [1], [None], 3],
+    "refinment_steps": [()],
+}
+# Refused where anything is guided
+WRONG_WHERE_GUIDED = {
+    "attention_resolution": [8, 0, -16, 15.5, "16", None, [16], {}],
+    "attention_layers": [(10, 20), (18, 10), (-1, 3), (1.0, 3), (True, 3), (NAN, 3), (1, 2, 3), 10, "01", None, {1, 2}],
+    "text_self_attention": [3, "abc", (1, 2, 3), torch.ones(7, 7)],
+}
+# Drawn by one pipeline or the other, or with some other arguments
+ODD = {
+    "negative_prompt": [None, "", ["a dog"], ["a dog"] * 5, ("a dog",), "\ud800"],
+    "guidance_scale": [0, -3, 1],
+    "alpha": [0, 1, 1e-300, 1e300, 10**300, Fraction(21, 2)],
+    "gamma": [1, 1e-300, 1e300, 10**300, Fraction(3, 2)],
+    "refinement_steps": [{0}, range(1), (0, 0), {0: 1}],
+    "height": [0, None, 24, 32.0, 4, 30, -4, -8, 1.5, NAN, "32", [32]],
+    "width": [0, None, 24, 32.0, 4, 30, -4, -8, 1.5, NAN, "32", [32]],
+    "eta": [0, 1, -1],
+    "generator": [None, Seeds([0]), Seeds([0, 1])],
+    "output_type": ["PIL", "wrong", None, 3],
+    "return_dict": [None, 0, "no"],
+    "output_attentions": [None, 1],
+    INPUTS: [[], ("latents",), {"latents"}],
+}
+CHANGES = [
+    (name, value, refused)
+    for values_of, refused in ((WRONG, "always"), (WRONG_WHERE_GUIDED, "where guided"), (ODD, "perhaps"))
+    for name, values in values_of.items()
+    for value in values
+]
+
+
+@functools.cache
+def pipe_of(name):
+    """Of a tiny model whose tokenizer knows every character."""
+    kind = KINDS[name]
+    components = tiny_components(alphabet=BYTES) if name == "sd" else kind.components
+    return make(kind.tsam, components)
+
+
+def count(prompt):
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def others(kind):
+    """The arguments that this pipeline does not have."""
+    return {"attention_resolution", "attention_layers", "schedule"} - kind.extra
+
+
+def arguments(kind, call):
+    """A call as this pipeline takes it."""
+    seeds = call["generator"]
+    if isinstance(seeds, Seeds):
+        call = {**call, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
+    elif seeds == 0:
+        call = {**call, "generator": torch.Generator().manual_seed(0)}
+    return kind.call | {name: value for name, value in call.items() if name not in others(kind)}
+
+
+@st.composite
+def calls(draw):
+    """The arguments of a call that is drawn."""
+    words = st.lists(st.sampled_from(WORDS), min_size=2, max_size=9).map(" ".join)
+    text = words | st.sampled_from(TEXTS) | st.text(max_size=40)
+    prompt = draw(text | st.lists(text, min_size=1, max_size=3))
+    others = text if isinstance(prompt, str) else st.lists(text, min_size=len(prompt), max_size=len(prompt))
+    steps = draw(st.sampled_from([2, 3, 2, 3, 1]))
+    guided = draw(st.sampled_from([1, *range(steps + 1), *[None] * (steps > 1)]))
+    last = (1 if guided is None else guided) - 1
+    images = draw(st.sampled_from([1, 1, 2]))
+    size = st.sampled_from([8, 16, 32, 40])
+    return {
+        "prompt": prompt,
+        "negative_prompt": draw(others),
+        "num_inference_steps": steps,
+        "tsam_steps": guided,
+        "refinement_steps": draw(st.none() | st.lists(st.integers(0, last), max_size=2)) if last >= 0 else (),
+        "refinement_iterations": draw(st.integers(0, 2)),
+        "alpha": draw(st.floats(0, 100)),
+        "gamma": draw(st.floats(0.1, 20)),
+        "schedule": draw(st.sampled_from(["paper", "fast"])),
+        "objective": draw(st.sampled_from(["l1", "l1_full", "cosine"])),
+        "attention_resolution": 16,
+        "attention_layers": draw(st.sampled_from([(10, 18), [0, 19], (3, 3)])),
+        "num_images_per_prompt": images,
+        "guidance_scale": draw(st.sampled_from([1.0, 4.5, 7.5])),
+        "height": draw(size),
+        "width": draw(size),
+        "generator": draw(st.sampled_from([0, Seeds(range(images * count(prompt)))])),
+        "eta": draw(st.sampled_from([0.0, 0.5])),
+        "output_type": draw(st.sampled_from(["latent", "np", "pil", "pt"])),
+        "return_dict": draw(st.booleans()),
+        "output_attentions": draw(st.booleans()),
+        "callback_on_step_end": draw(st.sampled_from([None, keep])),
+        INPUTS: draw(st.lists(st.sampled_from(["latents", "prompt_embeds", "negative_prompt_embeds"]), unique=True)),
+    }
+
+
+def guided_steps(call):
+    return 1 if call["tsam_steps"] is None else call["tsam_steps"]  # of the 2 or 3 steps of such a call
+
+
+def updates(pipe, kind, call):
+    """How many updates every picture gets."""
+    steps, guided, refined = call["num_inference_steps"], guided_steps(call), call["refinement_steps"]
+    cleaning = {} if kind is KINDS["sd"] else {"clean_caption": False}
+    if pipe.get_text_self_attention(call["prompt"], **cleaning).content.sum(-1).max() < 2:
+        return 0
+    if refined is None:
+        percents = (0, 20, 40) if call["schedule"] == "paper" else (0, 8, 16)
+        refined = {step for step in (steps * percent // 100 for percent in percents) if step < guided}
+    return guided + call["refinement_iterations"] * len(set(refined))
+
+
+def check(pipe, kind, call, output):
+    """Whether the output is of the number, size and type that was asked for, and finite."""
+    if not call["return_dict"]:
+        output = dict(zip(kind.fields, output, strict=True))
+    number = count(call["prompt"]) * int(call["num_images_per_prompt"])
+    height, width = call["height"], call["width"]
+    if kind is KINDS["sd"] and not (height and width):
+        height = width = None
+    height, width = int(height or 64), int(width or 64)
+    if call["output_type"] == "pil":
+        assert [picture.size for picture in output["images"]] == [(width, height)] * number
+    else:
+        shapes = {"latent": (number, 4, height // 2, width // 2), "pt": (number, 3, height, width)}
+        assert output["images"].shape == shapes.get(call["output_type"], (number, height, width, 3))
+        assert torch.as_tensor(output["images"]).isfinite().all()
+
+    assert output["losses"].shape == (number, updates(pipe, kind, call)) and output["losses"].dtype == torch.float32
+    assert output["losses"].isfinite().all() and (output["losses"] > -1e-5).all()
+    attentions = dict(output).get("attentions")
+    assert len(attentions or []) == number * bool(call["output_attentions"] and guided_steps(call))
+
+
+def every_change(test):
+    for change in CHANGES:
+        test = example(CALL, [change])(test)
+    return test
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # an unknown output_type is deprecated
+@settings(derandomize=True, deadline=None, max_examples=70, database=None)
+@given(call=calls(), changes=st.lists(st.sampled_from(CHANGES), max_size=2, unique_by=lambda change: change[0]))
+@every_change
+@example(CALL, [])
+@example({**CALL, "prompt": TEXTS, "negative_prompt": TEXTS[::-1], "tsam_steps": 1}, [])
+@example(
+    {
+        **CALL,
+        "prompt": ["", "car", PROMPT],
+        "negative_prompt": None,
+        "num_images_per_prompt": 2,
+        "output_attentions": True,
+    },
+    [],
+)
+@example({**CALL, "num_inference_steps": 1, "tsam_steps": 1, "guidance_scale": 1.0, "height": 8, "width": 8}, [])
+def test_a_call_draws_what_was_asked_for_or_is_refused_before_the_denoiser_runs(name, call, changes):
+    kind, pipe = KINDS[name], pipe_of(name)
+    changes = [change for change in changes if change[0] not in others(kind)]
+    call = call | {changed: value for changed, value, _ in changes}
+    before, output = state_of(pipe), None
+    with calls_of(denoiser_of(pipe)) as denoised:
+        try:
+            output = pipe(**arguments(kind, call))
+        except (ValueError, TypeError):
+            assert changes and not denoised
+    assert state_of(pipe) == before
+    if output is not None:
+        refused = {refused for *_, refused in changes}
+        assert "always" not in refused and ("where guided" not in refused or guided_steps(call) == 0)
+        check(pipe, kind, call, output)
