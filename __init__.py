@@ -4,11 +4,13 @@ import importlib
 
 
 _MODULES = {
+    "LatentAlignment": "attention_processors",
     "PixArtAlphaTSAMPipeline": "pipeline_tsam_pixart",
     "PixArtAlphaTSAMPipelineOutput": "pipeline_tsam_pixart",
     "StableDiffusionTSAMPipeline": "pipeline_tsam_sd",
     "StableDiffusionTSAMPipelineOutput": "pipeline_tsam_sd",
     "TextSelfAttention": "attention_processors",
+    "frozen": "attention_processors",
 }
 __all__ = list(_MODULES)
 

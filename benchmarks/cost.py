@@ -40,6 +40,7 @@ from diffusers_tsam.attention_processors import (
     frozen,
 )
 from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
+from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
 
 
@@ -178,7 +179,6 @@ def simulate(kind, size, device):
         mask, t = torch.empty(2, TOKENS[kind]), torch.tensor(1)
         denoiser = getattr(pipe, DENOISERS[kind])
         if kind == "sd":
-            pipe._cross_attention_kwargs = None
             arguments, where, more = {}, pipe.cross_attention_layers(), ()
         else:
             denoiser.pos_embed.pos_embed = denoiser.pos_embed.pos_embed.to(device)  # comes from numpy
@@ -305,6 +305,29 @@ def loss_alone(device, repeats=20):
     print("| loss and gradient |", " | ".join(cells), "|")
 
 
+def compiled(device, steps=10, repeats=4):
+    """Table of the small models' seconds (on a CPU: of the processor), compiled beside uncompiled, once compiled."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    print("| compiled beside uncompiled | plain | T-SAM, fast |\n|---|---|---|")
+    for kind, (_, tsam) in PIPELINES.items():
+        pipe = tsam.from_pretrained(MODELS[kind]).to(device)
+        pipe.set_progress_bar_config(disable=True)
+
+        def seconds(pipe=pipe, kind=kind, **arguments):
+            times = []
+            for _ in range(repeats):
+                started = clock()
+                pipe(PROMPT, num_inference_steps=steps, **ARGUMENTS[kind], **{**TUNED[kind], **arguments})
+                times.append(clock() - started)
+            return min(times)
+
+        uncompiled = seconds(tsam_steps=0), seconds()
+        getattr(pipe, DENOISERS[kind]).compile()
+        seconds(tsam_steps=0), seconds()
+        ratios = [after / before for after, before in zip((seconds(tsam_steps=0), seconds()), uncompiled)]
+        print(f"| `shapes/{kind}` |", " | ".join(f"{r:.2f}x" for r in ratios), "|", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -312,9 +335,12 @@ def main():
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of the pictures that are drawn")
     parser.add_argument("--pipelines", nargs="+", default=list(PIPELINES), choices=tuple(PIPELINES))
+    parser.add_argument("--compile", action="store_true", help="only time the small models with torch.compile")
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device(args.device)
+    if args.compile:
+        return compiled(device)
     operations(512, 50)
     print()
     loss_alone(device)

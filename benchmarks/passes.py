@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 NAMES = {"sd": "Stable Diffusion", "pixart": "PixArt-α"}
 PASS = {"sd": 0.524, "pixart": 0.692}  # of a plain step's operations on the published architecture, `cost.py`
 LABELS = {"tuned": "fast", "tuned,schedule=paper": "paper's schedule"}
+OTHER_ALPHA = {"color": "#d98032", "marker": "D", "linewidth": 0, "label": "a larger α"}
 INK, GREY, BLUE = "#222222", "#777777", "#1f6fb4"
 
 
@@ -56,12 +57,17 @@ def main():
             print(f"| {NAMES[kind]} |", " | ".join(cells), "|")
             if name in LABELS:
                 axes.annotate(LABELS[name], (number, mean), (0, 8), textcoords="offset points", ha="center", color=INK)
-        passes, means, halves, *_ = zip((0, 0.0, 0.0, 0, "stock"), *points)
         axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.errorbar(passes, means, halves, color=BLUE, marker="o", capsize=3, linewidth=1.5, elinewidth=0.8)
+        for changed, look in ((False, {"color": BLUE, "marker": "o", "linewidth": 1.5}), (True, OTHER_ALPHA)):
+            some = [(0, 0.0, 0.0, 0, "stock")] * (not changed) + [p for p in points if ("alpha=" in p[-1]) == changed]
+            if some:
+                passes, means, halves, *_ = zip(*some)
+                axes.errorbar(passes, means, halves, capsize=3, elinewidth=0.8, **look)
         axes.set_title(f"the small {NAMES[kind]}", color=INK)
         axes.set_xlabel(f"guided passes of a picture of {steps} steps", color=INK)
         axes.spines[["top", "right"]].set_visible(False)
+        if any("alpha=" in point[-1] for point in points):
+            axes.legend(frameon=False, loc="lower right", labelcolor=INK)
     fig.axes[0].set_ylabel("more pictures right than stock, points", color=INK)
     fig.savefig(args.output)
 

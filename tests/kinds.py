@@ -147,7 +147,6 @@ def align(pipe, alignment, latents, t):
     """The latents after one update for PROMPT."""
     prompt = embeddings(pipe, PROMPT)
     if kind_of(pipe) is KINDS["sd"]:
-        pipe._cross_attention_kwargs = None
         where = pipe.cross_attention_layers()
         return pipe.align_latents(alignment, latents, t, *where, 0, 1, prompt["prompt_embeds"])
     where, mask = pipe.cross_attention_layers(), prompt["prompt_attention_mask"]

@@ -382,6 +382,12 @@ class TestLayerwiseCasting:
         same(holds(pipe, expected), guided(rounded))
         assert any(weight.dtype == torch.float8_e4m3fn for weight in casting.parameters())
 
+    def test_it_goes_with_gradient_checkpointing(self, pipe):
+        denoiser_of(pipe).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        expected = guided(pipe)
+        denoiser_of(pipe).enable_gradient_checkpointing()
+        same(guided(pipe), expected)
+
     def test_the_vaes_is_none_of_guidances_business(self, pipe):
         losses = guided(pipe).losses
         pipe.vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)

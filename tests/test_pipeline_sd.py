@@ -32,8 +32,8 @@ def test_off_with_guidance_rescaled_is_bit_identical_to_stock(stock, pipe):
         ("paper", 20, (10, {0, 4, 8}, 20)),
         ("paper", 4, (2, {0, 1}, 20)),
         ("paper", 1, (1, {0}, 20)),
-        ("fast", 50, (10, {0, 4, 8}, 8)),
-        ("fast", 25, (5, {0, 2, 4}, 4)),
+        ("fast", 50, (10, {0, 4, 8}, 10)),
+        ("fast", 25, (5, {0, 2, 4}, 5)),
         ("fast", 4, (1, {0}, 0)),
     ],
 )
