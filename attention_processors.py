@@ -25,7 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("diffusers.tsam")  # below its own, so that its verbosity holds here too
 
 OBJECTIVES = ("l1", "l1_full", "cosine")
 SMOOTHING_SIGMA = 0.5  # App. B.2
@@ -385,6 +385,8 @@ class LatentAlignment:
         self.text_attention = normalize_text_attention(attention, self.content, float(gamma))
         self.alpha, self.objective, self.keep_maps = float(alpha), objective, keep_maps
         self.losses, self.steps, self.loss_scale = [], [], None
+        if not self.possible:
+            logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
 
     @property
     def possible(self):
@@ -441,6 +443,8 @@ class LatentAlignment:
             if not half or finite.all():
                 break
             self.loss_scale = self.loss_scale.where(finite, self.loss_scale * FP16_LOSS_SCALE_BACKOFF)
+        else:
+            logger.warning("A gradient is not finite in float16, and its image stays as it is. Try bfloat16.")
         gradient = (gradient / self.loss_scale[:, None, None, None]).where(finite[:, None, None, None], 0)
         return gradient, grids.detach(), similarity.detach(), loss.detach()
 

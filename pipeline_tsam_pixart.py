@@ -241,7 +241,7 @@ class PixArtAlphaTSAMPipeline(PixArtAlphaPipeline):
             and attentions.
 
         Raises:
-            ValueError, TypeError: a wrong argument, before any network runs.
+            ValueError, TypeError: a wrong argument, before the denoiser runs.
         """
         if "mask_feature" in kwargs:
             deprecate("mask_feature", "1.0.0", "`mask_feature` is no longer used in any computation.")

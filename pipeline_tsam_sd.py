@@ -229,7 +229,7 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
             flags, losses and attentions.
 
         Raises:
-            ValueError, TypeError: a wrong argument, before any network runs.
+            ValueError, TypeError: a wrong argument, before the denoiser runs.
         """
         callback = kwargs.pop("callback", None)
         callback_steps = kwargs.pop("callback_steps", None)

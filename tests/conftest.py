@@ -1,6 +1,7 @@
 """Tests run offline, on tiny random models built here and on the trained model that ships."""
 
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -59,3 +60,10 @@ def stock(kind):
 @pytest.fixture
 def pipe(kind):
     return make(kind.tsam, kind.components)
+
+
+@pytest.fixture
+def warnings_seen(caplog, monkeypatch):
+    """What is logged below diffusers, whose logger keeps it from pytest."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    return caplog

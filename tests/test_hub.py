@@ -404,9 +404,9 @@ class OwnPixArt(PixArtAlphaTSAMPipeline):
 
 
 @pytest.mark.parametrize("cls", [OwnStableDiffusion, OwnPixArt])
-def test_a_users_subclass_is_saved_as_ever_with_a_warning(cls, tmp_path, caplog):
+def test_a_users_subclass_is_saved_as_ever_with_a_warning(cls, tmp_path, warnings_seen):
     kind = next(kind for kind in KINDS.values() if issubclass(cls, kind.tsam))
     make(cls, kind.components).save_pretrained(tmp_path)
-    assert f"Load it with `{cls.__name__}.from_pretrained`" in caplog.text
+    assert f"Load it with `{cls.__name__}.from_pretrained`" in warnings_seen.text
     assert not list(tmp_path.glob("*.py")) and cls.load_config(tmp_path)["_class_name"] == cls.__name__
     assert type(cls.from_pretrained(tmp_path)) is cls

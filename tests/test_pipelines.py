@@ -241,10 +241,15 @@ class TestBatches:
         torch.testing.assert_close(batch.images[3], alone.images[0], rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("prompt", ["", "dog"])
-    def test_a_prompt_with_nothing_to_align_is_plain_generation(self, stock, pipe, prompt):
+    def test_a_prompt_with_nothing_to_align_is_plain_generation_and_says_so(self, stock, pipe, prompt, warnings_seen):
         output = run(pipe, prompt)
         assert torch.equal(output.images, run(stock, prompt).images)
         assert output.losses.shape == (1, 0)
+        assert "no prompt has two" in warnings_seen.text
+        warnings_seen.clear()
+        run(pipe, [prompt, SHORT])
+        run(pipe, prompt, tsam_steps=0)
+        assert not warnings_seen.text
 
     @pytest.mark.parametrize("more", [0, 45])
     def test_a_long_prompt_is_truncated_as_stock_does_with_its_warning(self, kind, pipe, more, caplog, capfd):
@@ -369,6 +374,13 @@ class TestPrecision:
         output = run(pipe, alpha=1.5 * kind.alpha)
         still = run(pipe, alpha=0.0)
         assert output.images.isfinite().all() and not torch.equal(output.images, still.images)
+
+    def test_an_image_whose_gradient_never_is_finite_stays_and_that_is_said(self, kind, monkeypatch, warnings_seen):
+        monkeypatch.setattr(attention_processors, "FP16_LOSS_SCALE", 2.0**30)
+        monkeypatch.setattr(attention_processors, "FP16_LOSS_SCALE_BACKOFF", 1.0)
+        pipe = make(kind.tsam, kind.build()).to(torch.float16)
+        assert torch.equal(run(pipe, alpha=1.5 * kind.alpha).images, run(pipe, alpha=0.0).images)
+        assert "Try bfloat16" in warnings_seen.text
 
     def test_an_update_that_is_not_finite_is_never_written(self, pipe):
         output = run(pipe, alpha=1e300)

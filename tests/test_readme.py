@@ -37,6 +37,15 @@ def test_every_link_to_a_file_of_the_repository_exists():
         assert (ROOT / target).exists(), target
 
 
+def test_the_tests_that_the_readme_names_exist():
+    section = README[README.index("## At home in diffusers") : README.index("## Examples")]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"`((?:test_|Test|\.\.\.)[\w.]+)`", section)
+    assert len(names) > 20
+    for name in names:
+        assert (ROOT / "tests" / name).exists() or name.strip(".") in tests, name
+
+
 @pytest.mark.parametrize(
     "column, pipeline", list(enumerate(("StableDiffusionTSAMPipeline", "PixArtAlphaTSAMPipeline")))
 )
