@@ -11,7 +11,7 @@ not <bos>, nothing from the first <eos> on, no padding.
 import functools
 import json
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from numbers import Integral, Real
 from pathlib import Path
 from threading import RLock, get_ident
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 
@@ -304,38 +305,32 @@ def record_cross_attention(layers, tokens, stop=False):
 
 @contextmanager
 def frozen(model):
-    """No parameter of `model` asks for a gradient while the context is open.
+    """While the context is open, no parameter of `model` asks for a gradient, and a backward pass finds every weight as
+    its forward pass used it.
 
-    With gradient checkpointing they may go on to: its recomputation keeps copies of the weights that do, and of the
+    With gradient checkpointing parameters may go on to ask: its recomputation keeps copies of those that do, and of the
     others what offloading and layerwise casting have left when the gradient is taken.
     """
-    if getattr(model, "is_gradient_checkpointing", False):
-        yield
-        return
+    checkpointing = getattr(model, "is_gradient_checkpointing", False)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # Group offloading and layerwise casting exchange the data under a weight as soon as its layer has run.
+    exchanging = any(hasattr(module, "_diffusers_hook") for module in model.modules())
     try:
-        model.requires_grad_(False)
-        yield
+        if not checkpointing:
+            model.requires_grad_(False)
+        with saved_tensors_hooks(_keep, lambda tensor: tensor) if exchanging else nullcontext():
+            yield
     finally:
         for name, parameter in model.named_parameters():  # by name: offloading replaces parameters
             parameter.requires_grad_(flags[name])
 
 
-@contextmanager
-def weights_kept():
-    """The backward pass has every weight as the forward pass in the context used it.
-
-    Group offloading and layerwise casting exchange the data under a weight as soon as its layer has run.
-    """
-
-    def keep(tensor):
-        tensor = tensor.detach()  # of the data, not of the parameter
-        if tensor.is_cuda:  # loaded on another stream, which must not reuse it while the backward pass reads it
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield
+def _keep(tensor):
+    """What autograd saves, of the data and not of the parameter."""
+    tensor = tensor.detach()
+    if tensor.is_cuda:  # loaded on another stream, which must not reuse it while the backward pass reads it
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
 
 
 _locks = WeakKeyDictionary()
@@ -432,7 +427,7 @@ class LatentAlignment:
                 model_input = (input_scale * latents.float()).requires_grad_()
                 # A compiled model runs uncompiled here: this pass is half the batch, keeps what its gradient needs, and
                 # ends by an exception; it would be compiled anew, and on some versions of torch fail.
-                with suppress(LastMapRecorded), torch.compiler.set_stance("force_eager"), weights_kept():
+                with suppress(LastMapRecorded), torch.compiler.set_stance("force_eager"):
                     predict(model_input.to(latents.dtype))
                 mean = torch.stack(list(maps.values())).mean(0)  # (B, P, N), Eq. (6)
                 grids = mean.mT.unflatten(-1, grid)
