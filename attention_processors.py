@@ -398,6 +398,7 @@ class LatentAlignment:
         input_scale = torch.ones((), device=latents.device)
         if hasattr(scheduler, "scale_model_input"):
             input_scale = scheduler.scale_model_input(input_scale, t)
+        # Installed anew at every step (microseconds): in between, callbacks see, and may change, the layers' own.
         with record_cross_attention(layers, self.tokens, stop=True) as maps:
             for iteration in range(iterations):
                 gradient, grids, similarity, loss = self._gradient(latents, input_scale, predict, maps, grid)

@@ -333,7 +333,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps of the pictures that are drawn")
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps of the pictures that are drawn")
     parser.add_argument("--pipelines", nargs="+", default=list(PIPELINES), choices=tuple(PIPELINES))
     parser.add_argument("--compile", action="store_true", help="only time the small models with torch.compile")
     args = parser.parse_args()
