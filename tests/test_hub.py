@@ -311,7 +311,7 @@ for kind, code in {code!r}.items():
 LOAD = """
 import torch
 from diffusers import DiffusionPipeline
-from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
+from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline, cli
 
 installed = {{"sd": StableDiffusionTSAMPipeline, "pixart": PixArtAlphaTSAMPipeline}}
 pipes = {{}}
@@ -323,6 +323,8 @@ for kind, code in {code!r}.items():
     pipes[kind, "saved folder"] = load("saved-" + kind, trust_remote_code=True)
     pipes[kind, "installed"] = installed[kind].from_pretrained("tsam/pushed-" + kind)
     assert type(pipes[kind, "installed"]) is installed[kind]
+    pipes[kind, "command"], found = cli.load("tsam/pushed-" + kind)  # which it has to find out
+    assert found == kind and type(pipes[kind, "command"]) is installed[kind]
     try:
         load("tsam/pushed-" + kind)
     except ValueError as error:
@@ -353,7 +355,7 @@ def test_what_is_pushed_loads_with_tsam_and_both_pipelines_live_in_one_process(l
     code = LOAD.format(code=CODE, calls=calls)
     run(start(["-c", code], tmp_path, life[0].url, PYTHONPATH=str(tmp_path / "packages")))
     latents = torch.load(tmp_path / "latents.pt")
-    assert len(latents) == 10
+    assert len(latents) == 12
     for (name, _), result in latents.items():
         assert torch.equal(result, expected[name])
 
