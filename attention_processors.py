@@ -303,6 +303,10 @@ def record_cross_attention(layers, tokens, stop=False):
             layer.set_processor(processor)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What a call does to the denoiser
+
+
 @contextmanager
 def frozen(model):
     """While the context is open, no parameter of `model` asks for a gradient, and a backward pass finds every weight as
@@ -524,6 +528,8 @@ def check_integer(name, value, limit, remedy):
 
 
 def _check_number(name, value, remedy):
+    if torch.is_tensor(value) and value.dim() == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` has to be a number but is {value!r}. {remedy}")
     if not -sys.float_info.max <= value <= sys.float_info.max:  # also integers too large for a float

@@ -70,7 +70,7 @@ WRONG = {
     "negative_prompt": [[], 3, b"a dog", [None], [["a"]]],
     "num_inference_steps": [0, -1, 2.0, True, "2", None, [2], NAN],
     "tsam_steps": [-1, 4, True, 1.0, "1", NAN, [1]],
-    "alpha": [-1, -1e-9, NAN, INF, -INF, 10**400, "10", None, True, torch.ones(())],
+    "alpha": [-1, -1e-9, NAN, INF, -INF, 10**400, "10", None, True, torch.ones(1)],
     "gamma": [0, -2.0, NAN, INF, 10**400, "2", None, False],
     "refinement_steps": [(3,), (-1,), (0.0,), (None,), (True,), 0, "0", b"0"],
     "refinement_iterations": [-1, 1.0, True, "1", INF],
@@ -93,8 +93,8 @@ WRONG_WHERE_GUIDED = {
 # Drawn by one pipeline or the other, or with some other arguments
 ODD = {
     "negative_prompt": [None, "", ["a dog"], ["a dog"] * 5, ("a dog",), "\ud800"],
-    "guidance_scale": [0, -3, 1],
-    "alpha": [0, 1, 1e-300, 1e300, 10**300, Fraction(21, 2)],
+    "guidance_scale": [0, -3, 1, torch.tensor(2.0)],
+    "alpha": [0, 1, 1e-300, 1e300, 10**300, Fraction(21, 2), torch.ones(())],
     "gamma": [1, 1e-300, 1e300, 10**300, Fraction(3, 2)],
     "refinement_steps": [{0}, range(1), (0, 0), {0: 1}],
     "height": [0, None, 24, 32.0, 4, 30, -4, -8, 1.5, NAN, "32", [32]],
