@@ -215,7 +215,8 @@ class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
                 `None`: as `schedule` says.
             schedule (`str`, defaults to `"paper"`): `"paper"`: half of the steps guided, and 20 more updates at 0, 20
                 and 40 percent of all steps. `"fast"`: a fifth of the steps guided, and 20 percent of their number more
-                at 0, 8 and 16 percent: a picture costs at most 1.5 times the plain one's operations.
+                at 0, 8 and 16 percent: with classifier-free guidance, a picture costs at most 1.5 times the plain
+                one's operations.
             objective (`str`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over all tokens as
                 Eq. (7) is printed; `"cosine"`, the authors' released default.
             attention_resolution (`int`, defaults to 16): Side of the query grid, at the model's default size, whose
