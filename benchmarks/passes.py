@@ -56,7 +56,9 @@ def main():
             )
             print(f"| {NAMES[kind]} |", " | ".join(cells), "|")
             if name in LABELS:
-                axes.annotate(LABELS[name], (number, mean), (0, 8), textcoords="offset points", ha="center", color=INK)
+                side = -1 if number == points[-1][0] else 1
+                look = {"textcoords": "offset points", "ha": "right" if side < 0 else "left", "color": INK}
+                axes.annotate(LABELS[name], (number, mean), (5 * side, 7 if mean > 0 else -15), **look)
         axes.axhline(0, color=GREY, linewidth=0.8)
         for changed, look in ((False, {"color": BLUE, "marker": "o", "linewidth": 1.5}), (True, OTHER_ALPHA)):
             some = [(0, 0.0, 0.0, 0, "stock")] * (not changed) + [p for p in points if ("alpha=" in p[-1]) == changed]
