@@ -9,6 +9,7 @@ not <bos>, nothing from the first <eos> on, no padding.
 """
 
 import functools
+import inspect
 import json
 import sys
 from contextlib import contextmanager, nullcontext, suppress
@@ -657,7 +658,7 @@ def check_text_self_attention(text, prompt, batch_size, tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Saving
+# Loading and saving
 
 
 def add_code(index, file, class_name):
@@ -672,13 +673,36 @@ def add_code(index, file, class_name):
         (index.parent / source.name).write_bytes(source.read_bytes())  # not shutil's, which fail on the file itself
 
 
-def save_code(pipeline, index, own, file):
-    """`add_code` for a pipeline of the class `own`, which `file` defines; a warning for one of a user's subclass."""
-    cls = type(pipeline)
-    if cls is own:
-        add_code(index, file, cls.__name__)
-    else:
-        logger.warning(
-            f"{index} names {cls.__name__} without its code, since that is a subclass of {own.__name__}. Load it with"
-            f" `{cls.__name__}.from_pretrained`."
-        )
+class TSAMPipelineMixin:
+    """What both pipelines change in how diffusers loads, shares and saves them."""
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As the stock method, but in the dtype of `pipeline`, with which the components are shared, unless given."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """As the stock method, but it is this class that is loaded, not the copy of its code that was saved."""
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
+
+    def to_json_file(self, json_file_path):
+        """As the stock method, for saving and pushing; the code is put beside, so that it loads as this class again.
+
+        Not for a user's subclass, whose code this is not: a warning instead.
+        """
+        super().to_json_file(json_file_path)
+        cls = type(self)
+        own = next(parent for parent in cls.__mro__ if TSAMPipelineMixin in parent.__bases__)
+        if cls is own:
+            add_code(json_file_path, inspect.getfile(cls), cls.__name__)
+        else:
+            logger.warning(
+                f"{json_file_path} names {cls.__name__} without its code, since that is a subclass of {own.__name__}."
+                f" Load it with `{cls.__name__}.from_pretrained`."
+            )

@@ -22,6 +22,7 @@ from diffusers.utils import deprecate
 from .attention_processors import (
     LatentAlignment,
     TextSelfAttention,
+    TSAMPipelineMixin,
     check_integer,
     check_stock_inputs,
     check_text_self_attention,
@@ -31,7 +32,6 @@ from .attention_processors import (
     one_at_a_time,
     read_text_self_attention,
     record_self_attention,
-    save_code,
     updates_per_timestep,
 )
 
@@ -48,28 +48,8 @@ class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
     attentions: list[dict] | None = None
 
 
-class StableDiffusionTSAMPipeline(StableDiffusionPipeline):
+class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` whose first denoising steps are aligned with the prompt's syntax; same components."""
-
-    @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """As the stock method, but in the dtype of `pipeline`, with which the components are shared, unless given."""
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """As the stock method, but it is this class that is loaded, not the copy of its code that was saved."""
-        config = super()._dict_from_json_file(json_file)
-        if isinstance(config.get("_class_name"), list):
-            config["_class_name"] = cls.__name__
-        return config
-
-    def to_json_file(self, json_file_path):
-        """As the stock method, for saving and pushing; the code is put beside, so that it loads as this class again."""
-        super().to_json_file(json_file_path)
-        save_code(self, json_file_path, __class__, __file__)  # not by name, which another load may have redefined
 
     def cross_attention_layers(self, resolution=16):
         """The cross-attention layers whose query grid has `resolution` positions a side at the UNet's default size.

@@ -68,29 +68,31 @@ def interval(values, clusters):
     return means.mean(), 1.96 * means.std(ddof=1) / math.sqrt(len(means))
 
 
+def paired(rows, name, base):
+    """(row, the row of the same picture with setting `base`) for every row with setting `name` that has one."""
+    theirs = {(row["caption"], row["seed"]): row for row in rows if row["setting"] == base}
+    own = ((row, theirs.get((row["caption"], row["seed"]))) for row in rows if row["setting"] == name)
+    return [(row, other) for row, other in own if other]
+
+
+def gain(pairs):
+    """`interval` of how many more pictures are right than with the other setting of `paired`."""
+    return interval([row["present"] - other["present"] for row, other in pairs], [row["caption"] for row, _ in pairs])
+
+
 def table(rows, names):
     """Markdown table of rows (dicts as in the JSON lines); the others are compared with the first setting."""
     lines = ["| setting | right | difference | every object | a swap |", "|---|---|---|---|---|"]
-    base = {(row["caption"], row["seed"]): row for row in rows if row["setting"] == names[0]}
     for name in names:
-        own = [row for row in rows if row["setting"] == name and (row["caption"], row["seed"]) in base]
+        pairs = paired(rows, name, names[0])
+        own = [row for row, _ in pairs]
         clusters = [row["caption"] for row in own]
         cells = []
         for key in ("present", "objects", "swap"):
             mean, half = interval([row[key] for row in own], clusters)
             cells.append(f"{100 * mean:.1f} ± {100 * half:.1f} %")
-        difference = (
-            ""
-            if name == names[0]
-            else "{:+.1f} ± {:.1f}".format(
-                *(
-                    100 * x
-                    for x in interval(
-                        [row["present"] - base[row["caption"], row["seed"]]["present"] for row in own], clusters
-                    )
-                )
-            )
-        )
+        mean, half = gain(pairs)
+        difference = "" if name == names[0] else f"{100 * mean:+.1f} ± {100 * half:.1f}"
         lines.append(f"| {name} ({len(own)}) | {cells[0]} | {difference} | {cells[1]} | {cells[2]} |")
     return "\n".join(lines)
 

@@ -110,14 +110,15 @@ def build_components(kind):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors alive at once, what modules hold and operations return, for devices without counters."""
+    """Bytes of the tensors alive at once, what a pipeline holds and operations return, for devices without counters."""
 
-    def __init__(self, modules):
+    def __init__(self, pipe):
         super().__init__()
         self.alive, self.now, self.peak = set(), 0, 0
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self._add(tensor)
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    self._add(tensor)
 
     def _add(self, tensor):
         storage = tensor.untyped_storage()
@@ -193,9 +194,7 @@ def simulate(kind, size, device):
         operations, peaks = [], []
         with torch.no_grad(), frozen(denoiser):
             for call in calls:
-                memory = PeakMemory(
-                    module for module in pipe.components.values() if isinstance(module, torch.nn.Module)
-                )
+                memory = PeakMemory(pipe)
                 with Operations() as counter, memory:
                     call()
                 operations.append(counter.get_total_flops())
@@ -240,7 +239,7 @@ def measure(pipe, kind, device, arguments):
             torch.cuda.synchronize()
 
     gc.collect()
-    memory = PeakMemory(module for module in pipe.components.values() if isinstance(module, torch.nn.Module))
+    memory = PeakMemory(pipe)
     with Operations() as counter, memory if device.type != "cuda" else nullcontext():
         call()
     hook.remove()

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from alignment import interval
+from alignment import gain, paired
 from matplotlib.figure import Figure
 
 
@@ -24,13 +24,11 @@ INK, GREY, BLUE = "#222222", "#777777", "#1f6fb4"
 def gains(rows, pipeline, solids):
     """(passes, gain over stock and its half-width in points, pictures, setting), by passes."""
     rows = [row for row in rows if row["pipeline"] == pipeline and row["solids"] == solids]
-    stock = {(row["caption"], row["seed"]): row["present"] for row in rows if row["setting"] == "stock"}
     result = []
     for name in sorted({row["setting"] for row in rows} - {"stock"}):
-        own = [row for row in rows if row["setting"] == name and (row["caption"], row["seed"]) in stock]
-        differences = [row["present"] - stock[row["caption"], row["seed"]] for row in own]
-        mean, half = interval(differences, [row["caption"] for row in own])
-        result.append((own[0]["updates"], 100 * mean, 100 * half, len(own), name))
+        pairs = paired(rows, name, "stock")
+        mean, half = gain(pairs)
+        result.append((pairs[0][0]["updates"], 100 * mean, 100 * half, len(pairs), name))
     return sorted(result)
 
 

@@ -45,11 +45,7 @@ def of_sd():
 
 def stock_of(pipe, cls=None):
     """A stock pipeline of the same components."""
-    components = {**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
-    options = {"requires_safety_checker": False} if "safety_checker" in components else {}
-    stock = (cls or kind_of(pipe).stock)(**components, **options)
-    stock.set_progress_bar_config(disable=True)
-    return stock
+    return make(cls or kind_of(pipe).stock, pipe.components)
 
 
 def plain(pipe, prompt=PROMPT, **options):

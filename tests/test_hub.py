@@ -18,13 +18,13 @@ from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from hub_server import Repository, hub_server
 from kinds import KINDS, make
+from test_loading import CALL, draw
 
 
 ROOT = Path(__file__).parent.parent
 CODE = {"sd": "tsam/tsam-sd", "pixart": "tsam/tsam-pixart"}
 WEIGHTS = {"sd": "tsam/shapes-tsam", "pixart": "tsam/shapes-tsam-pixart"}
 REPOSITORIES = [*CODE.values(), *WEIGHTS.values()]
-CALL = {"num_inference_steps": 2, "refinement_iterations": 1, "output_type": "latent"}
 CLOSED = "http://127.0.0.1:9"  # nobody listens there
 
 
@@ -336,7 +336,7 @@ for (kind, name), pipe in pipes.items():
     assert type(pipe).__name__ == installed[kind].__name__
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    latents[kind, name] = pipe("a red car", generator=generator, **{calls!r}[kind]).images
+    latents[kind, name] = pipe("a red cube and a blue sphere", generator=generator, **{calls!r}[kind]).images
 torch.save(latents, "latents.pt")
 """
 
@@ -358,12 +358,6 @@ def test_what_is_pushed_loads_with_tsam_and_both_pipelines_live_in_one_process(l
     assert len(latents) == 12
     for (name, _), result in latents.items():
         assert torch.equal(result, expected[name])
-
-
-def draw(kind, pipe):
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe("a red car", generator=generator, **CALL, **kind.call).images
 
 
 @pytest.fixture(params=KINDS)
