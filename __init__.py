@@ -1,18 +1,44 @@
 """T-SAM for diffusers. Classes are imported when they are first asked for, so that the command's `--help` is quick."""
 
 import importlib
+from typing import NamedTuple
 
 
-_MODULES = {
-    "LatentAlignment": "attention_processors",
-    "PixArtAlphaTSAMPipeline": "pipeline_tsam_pixart",
-    "PixArtAlphaTSAMPipelineOutput": "pipeline_tsam_pixart",
-    "StableDiffusionTSAMPipeline": "pipeline_tsam_sd",
-    "StableDiffusionTSAMPipelineOutput": "pipeline_tsam_sd",
-    "TextSelfAttention": "attention_processors",
-    "frozen": "attention_processors",
+class Family(NamedTuple):
+    """A kind of model that T-SAM guides. module, pipeline: ours; stock: the pipeline of diffusers that it extends;
+    denoiser: that one's component which is guided, and its class."""
+
+    name: str
+    module: str
+    pipeline: str
+    stock: str
+    denoiser: str
+    denoiser_class: str
+
+
+FAMILIES = {
+    "sd": Family(
+        "Stable Diffusion",
+        "pipeline_tsam_sd",
+        "StableDiffusionTSAMPipeline",
+        "StableDiffusionPipeline",
+        "unet",
+        "UNet2DConditionModel",
+    ),
+    "pixart": Family(
+        "PixArt-α",
+        "pipeline_tsam_pixart",
+        "PixArtAlphaTSAMPipeline",
+        "PixArtAlphaPipeline",
+        "transformer",
+        "PixArtTransformer2DModel",
+    ),
 }
-__all__ = list(_MODULES)
+
+_MODULES = {"LatentAlignment": "tsam", "Syntax": "tsam", "TextSelfAttention": "tsam"}
+for _family in FAMILIES.values():
+    _MODULES |= {_family.pipeline: _family.module, f"{_family.pipeline}Output": _family.module}
+__all__ = ["FAMILIES", *_MODULES]
 
 
 def __getattr__(name):

@@ -3,151 +3,75 @@
 import argparse
 import importlib
 import inspect
+import io
 import json
 import os
-import textwrap
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import FAMILIES
 from .shapes import ARGUMENTS, MODELS, TUNED
 
 
-PIPELINES = {"sd": "StableDiffusionTSAMPipeline", "pixart": "PixArtAlphaTSAMPipeline"}
-SETTINGS = (
-    "schedule",
-    "tsam_steps",
-    "alpha",
-    "gamma",
-    "refinement_steps",
-    "refinement_iterations",
-    "objective",
-    "guidance_scale",
-)
+READ = ("attention_resolution", "attention_layers")  # whose maps are read: one pipeline has the one, one the other
+SETTINGS = ("objective", "schedule", "tsam_steps", "refinement_iterations", "alpha", "relative_step", "gamma")
+SETTINGS += ("guidance_scale", *READ)
+OBJECTIVES = ("l1", "l1_full", "cosine", "attainable")  # those of tsam.py, which `--help` has no time to import
 # At 74, stock Stable Diffusion fails on "a red cube and a blue sphere", as at 30 and 41 of 0 to 109 (the sphere is
 # missing); stock PixArt-α at none of 0 to 59.
 SEEDS = {"sd": 74, "pixart": 0}
-MAX_WORDS = 14  # two lines of maps that can still be read
-WORDS_A_LINE = 7
-NARROW, WIDE, MARGIN, HEADING, GAP = 10.5, 14.0, 0.35, 0.25, 0.1  # inches
-PICTURES = {1: 2.7, 2: 3.4}  # inches of a picture's side beside one or two lines of maps
-DPI = 120
-NEAREST = 128  # pixels up to which a picture is shown as squares
-INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
+INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
 def draw(pipe, prompt, seed=0, **settings):
-    """One prompt without and with T-SAM from one seed: two outputs of the pipeline, `settings` being its arguments."""
-    import torch
+    """One prompt without and with T-SAM, from one seed; `settings` are arguments of the pipeline.
+
+    Returns both pictures, both losses, how many steps were guided, and what `LatentAlignment.attentions` returns, with
+    stock and T-SAM in place of the steps. Losses, maps and S are of the pass that predicts the noise in the last guided
+    step, after its updates.
+    """
+    from .attention_processors import mean_maps, record_cross_attention
+    from .tsam import LatentAlignment
+
+    defaults = {name: argument.default for name, argument in inspect.signature(pipe.__call__).parameters.items()}
+    given = {**defaults, **settings, "prompt": prompt}
+    layers = pipe.cross_attention_layers(*(given[name] for name in READ if name in given))
+    how_to_read = given.keys() & inspect.signature(pipe.get_text_self_attention).parameters.keys()
+    text = pipe.get_text_self_attention(**{name: given[name] for name in how_to_read})
+    if text.content.sum() < 2:
+        raise ValueError(f"T-SAM aligns words with each other: {prompt!r} needs two or more.")
+    alignment = LatentAlignment(text, 0, given["gamma"], given["objective"], device="cpu")
 
     def run(name, **changes):
+        """The output, and the maps (1, N, H, W) of every step's pass."""
+        import torch
+
+        maps = {}
+
+        def keep(pipe, i, t, tensors):
+            maps[i] = mean_maps(recorded, *tensors["latents"].shape[-2:])[-1:].cpu()  # of the half with the prompt
+            return {}
+
         pipe.set_progress_bar_config(desc=name)
         generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
-        return pipe(prompt, generator=generator, output_attentions=True, **{**settings, **changes})
+        arguments = {**settings, **changes, "generator": generator, "callback_on_step_end": keep}
+        with record_cross_attention(layers, alignment.num_tokens) as recorded:
+            return pipe(prompt, **arguments), maps
 
-    tsam = run("T-SAM")  # first, since it is this one that checks the settings
-    return run("stock", alpha=0, refinement_iterations=0), tsam  # alpha=0 only watches
-
-
-def final_loss(output, objective):
-    """The loss at the last guided step before its update, where `figure` shows the maps and S."""
-    import torch
-
-    from .attention_processors import alignment_loss
-
-    seen = output.attentions[0]
-    content = torch.ones(1, len(seen["tokens"]), dtype=torch.bool)
-    return alignment_loss(seen["maps"][-1:], seen["text_attention"][None], content, objective)[0].item()
-
-
-def figure(prompt, stock, tsam, captions=("", ""), footer=""):
-    """Both pictures with each word's cross-attention, and T beside S before and after: a matplotlib `Figure`.
-
-    stock, tsam: what `draw` returns, maps and S being those of the last guided step. captions: a line for each of the
-    two pictures. footer: a line under everything.
-    """
-    from matplotlib.figure import Figure
-
-    seen = [output.attentions[0] for output in (stock, tsam)]
-    words = seen[0]["tokens"]
-    shown = words[:MAX_WORDS]
-    lines = -(-len(shown) // WORDS_A_LINE)
-    columns = -(-len(shown) // lines)
-    side = PICTURES[lines]
-    left = MARGIN + side + 2 * GAP
-    cell = min((WIDE - left - MARGIN + GAP) / columns, side / lines - HEADING)  # a map and the gap to the next
-    width = max(left + columns * cell - GAP + MARGIN, NARROW)
-    label = 0.15 + 0.085 * max(map(len, shown))
-    table = (width - 2 * MARGIN) / 3 - label
-    title = textwrap.fill(textwrap.shorten(f"“{prompt}”", 200, placeholder=" …”"), int(6.5 * width))
-    top = 0.75 + 0.3 * title.count("\n")
-    row = side + 2 * HEADING
-    height = top + 2 * row + table + label + 1.0
-    fig = Figure((width, height), dpi=DPI, facecolor="white")
-
-    def write(x, y, text, size, **kwargs):
-        """Text at (x, y) inches from the top left."""
-        fig.text(x / width, 1 - y / height, text, size=size, parse_math=False, **{"color": INK, **kwargs})
-
-    def panel(x, y, size):
-        """A square without ticks, its top left corner at (x, y) inches from the figure's."""
-        axes = fig.add_axes((x / width, 1 - (y + size) / height, size / width, size / height), xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        return axes
-
-    write(width / 2, 0.2, title, 17, ha="center", va="top", weight="bold")
-    maps = [image["maps"][-1].numpy() for image in seen]  # (s, H, W)
-    for k, (name, output) in enumerate((("Stock", stock), ("T-SAM, same seed", tsam))):
-        picture, y = output.images[0], top + k * row + HEADING
-        grey = picture.convert("L")
-        look = {"interpolation": "nearest" if max(picture.size) <= NEAREST else "bilinear", "vmin": 0, "vmax": 255}
-        write(MARGIN, y - 0.08, name, 13, weight="bold")
-        write(left, y - 0.08, captions[k], 11, color=GREY)
-        panel(MARGIN, y, side).imshow(picture, **look)
-        for i, word in enumerate(shown):
-            line, column = divmod(i, columns)
-            down = side / 2 + (line - lines / 2) * (cell + HEADING) + HEADING
-            axes = panel(left + column * cell, y + down, cell - GAP)
-            extent = axes.imshow(grey, cmap="gray", **look).get_extent()
-            heat = maps[k][i] / max(1e-12, *(both[i].max() for both in maps))  # a word's maps share one scale
-            axes.imshow(heat, HEAT, vmin=0, vmax=1, alpha=0.65, extent=extent, interpolation="bilinear")
-            axes.set_title(word, size=11, color=INK, pad=3, parse_math=False)
-
-    tables = (
-        ("T: what the text encoder reads", seen[0]["text_attention"]),
-        ("S: before (stock)", seen[0]["similarity"][-1]),
-        ("S: after (T-SAM)", seen[1]["similarity"][-1]),
-    )
-    for k, (name, values) in enumerate(tables):
-        axes = panel(MARGIN + label + k * (table + label), top + 2 * row + 0.45, table)
-        axes.set_title(name, size=13, color=INK, weight="bold", pad=8)
-        _fill_table(axes, values.numpy(), shown, table)
-    guided = len(seen[0]["steps"])
-    notes = [f"the first {MAX_WORDS} of {len(words)} words"] * (len(words) > MAX_WORDS)
-    notes += [f"maps and S at guided step {guided} of {guided}, one scale a word", footer]
-    write(width / 2, height - 0.15, " · ".join(filter(None, notes)), 9, color=GREY, ha="center", va="bottom")
-    return fig
-
-
-def _fill_table(axes, values, words, side):
-    """A lower triangular matrix with its numbers, and the words on its axes; side: the panel's, in inches."""
-    import numpy as np
-
-    n = len(words)
-    size = min(11, 72 * side / n * 0.3)  # points, so that ".25" fits a cell
-    axes.imshow(np.ma.masked_array(values[:n, :n], ~np.tri(n, dtype=bool)), cmap=TABLE, vmin=0, vmax=1)
-    axes.set_xticks(range(n), words, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
-    axes.set_yticks(range(n), words, parse_math=False)
-    axes.tick_params(length=0, labelsize=10 if n <= WORDS_A_LINE else 9, labelcolor=INK)
-    for i, j in zip(*np.tril_indices(n)):
-        colour = "white" if values[i, j] > 0.55 else INK
-        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), size=size, color=colour, ha="center", va="center")
+    tsam, after = run("T-SAM", output_attentions=True)  # first, since it is this one that checks the settings
+    stock, before = run("stock", tsam_steps=0)
+    guided = tsam.attentions[0]["steps"]
+    alignment.maps = [maps[guided[-1]] for maps in (before, after)]
+    losses = [alignment.loss_of(maps).item() for maps in alignment.maps]
+    return [stock.images[0], tsam.images[0]], losses, len(guided), alignment.attentions(["stock", "T-SAM"])[0]
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
-    def error(self, message):
-        self.exit(2, f"tsam: {' '.join(str(message).split())}\n")
+    def error(self, message, status=2):
+        self.exit(status, f"tsam: {' '.join(str(message).split())}\n")
 
 
 def arguments():
@@ -157,30 +81,34 @@ def arguments():
         epilog="What is not given was tuned for the shipped model; any other model has the pipeline's own defaults.",
     )
     add = parser.add_argument
+    names = " or ".join(family.name for family in FAMILIES.values())
+    seeds = "{sd}, for pixart {pixart}".format(**SEEDS)
     add("prompt", help="what to draw, two words or more")
-    add("--pipeline", choices=tuple(PIPELINES), help="Stable Diffusion or PixArt-α (what --model is, or sd)")
+    add("--pipeline", choices=tuple(FAMILIES), help=f"{names} (what --model is, or sd)")
     add("--model", help="a folder or Hub id of either (the shipped model of shapes)")
     add("--output", default="tsam.png", help="the PNG to write (tsam.png)")
-    add(
-        "--seed",
-        type=int,
-        help="seed of the noise that both pictures start from ({sd}, for pixart {pixart})".format(**SEEDS),
-    )
+    add("--seed", type=int, help=f"seed of the noise that both pictures start from ({seeds})")
     add("--steps", type=int, default=50, help="denoising steps (50)")
-    add("--schedule", choices=("paper", "fast"), help="where the updates are, where not given below")
+    add("--schedule", choices=("paper", "fast", "light"), help="where the updates are, where not given below")
     add("--tsam-steps", type=int, help="how many of the first steps are guided")
     add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="precision (float32 on the cpu, else float16)")
     add("--alpha", type=float, help="size of an update; too much breaks the picture")
+    add("--relative-step", type=float, help="instead of alpha: the first update, as a share of the input")
     add("--gamma", type=float, help="more keeps only the strongest bonds between words")
-    add("--objective", choices=("l1", "l1_full", "cosine"), help="how S is compared with T")
+    add("--objective", choices=OBJECTIVES, help="how S is compared with T")
     add("--refinement-iterations", type=int, help="how many more updates at a few steps")
     add("--guidance-scale", type=float, help="how closely to follow the prompt")
+    add("--attention-resolution", type=int, help="sd: side of the grid whose maps are read (16; 24 for 2.1 at 768)")
+    blocks = "pixart: first and last block whose maps are read (10 18)"
+    add("--attention-layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help=blocks)
     return parser
 
 
 def check(args):
-    """Refuse what would only fail after the pictures are drawn."""
+    """Refuse at once what would only fail later."""
+    if any("\ud800" <= sign <= "\udfff" for sign in args.prompt):
+        raise ValueError(f"The prompt is {args.prompt!r}, which is not in UTF-8.")
     output = Path(args.output)
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output has to end in .png but is {args.output!r}.")
@@ -188,8 +116,8 @@ def check(args):
         raise ValueError(f"--output is {args.output!r}, but there is no folder {str(output.parent)!r}.")
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
         raise ValueError(f"--output is {args.output!r}, which cannot be written.")
-    if args.tsam_steps == 0 or args.steps == 1 and args.tsam_steps is None:
-        raise ValueError(f"Of {args.steps} steps none is guided, so nothing would be shown. Pass --tsam-steps 1.")
+    if args.tsam_steps == 0:
+        raise ValueError("--tsam-steps is 0, so that nothing would be shown. Pass 1 or more.")
 
 
 @contextmanager
@@ -212,75 +140,112 @@ def quiet():
                 logger.enable_progress_bar()
 
 
-def kind_of(folder):
-    """Which of PIPELINES a saved pipeline is for, by its components."""
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"--model is {str(folder)!r}, which is no saved pipeline: it has no model_index.json.")
-    components = json.loads(index.read_text())
-    for kind, denoiser in (("sd", "UNet2DConditionModel"), ("pixart", "PixArtTransformer2DModel")):
-        if denoiser in (components.get(name, [None])[-1] for name in ("unet", "transformer")):
+def kind_of(index):
+    """Which of FAMILIES a saved pipeline is for. index: its model_index.json."""
+    try:
+        name = json.loads(Path(index).read_text(encoding="utf-8"))["_class_name"]
+        name = name if isinstance(name, str) else name[-1]  # with code of its own beside: the code's file and class
+    except FileNotFoundError:
+        raise ValueError("it is no saved pipeline, since it has no model_index.json.") from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"its model_index.json is not one ({type(error).__name__}: {error}).") from error
+    for kind, family in FAMILIES.items():
+        if name in (family.stock, family.pipeline):
             return kind
-    raise ValueError(
-        f"--model is {str(folder)!r}, a {components.get('_class_name')}. T-SAM is for {', '.join(PIPELINES)}."
-    )
+    known = " and ".join(f"{family.name} ({family.stock})" for family in FAMILIES.values())
+    raise ValueError(f"it is a {name}. T-SAM is for {known}.")
 
 
 def load(model, kind=None, device=None, dtype=None):
-    """A T-SAM pipeline from a folder or the Hub, on its device, and which of PIPELINES it is."""
-    if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).count("/") != 1):
-        raise ValueError(f"--model is {str(model)!r}, which is neither a folder nor a Hub id such as 'owner/name'.")
+    """A T-SAM pipeline from a folder or the Hub, on its device, and which of FAMILIES it is: `kind`, where given."""
+    model = str(model)
+    local = Path(model).is_dir()
+    if not local and (Path(model).is_absolute() or model.count("/") != 1):
+        raise ValueError(f"--model is {model!r}, which is neither a folder nor a Hub id such as 'owner/name'.")
     with quiet():
         import torch
+        from huggingface_hub import hf_hub_download
 
-        pipelines = importlib.import_module(__package__)
+        package = importlib.import_module(__package__)
+        classes = {name: getattr(package, family.pipeline) for name, family in FAMILIES.items()}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
-    # with its progress bar, and without the code that may lie there: either class leaves it
-    folder = model if Path(model).is_dir() else getattr(pipelines, PIPELINES[kind or "sd"]).download(model)
-    kind = kind or kind_of(folder)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the first where torch was built without it
+        raise ValueError(f"--device is {str(device)!r}: {error}") from error
+    try:
+        found = kind_of(Path(model) / "model_index.json" if local else hf_hub_download(model, "model_index.json"))
+        if kind not in (None, found):
+            raise ValueError(f"it is a {FAMILIES[found].name}, but --pipeline is {kind}. Leave that out.")
+        return _load(classes[found], model, FAMILIES[found].denoiser, dtype).to(device), found
+    except Exception as error:  # whatever diffusers and transformers raise for files that are not as they should be
+        name = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(f"--model is {model!r}, which cannot be loaded: {name}{error}") from error
+
+
+def _load(cls, model, denoiser, dtype):
+    """`cls` from a folder or the Hub. ValueError for what loads but cannot draw. denoiser: its component's name."""
+    folder = Path(model if Path(model).is_dir() else cls.download(model))  # with its progress bar
     with quiet():
-        return getattr(pipelines, PIPELINES[kind]).from_pretrained(folder, dtype=dtype).to(device), kind
+        pipe = cls.from_pretrained(folder, dtype=dtype)
+    if not any((folder / "tokenizer").glob("*")):
+        raise ValueError("it has no tokenizer, in whose place transformers makes one that knows no words.")
+    found, needed = pipe.components[denoiser].config.in_channels, pipe.vae.config.latent_channels
+    if found != needed:
+        raise ValueError(f"its {denoiser} takes {found} channels, as for inpainting, where latents have {needed}.")
+    return pipe
 
 
 def run(args):
     """Everything the command does; the lines it prints."""
+    from . import figures  # here, since matplotlib takes its time
+
     check(args)
     pipe, kind = load(args.model or MODELS[args.pipeline or "sd"], args.pipeline, args.device, args.dtype)
-    if pipe.get_text_self_attention(args.prompt).content.sum() < 2:
-        raise ValueError(f"T-SAM aligns words with each other: {args.prompt!r} needs two or more.")
     shipped = args.model is None or Path(args.model).resolve() == MODELS[kind].resolve()
     seed = SEEDS[kind] if args.seed is None else args.seed
-    pipeline_defaults = inspect.signature(pipe.__call__).parameters
-    settings = {name: pipeline_defaults[name].default for name in SETTINGS}
+    parameters = inspect.signature(pipe.__call__).parameters
+    settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
     if shipped:
         settings.update(TUNED[kind], **ARGUMENTS[kind])
-    settings.update({name: value for name, value in vars(args).items() if name in SETTINGS and value is not None})
-
-    stock, tsam = outputs = draw(pipe, args.prompt, seed, num_inference_steps=args.steps, **settings)
-    losses = [final_loss(output, settings["objective"]) for output in outputs]
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
+    for name in given.keys() - parameters.keys():
+        raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
+    settings.update(given)
+    if "alpha" in given and "relative_step" not in given:
+        settings["relative_step"] = None
+    pictures, losses, guided, seen = draw(pipe, args.prompt, seed, num_inference_steps=args.steps, **settings)
     captions = [f"loss {loss:.3f}" for loss in losses]
-    guided = len(tsam.attentions[0]["steps"])
-    lines = [args.output, "loss at guided step {0} of {0}: stock {1:.3f}, T-SAM {2:.3f}".format(guided, *losses)]
+    when = f"at step {guided} of {args.steps}, after its updates"
+    lines = [args.output, f"loss {when}: " + "stock {:.3f}, T-SAM {:.3f}".format(*losses)]
     if shipped:
         from .shapes.judge import Judge
 
-        seen = Judge.from_pretrained().read([output.images[0] for output in outputs])
-        seen = [", ".join(sorted(map(" ".join, solids))) or "nothing" for solids in seen]
-        captions = [f"{caption} · the judge sees: {solids}" for caption, solids in zip(captions, seen)]
-        lines.append("the judge sees: stock {}; T-SAM {}".format(*seen))
-    settings = [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings[name] is not None]
-    footer = " · ".join([f"seed {seed}", f"{args.steps} steps", *settings])
-    figure(args.prompt, stock, tsam, captions, footer).savefig(args.output)
+        solids = Judge.from_pretrained().read(pictures)
+        solids = [", ".join(sorted(map(" ".join, found))) or "nothing" for found in solids]
+        captions = [f"{caption} · the judge sees: {found}" for caption, found in zip(captions, solids)]
+        lines.append("the judge sees: stock {}; T-SAM {}".format(*solids))
+    notes = [f"maps and S {when}, one scale a word", f"seed {seed}"]
+    notes += [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+    rows = list(zip(("Stock", "T-SAM, same seed"), captions, pictures, seen["maps"]))
+    tables = [("T: what the text encoder reads", seen["text_attention"])]
+    tables += zip(("S: stock", "S: T-SAM"), seen["similarity"])
+    figures.save(figures.figure(args.prompt, seen["tokens"], rows, tables, " · ".join(notes)), args.output)
     return lines
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every one can say "PixArt-α"
+            stream.reconfigure(errors="backslashreplace")
     parser = arguments()
     args = parser.parse_args(argv)
     try:
         print(*run(args), sep="\n")
-    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except KeyboardInterrupt:
+        parser.error("interrupted", INTERRUPTED)
+    except (OSError, RuntimeError, ValueError) as error:  # not those that only a mistake of ours raises
         parser.error(error)
 
 

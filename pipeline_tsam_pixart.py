@@ -18,29 +18,38 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (
     ASPECT_RATIO_1024_BIN,
     retrieve_timesteps,
 )
-from diffusers.utils import deprecate, is_bs4_available, is_ftfy_available
 
 from .attention_processors import (
+    TSAMPipelineMixin,
+    conditional_rows,
+    frozen,
+    mean_maps,
+    mean_self_attention,
+    one_at_a_time,
+    record_cross_attention,
+    record_self_attention,
+    run_to_last_map,
+    uncorrected,
+)
+from .tsam import (
     SCHEDULES,
     LatentAlignment,
     TextSelfAttention,
-    TSAMPipelineMixin,
+    check_alignment,
     check_integer,
-    check_stock_inputs,
+    check_lengths,
     check_text_self_attention,
-    check_tsam_inputs,
-    frozen,
-    one_at_a_time,
-    read_text_self_attention,
-    record_self_attention,
+    input_scale,
+    resolve_schedule,
     symmetrize,
+    text_of,
     updates_per_timestep,
 )
 
 
-PIXART_SCHEDULES = {
-    "paper": SCHEDULES["paper"]._replace(iterations=10),  # App. B.2
-    "fast": SCHEDULES["fast"]._replace(iterations_percent=16),  # a pass costs more than Stable Diffusion's
+PIXART_SCHEDULES = SCHEDULES | {
+    "paper": SCHEDULES["paper"]._replace(iterations=20),  # of 50 steps 10 more updates; App. B.2
+    "fast": SCHEDULES["fast"]._replace(iterations=16),  # a pass costs more than Stable Diffusion's
 }
 ASPECT_RATIO_BINS = {32: ASPECT_RATIO_256_BIN, 64: ASPECT_RATIO_512_BIN, 128: ASPECT_RATIO_1024_BIN}
 
@@ -78,17 +87,19 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
     def interrupt(self):
         return self._interrupt
 
-    def cross_attention_layers(self, blocks=(10, 18)):
+    def cross_attention_layers(self, attention_layers: tuple[int, int] = (10, 18)) -> list:
         """The cross-attention layers of the transformer's blocks from the first to the last given, counted from 0.
 
         ValueError where there are no such blocks.
         """
         depth, remedy = len(self.transformer.transformer_blocks), "Pass the first and the last block to read, both read"
-        if not isinstance(blocks, (tuple, list)) or len(blocks) != 2:
-            raise TypeError(f"`attention_layers` has to be two integers but is {blocks!r}. {remedy}, as (10, 18).")
-        for block in blocks:
+        if not isinstance(attention_layers, (tuple, list)) or len(attention_layers) != 2:
+            raise TypeError(
+                f"`attention_layers` has to be two integers but is {attention_layers!r}. {remedy}, as (10, 18)."
+            )
+        for block in attention_layers:
             check_integer("attention_layers", block, 0, f"{remedy}, as (10, 18).")
-        first, last = blocks
+        first, last = attention_layers
         if not first <= last < depth:
             raise ValueError(
                 f"`attention_layers` is ({first}, {last}), but this transformer has {depth} blocks, 0 to {depth - 1}."
@@ -98,52 +109,49 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
 
     @torch.no_grad()
     def get_text_self_attention(
-        self, prompt: str | list[str], clean_caption: bool = True, max_sequence_length: int = 120
+        self, prompt: str | list[str], clean_caption: bool = False, max_sequence_length: int = 120
     ) -> TextSelfAttention:
         """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
 
-        It is read while `encode_prompt` encodes them, so it is of the tokens (cleaning, truncation, padding) that the
-        picture is drawn from.
+        It is read while `encode_prompt` encodes them, with the same defaults, so it is of the tokens (cleaning,
+        truncation, padding) that the embeddings are of.
         """
-        with record_self_attention(self.text_encoder) as recording:
+        with record_self_attention(self.text_encoder) as recordings:
             self.encode_prompt(prompt, False, clean_caption=clean_caption, max_sequence_length=max_sequence_length)
-        return self.read_text_self_attention(recording)
+        return self.read_text_self_attention(recordings)
 
-    def read_text_self_attention(self, recording):
+    def read_text_self_attention(self, recordings: list) -> TextSelfAttention:
         """T' of the prompts that were encoded first while `record_self_attention` was open, symmetrised for T5."""
-        text = read_text_self_attention(recording, self.text_encoder, self.tokenizer)
-        return text._replace(attention=symmetrize(text.attention))
+        attention = symmetrize(mean_self_attention(recordings))
+        input_ids = recordings[0].input_ids
+        text = text_of(attention, input_ids, self.tokenizer)
+        position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        return text._replace(lengths=(position * (input_ids != self.tokenizer.pad_token_id)).amax(-1))
 
     def align_latents(
         self,
         alignment: LatentAlignment,
         latents: torch.Tensor,
         t: torch.Tensor,
+        conditions: dict,
         layers: list,
-        step: int,
-        iterations: int,
-        prompt_embeds: torch.Tensor,
-        prompt_attention_mask: torch.Tensor,
-        added_cond_kwargs: dict | None = None,
+        iterations: int = 1,
     ) -> torch.Tensor:
-        """Move latents (B, C, h, w) before the noise prediction at `t`, `iterations` times. Eq. (15)."""
-        batch = len(latents)  # the conditional half is the last B rows, with and without classifier-free guidance
-        timestep = torch.as_tensor(t, device=latents.device).expand(batch)
-        if added_cond_kwargs is not None:
-            added_cond_kwargs = {name: None if x is None else x[-batch:] for name, x in added_cond_kwargs.items()}
+        """Move latents (B, C, h, w) `iterations` times before the noise prediction at timestep `t`. Eq. (15).
 
-        def predict(model_input):
-            self.transformer(
-                model_input,
-                encoder_hidden_states=prompt_embeds[-batch:],
-                encoder_attention_mask=prompt_attention_mask[-batch:],
-                timestep=timestep,
-                added_cond_kwargs=added_cond_kwargs,
-                return_dict=False,
-            )
+        conditions: what the denoiser is called with beside latents and timestep, by name, for both halves of
+        classifier-free guidance or for the conditional one alone. layers: whose maps are read, as
+        `cross_attention_layers` returns them.
+        """
+        conditions = conditional_rows(conditions, len(latents))
+        timestep = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        with frozen(self.transformer), record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
 
-        grid = tuple(side // self.transformer.config.patch_size for side in latents.shape[-2:])
-        return alignment.update(latents, self.scheduler, t, predict, layers, grid, step, iterations)
+            def maps_at(model_input):
+                run_to_last_map(self.transformer, model_input, timestep=timestep, **conditions)
+                return mean_maps(maps, *latents.shape[-2:])
+
+            return alignment.update(latents, input_scale(self.scheduler, t), maps_at, iterations)
 
     @one_at_a_time("transformer")
     # Inference mode makes tensors that autograd cannot use later; its callers get the same results without it.
@@ -182,7 +190,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         refinement_steps: Sequence[int] | None = None,
         refinement_iterations: int | None = None,
         schedule: str = "paper",
-        objective: str = "l1",
+        objective: str | Callable = "l1",
+        relative_step: float | None = None,
         attention_layers: tuple[int, int] = (10, 18),
         text_self_attention: TextSelfAttention | None = None,
         output_attentions: bool = False,
@@ -205,12 +214,18 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 `()`: none.
             refinement_iterations (`int`, *optional*): How many more updates, each a forward and a backward pass.
                 `None`: as `schedule` says.
-            schedule (`str`, defaults to `"paper"`): `"paper"`: half of the steps guided, and 10 more updates at 0, 20
-                and 40 percent of all steps. `"fast"`: a fifth of the steps guided, and 16 percent of their number more
-                at 0, 8 and 16 percent: with classifier-free guidance, a picture costs at most 1.5 times the plain
-                one's operations.
-            objective (`str`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over all tokens as
-                Eq. (7) is printed; `"cosine"`, the authors' released default.
+            schedule (`str`, defaults to `"paper"`): `"paper"`: half of the steps guided, and at 0, 20 and 40 percent of
+                all steps as many more updates as 20 percent of their number. `"fast"`: a fifth of the steps guided, and
+                16 percent of their number more at 0, 8 and 16 percent: with classifier-free guidance, a picture costs
+                at most 1.5 times the plain one's operations. `"light"`: a fifth of the steps guided, each once, for
+                `relative_step`.
+            objective (`str` or `Callable`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over
+                all tokens as Eq. (7) is printed; `"cosine"`, the authors' released default; `"attainable"`, Eq. (14)
+                against the nearest T that S can take, so that the loss can vanish. Or a function of the maps
+                (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,).
+            relative_step (`float`, *optional*): Instead of `alpha`, which needs tuning for every model: how far the
+                first update of an image moves the model's input, as a share of its norm, 0.05 for instance. The size of
+                all its later updates follows. Try this first on a model of your own.
             attention_layers (`tuple[int, int]`, defaults to (10, 18)): First and last transformer block, counted from
                 0, whose cross-attention is read, with all between.
             text_self_attention (`TextSelfAttention`, *optional*): What `get_text_self_attention` returned, needed
@@ -224,9 +239,7 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         Raises:
             ValueError, TypeError: a wrong argument, before the denoiser runs.
         """
-        if "mask_feature" in kwargs:
-            deprecate("mask_feature", "1.0.0", "`mask_feature` is no longer used in any computation.")
-            kwargs.pop("mask_feature")
+        kwargs.pop("mask_feature", None)  # deprecated, without effect
         if kwargs:
             raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, kwargs))}.")
 
@@ -266,29 +279,14 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 f"`callback_on_step_end_tensor_inputs` has to be in {tensors}, but is"
                 f" {callback_on_step_end_tensor_inputs}."
             )
-        check_integer("max_sequence_length", max_sequence_length, 1, "120 is usual.")
-        check_stock_inputs(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_images_per_prompt,
-            guidance_scale,
-            eta,
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        check_alignment(alpha, gamma, objective, relative_step)
         custom_steps = timesteps if timesteps is not None else sigmas
-        tsam_steps, refinement_steps, refinement_iterations = check_tsam_inputs(
+        tsam_steps, refinement_steps, refinement_iterations = resolve_schedule(
             num_inference_steps if custom_steps is None else len(custom_steps),
+            schedule,
             tsam_steps,
-            alpha,
-            gamma,
             refinement_steps,
             refinement_iterations,
-            objective,
-            schedule,
             PIXART_SCHEDULES,
         )
 
@@ -299,15 +297,6 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
             batch_size = len(prompt)
         else:
             batch_size = prompt_embeds.shape[0]
-        # Stock makes the word "none" of None where it cleans the caption of one prompt; everywhere else it would fail.
-        word = batch_size == 1 and clean_caption and is_bs4_available() and is_ftfy_available()
-        if negative_prompt is None and negative_prompt_embeds is None and not word:
-            negative_prompt = ""
-        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-            raise ValueError(
-                f"`negative_prompt` has {len(negative_prompt)} entries, but there are {batch_size} prompts. Pass one"
-                " for each, or a string for all."
-            )
 
         if tsam_steps > 0:
             layers = self.cross_attention_layers(attention_layers)
@@ -321,7 +310,7 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
 
         # 3. Encode input prompt, and read its syntax
         reading = tsam_steps > 0 and text_self_attention is None
-        with record_self_attention(self.text_encoder) if reading else nullcontext() as recording:
+        with record_self_attention(self.text_encoder) if reading else nullcontext() as recordings:
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
                 self.encode_prompt(
                     prompt,
@@ -338,11 +327,19 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 )
             )
         if reading:
-            text_self_attention = self.read_text_self_attention(recording)
+            text_self_attention = self.read_text_self_attention(recordings)
         alignment = None
         if tsam_steps > 0:
+            check_lengths(text_self_attention, prompt_attention_mask[::num_images_per_prompt])
             alignment = LatentAlignment(
-                text_self_attention, alpha, gamma, objective, output_attentions, num_images_per_prompt, device
+                text_self_attention,
+                alpha,
+                gamma,
+                objective,
+                relative_step,
+                output_attentions,
+                num_images_per_prompt,
+                device,
             )
 
         # For classifier free guidance, we need to do two forward passes.
@@ -393,25 +390,19 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         updates = updates_per_timestep(
             self.scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations
         )
-        freezing = frozen(self.transformer) if any(updates) else nullcontext()
-        with freezing, self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
 
+                conditions = {
+                    "encoder_hidden_states": prompt_embeds,
+                    "encoder_attention_mask": prompt_attention_mask,
+                    "added_cond_kwargs": added_cond_kwargs,
+                }
                 # T-SAM: move the latents until what the model looks at agrees with the syntax, Eq. (15)
                 if updates[i] > 0:
-                    latents = self.align_latents(
-                        alignment,
-                        latents,
-                        t,
-                        layers,
-                        i,
-                        updates[i],
-                        prompt_embeds,
-                        prompt_attention_mask,
-                        added_cond_kwargs,
-                    )
+                    latents = self.align_latents(alignment, latents, t, conditions, layers, updates[i])
                     if not progress_bar.disable:
                         progress_bar.set_postfix(loss=f"{alignment.losses[-1].mean().item():.3f}", refresh=False)
 
@@ -421,14 +412,9 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 batch = len(latent_model_input)  # a callback may have dropped the unconditional half
 
                 # predict the noise residual
-                noise_pred = self.transformer(
-                    latent_model_input,
-                    encoder_hidden_states=prompt_embeds,
-                    encoder_attention_mask=prompt_attention_mask[-batch:],
-                    timestep=torch.as_tensor(t, device=device).expand(batch),
-                    added_cond_kwargs={k: None if v is None else v[-batch:] for k, v in added_cond_kwargs.items()},
-                    return_dict=False,
-                )[0]
+                timestep = torch.as_tensor(t, device=device).expand(batch)
+                conditions = conditional_rows(conditions, batch)
+                noise_pred = self.transformer(latent_model_input, timestep=timestep, **conditions, return_dict=False)[0]
 
                 # perform guidance
                 if self.do_classifier_free_guidance:
@@ -440,9 +426,10 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                     noise_pred = noise_pred.chunk(2, dim=1)[0]
 
                 # compute the previous noisy sample x_t -> x_t-1; a single step goes straight to x_0
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[
-                    1 if num_inference_steps == 1 else 0
-                ]
+                with uncorrected(self.scheduler, alignment.moved if updates[i] > 0 else None):
+                    latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[
+                        1 if num_inference_steps == 1 else 0
+                    ]
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -473,7 +460,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         self.maybe_free_model_hooks()
 
         losses = torch.empty(len(latents), 0) if alignment is None else alignment.losses_per_image()
-        attentions = alignment.attentions() if alignment is not None and output_attentions else None
+        guided = [i for i, number in enumerate(updates) if number > 0]
+        attentions = alignment.attentions(guided) if alignment is not None and output_attentions else None
         if not return_dict:
             return image, losses, attentions
 

@@ -17,21 +17,28 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
-from diffusers.utils import deprecate
 
 from .attention_processors import (
-    LatentAlignment,
-    TextSelfAttention,
     TSAMPipelineMixin,
-    check_integer,
-    check_stock_inputs,
-    check_text_self_attention,
-    check_tsam_inputs,
+    conditional_rows,
     frozen,
     lock_of,
+    mean_maps,
+    mean_self_attention,
     one_at_a_time,
-    read_text_self_attention,
+    record_cross_attention,
     record_self_attention,
+    run_to_last_map,
+    uncorrected,
+)
+from .tsam import (
+    LatentAlignment,
+    TextSelfAttention,
+    check_alignment,
+    check_text_self_attention,
+    input_scale,
+    resolve_schedule,
+    text_of,
     updates_per_timestep,
 )
 
@@ -51,44 +58,50 @@ class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
 class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
     """`StableDiffusionPipeline` whose first denoising steps are aligned with the prompt's syntax; same components."""
 
-    def cross_attention_layers(self, resolution=16):
-        """The cross-attention layers whose query grid has `resolution` positions a side at the UNet's default size.
+    def cross_attention_layers(self, attention_resolution: int = 16) -> list:
+        """The cross-attention layers whose query grid has that many positions a side at the UNet's default size.
 
-        Returns the layers and how many times the latent is halved before them. ValueError where there are none.
+        ValueError where there are none.
         """
         side = self.unet.config.sample_size
+        if side is None:
+            raise ValueError(
+                "This UNet's config has no `sample_size`, so that its grids have no known size. Set it, by"
+                " `pipe.unet.register_to_config(sample_size=64)` for 512 pixels, or pass `tsam_steps=0`."
+            )
         side = side if isinstance(side, int) else side[0]
-        layers, grids, level = {}, [], 0
+        layers = {}
 
-        def add(block):
-            grids.append(-(-side // 2**level))
+        def add(block, level):
             for transformer in getattr(block, "attentions", None) or []:
                 for layer in getattr(transformer, "transformer_blocks", []):
                     if getattr(layer, "attn2", None) is not None:
-                        layers.setdefault(grids[-1], (level, []))[1].append(layer.attn2)
+                        layers.setdefault(-(-side // 2**level), []).append(layer.attn2)
 
+        level = 0
         for block in self.unet.down_blocks:
-            add(block)
+            add(block, level)
             level += block.downsamplers is not None
-        add(self.unet.mid_block)
+        add(self.unet.mid_block, level)
         for block in self.unet.up_blocks:
-            add(block)
+            add(block, level)
             level -= block.upsamplers is not None
-        if resolution not in layers:
+        if attention_resolution not in list(layers):
             raise ValueError(
-                f"This UNet has no cross-attention on a {resolution}x{resolution} grid: at its default size of {side}"
-                f" it has it on grids of {', '.join(map(str, sorted(layers))) or 'no size'}. Pass one of these as"
-                " `attention_resolution`, or `tsam_steps=0`."
+                f"`attention_resolution` is {attention_resolution!r}, but at its default size of {side} this UNet has"
+                f" cross-attention on grids of {', '.join(map(str, sorted(layers))) or 'no size'}. Pass one of these,"
+                " or `tsam_steps=0`."
             )
-        level, found = layers[resolution]
-        return found, level
+        return layers[attention_resolution]
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(self, *args, **kwargs):
+        # Stock's `clip_skip` asks for a part that transformers 5 made the whole. Delete this method when
+        # https://github.com/huggingface/diffusers/issues/14124 is resolved.
         encoder = self.text_encoder
         if kwargs.get("clip_skip") is None or encoder is None or hasattr(encoder, "text_model"):
             return super().encode_prompt(*args, **kwargs)
-        with lock_of(encoder):  # stock's `clip_skip` asks for a part that transformers 5 made the whole
+        with lock_of(encoder):
             vars(encoder)["text_model"] = encoder  # past torch, which would see a submodule
             try:
                 return super().encode_prompt(*args, **kwargs)
@@ -102,42 +115,37 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         It is read while `encode_prompt` encodes them, so it is of the tokens (textual inversion, truncation, padding)
         and layers (LoRA) that the picture is drawn from.
         """
-        with record_self_attention(self.text_encoder) as recording:
+        with record_self_attention(self.text_encoder) as recordings:
             self.encode_prompt(prompt, self._execution_device, 1, False, lora_scale=lora_scale)
-        return read_text_self_attention(recording, self.text_encoder, self.tokenizer)
+        return self.read_text_self_attention(recordings)
+
+    def read_text_self_attention(self, recordings: list) -> TextSelfAttention:
+        """T' of the prompts that were encoded first while `record_self_attention` was open."""
+        return text_of(mean_self_attention(recordings), recordings[0].input_ids, self.tokenizer)
 
     def align_latents(
         self,
         alignment: LatentAlignment,
         latents: torch.Tensor,
         t: torch.Tensor,
+        conditions: dict,
         layers: list,
-        level: int,
-        step: int,
-        iterations: int,
-        prompt_embeds: torch.Tensor,
-        timestep_cond: torch.Tensor | None = None,
-        added_cond_kwargs: dict | None = None,
-        cross_attention_kwargs: dict | None = None,
+        iterations: int = 1,
     ) -> torch.Tensor:
-        """Move latents (B, C, h, w) before the noise prediction at `t`, `iterations` times. Eq. (15)."""
-        batch = len(latents)  # the conditional half is the last B rows, with and without classifier-free guidance
-        if added_cond_kwargs is not None:
-            added_cond_kwargs = {"image_embeds": [embeds[-batch:] for embeds in added_cond_kwargs["image_embeds"]]}
+        """Move latents (B, C, h, w) `iterations` times before the noise prediction at timestep `t`. Eq. (15).
 
-        def predict(model_input):
-            self.unet(
-                model_input,
-                t,
-                encoder_hidden_states=prompt_embeds[-batch:],
-                timestep_cond=timestep_cond,
-                cross_attention_kwargs=cross_attention_kwargs,
-                added_cond_kwargs=added_cond_kwargs,
-                return_dict=False,
-            )
+        conditions: what the denoiser is called with beside latents and timestep, by name, for both halves of
+        classifier-free guidance or for the conditional one alone. layers: whose maps are read, as
+        `cross_attention_layers` returns them.
+        """
+        conditions = conditional_rows(conditions, len(latents))
+        with frozen(self.unet), record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
 
-        grid = tuple(-(-side // 2**level) for side in latents.shape[-2:])
-        return alignment.update(latents, self.scheduler, t, predict, layers, grid, step, iterations)
+            def maps_at(model_input):
+                run_to_last_map(self.unet, model_input, t, **conditions)
+                return mean_maps(maps, *latents.shape[-2:])
+
+            return alignment.update(latents, input_scale(self.scheduler, t), maps_at, iterations)
 
     @one_at_a_time("unet")
     # Inference mode makes tensors that autograd cannot use later; its callers get the same results without it.
@@ -174,7 +182,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         refinement_steps: Sequence[int] | None = None,
         refinement_iterations: int | None = None,
         schedule: str = "paper",
-        objective: str = "l1",
+        objective: str | Callable = "l1",
+        relative_step: float | None = None,
         attention_resolution: int = 16,
         text_self_attention: TextSelfAttention | None = None,
         output_attentions: bool = False,
@@ -193,12 +202,18 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                 `()`: none.
             refinement_iterations (`int`, *optional*): How many more updates, each a forward and a backward pass.
                 `None`: as `schedule` says.
-            schedule (`str`, defaults to `"paper"`): `"paper"`: half of the steps guided, and 20 more updates at 0, 20
-                and 40 percent of all steps. `"fast"`: a fifth of the steps guided, and 20 percent of their number more
-                at 0, 8 and 16 percent: with classifier-free guidance, a picture costs at most 1.5 times the plain
-                one's operations.
-            objective (`str`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over all tokens as
-                Eq. (7) is printed; `"cosine"`, the authors' released default.
+            schedule (`str`, defaults to `"paper"`): `"paper"`: half of the steps guided, and at 0, 20 and 40 percent of
+                all steps as many more updates as 40 percent of their number. `"fast"`: a fifth of the steps guided, and
+                20 percent of their number more at 0, 8 and 16 percent: with classifier-free guidance, a picture costs
+                at most 1.5 times the plain one's operations. `"light"`: a fifth of the steps guided, each once, for
+                `relative_step`.
+            objective (`str` or `Callable`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over
+                all tokens as Eq. (7) is printed; `"cosine"`, the authors' released default; `"attainable"`, Eq. (14)
+                against the nearest T that S can take, so that the loss can vanish. Or a function of the maps
+                (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,).
+            relative_step (`float`, *optional*): Instead of `alpha`, which needs tuning for every model: how far the
+                first update of an image moves the model's input, as a share of its norm, 0.05 for instance. The size of
+                all its later updates follows. Try this first on a model of your own.
             attention_resolution (`int`, defaults to 16): Side of the query grid, at the model's default size, whose
                 cross-attention layers are read.
             text_self_attention (`TextSelfAttention`, *optional*): What `get_text_self_attention` returned, needed
@@ -212,11 +227,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         Raises:
             ValueError, TypeError: a wrong argument, before the denoiser runs.
         """
-        callback = kwargs.pop("callback", None)
-        callback_steps = kwargs.pop("callback_steps", None)
-        for name, value in (("callback", callback), ("callback_steps", callback_steps)):
-            if value is not None:
-                deprecate(name, "1.0.0", f"Passing `{name}` is deprecated, consider using `callback_on_step_end`")
+        callback, callback_steps = kwargs.pop("callback", None), kwargs.pop("callback_steps", None)  # deprecated
         if kwargs:
             raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, kwargs))}.")
 
@@ -242,33 +253,14 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        check_stock_inputs(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_images_per_prompt,
-            guidance_scale,
-            eta,
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        if clip_skip is not None and prompt is not None:
-            layers, remedy = self.text_encoder.config.num_hidden_layers, "Pass None for the last layer."
-            check_integer("clip_skip", clip_skip, 0, remedy)
-            if clip_skip > layers:
-                raise ValueError(f"`clip_skip` is {clip_skip}, but the text encoder has {layers} layers. {remedy}")
+        check_alignment(alpha, gamma, objective, relative_step)
         custom_steps = timesteps if timesteps is not None else sigmas
-        tsam_steps, refinement_steps, refinement_iterations = check_tsam_inputs(
+        tsam_steps, refinement_steps, refinement_iterations = resolve_schedule(
             num_inference_steps if custom_steps is None else len(custom_steps),
+            schedule,
             tsam_steps,
-            alpha,
-            gamma,
             refinement_steps,
             refinement_iterations,
-            objective,
-            schedule,
         )
 
         # 2. Define call parameters
@@ -280,7 +272,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             batch_size = prompt_embeds.shape[0]
 
         if tsam_steps > 0:
-            layers, level = self.cross_attention_layers(attention_resolution)
+            layers = self.cross_attention_layers(attention_resolution)
             num_tokens = self.tokenizer.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
             check_text_self_attention(text_self_attention, prompt, batch_size, num_tokens)
 
@@ -295,7 +287,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         # 3. Encode input prompt, and read its syntax
         lora_scale = self.cross_attention_kwargs.get("scale", None) if self.cross_attention_kwargs is not None else None
         reading = tsam_steps > 0 and text_self_attention is None
-        with record_self_attention(self.text_encoder) if reading else nullcontext() as recording:
+        with record_self_attention(self.text_encoder) if reading else nullcontext() as recordings:
             prompt_embeds, negative_prompt_embeds = self.encode_prompt(
                 prompt,
                 device,
@@ -308,11 +300,18 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                 clip_skip=self.clip_skip,
             )
         if reading:
-            text_self_attention = read_text_self_attention(recording, self.text_encoder, self.tokenizer)
+            text_self_attention = self.read_text_self_attention(recordings)
         alignment = None
         if tsam_steps > 0:
             alignment = LatentAlignment(
-                text_self_attention, alpha, gamma, objective, output_attentions, num_images_per_prompt, device
+                text_self_attention,
+                alpha,
+                gamma,
+                objective,
+                relative_step,
+                output_attentions,
+                num_images_per_prompt,
+                device,
             )
 
         # For classifier free guidance, we need to do two forward passes.
@@ -369,27 +368,20 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         updates = updates_per_timestep(
             self.scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations
         )
-        freezing = frozen(self.unet) if any(updates) else nullcontext()
-        with freezing, self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
 
+                conditions = {
+                    "encoder_hidden_states": prompt_embeds,
+                    "timestep_cond": timestep_cond,
+                    "cross_attention_kwargs": self.cross_attention_kwargs,
+                    "added_cond_kwargs": added_cond_kwargs,
+                }
                 # T-SAM: move the latents until what the model looks at agrees with the syntax, Eq. (15)
                 if updates[i] > 0:
-                    latents = self.align_latents(
-                        alignment,
-                        latents,
-                        t,
-                        layers,
-                        level,
-                        i,
-                        updates[i],
-                        prompt_embeds,
-                        timestep_cond,
-                        added_cond_kwargs,
-                        self.cross_attention_kwargs,
-                    )
+                    latents = self.align_latents(alignment, latents, t, conditions, layers, updates[i])
                     if not progress_bar.disable:
                         progress_bar.set_postfix(loss=f"{alignment.losses[-1].mean().item():.3f}", refresh=False)
 
@@ -399,15 +391,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                     latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
 
                 # predict the noise residual
-                noise_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=prompt_embeds,
-                    timestep_cond=timestep_cond,
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    added_cond_kwargs=added_cond_kwargs,
-                    return_dict=False,
-                )[0]
+                noise_pred = self.unet(latent_model_input, t, **conditions, return_dict=False)[0]
 
                 # perform guidance
                 if self.do_classifier_free_guidance:
@@ -419,7 +403,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                     noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=self.guidance_rescale)
 
                 # compute the previous noisy sample x_t -> x_t-1
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+                with uncorrected(self.scheduler, alignment.moved if updates[i] > 0 else None):
+                    latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -455,7 +440,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         self.maybe_free_model_hooks()
 
         losses = torch.empty(len(latents), 0) if alignment is None else alignment.losses_per_image()
-        attentions = alignment.attentions() if alignment is not None and output_attentions else None
+        guided = [i for i, number in enumerate(updates) if number > 0]
+        attentions = alignment.attentions(guided) if alignment is not None and output_attentions else None
         if not return_dict:
             return image, has_nsfw_concept, losses, attentions
 

@@ -1,57 +1,65 @@
-"""Does T-SAM help? Stock and T-SAM pictures from the same latents, read by the judge.
+"""Does T-SAM help? Stock and other settings' pictures from the same latents, read by the judge.
 
-    python benchmarks/alignment.py --split test --solids 2 --prompts 70 --seeds 6 --setting tuned
-    python benchmarks/alignment.py --pipeline pixart --solids 2 --prompts 70 --seeds 6 --setting tuned
+    python benchmarks/alignment.py --solids 3 --prompts 100 --seeds 3 --setting tuned conform,alpha=4
 
 Prompts come from pairs of coloured solids that training never showed together: `tune` to choose settings on, `test` to
-report. One JSON line a picture goes to --output (a stopped run goes on where it was), the table to the terminal.
-Intervals are 95 %, over prompts (each prompt's seeds are one cluster), paired for the difference.
+report. One JSON line a picture goes to --output (a stopped run goes on where it was), the table to the terminal;
+`report.py` makes the documents' tables of the lines that are committed. Intervals are 95 %, over prompts (each prompt's
+seeds are one cluster), paired for the difference.
 """
 
 import argparse
 import json
 import math
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.utils import logging
+from peers import PEERS, told
 
-from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
+import diffusers_tsam
+from diffusers_tsam import FAMILIES
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.judge import Judge, verdict
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 
 
-PIPELINES = {"sd": StableDiffusionTSAMPipeline, "pixart": PixArtAlphaTSAMPipeline}
+RESULTS = Path(__file__).parent / "results"
+PROMPT_SEED = 1  # others than the tests draw, and than an earlier report looked at
+TUPLES, WORDS = ("refinement_steps", "attention_layers"), ("objective", "schedule")
+INTEGERS = ("tsam_steps", "refinement_iterations")
 
 
 def parse_setting(text, pipeline="sd"):
-    """The arguments of one of PIPELINES.
+    """The arguments of one of FAMILIES.
 
-    text: "stock", "paper" (the pipeline's defaults), "tuned", or any of these and others changed, as
-    "tuned,alpha=2,refinement_steps=0+2+4,attention_layers=10+18"; refinement_steps may be none.
+    text: "stock"; "paper" (the pipeline's defaults); "tuned"; one of PEERS, with the tuned schedule; or any of these
+    and others changed, as "tuned,alpha=2,refinement_steps=0+2+4,attention_layers=10+18"; refinement_steps may be none.
     """
     name, *changes = text.split(",")
     if "=" in name:
         name, changes = "paper", [name, *changes]
-    setting = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": dict(TUNED[pipeline])}[name]
+    named = {"stock": {"tsam_steps": 0}, "paper": {}, "tuned": TUNED[pipeline]}
+    peers = {peer: {"schedule": "fast", "objective": told(loss)} for peer, loss in PEERS.items()}
+    setting = dict({**named, **peers}[name])
     for part in changes:
         key, value = part.split("=")
-        if key in ("refinement_steps", "attention_layers"):
+        if key in TUPLES:
             setting[key] = () if value == "none" else tuple(map(int, value.split("+")))
-        elif key in ("objective", "schedule"):
-            setting[key] = value
+        elif value == "none":
+            setting[key] = None
         else:
-            setting[key] = int(value) if key in ("tsam_steps", "refinement_iterations") else float(value)
+            setting[key] = value if key in WORDS else int(value) if key in INTEGERS else float(value)
     return setting
 
 
 def draw(pipe, jobs, setting, steps):
     """Pictures of (caption, seed) jobs, each from its own seed's latents, and how far T-SAM moved them."""
-    generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
+    generators = [torch.Generator().manual_seed(zlib.crc32(f"{caption} {seed}".encode())) for caption, seed in jobs]
     output = pipe(
         [caption for caption, _ in jobs],
         num_inference_steps=steps,
@@ -60,6 +68,22 @@ def draw(pipe, jobs, setting, steps):
         **setting,
     )
     return (output.images * 255).round().astype(np.uint8), output.losses
+
+
+def solids_of(caption):
+    """The (colour, solid) that a caption asks for."""
+    words = caption.split()
+    return [(words[colour], words[noun]) for colour, noun in words_of_solids(caption)]
+
+
+def judged(row):
+    """A picture's line with the judge's verdict."""
+    return row | verdict(solids_of(row["caption"]), map(tuple, row["seen"]))
+
+
+def load(path):
+    """The judged lines of a file, none where there is no such file."""
+    return [judged(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def interval(values, clusters):
@@ -97,15 +121,14 @@ def table(rows, names):
     return "\n".join(lines)
 
 
-def confusion(rows, names):
+def confusion(rows, names, label=str):
     """Markdown table: what became of the solids that were asked for, and how many came unasked a picture."""
     fates = ("drawn", "in another colour", "as another solid", "absent")
     lines = ["| setting | " + " | ".join(fates) + " | unasked |", "|---|" + "---|" * (len(fates) + 1)]
     for name in names:
         counts, extra, own = Counter(), 0, [row for row in rows if row["setting"] == name]
         for row in own:
-            words = row["caption"].split()
-            wanted = {(words[colour], words[noun]) for colour, noun in words_of_solids(row["caption"])}
+            wanted = set(solids_of(row["caption"]))
             seen = {tuple(pair) for pair in row["seen"]}
             for colour, solid in wanted:
                 if (colour, solid) in seen:
@@ -118,41 +141,42 @@ def confusion(rows, names):
                     counts["absent"] += 1
             extra += len({solid for _, solid in seen} - {solid for _, solid in wanted})
         cells = [f"{100 * counts[fate] / counts.total():.1f} %" for fate in fates]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {extra / len(own):.2f} |")
+        lines.append(f"| {label(name)} | " + " | ".join(cells) + f" | {extra / len(own):.2f} |")
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", default="sd", choices=tuple(PIPELINES))
+    parser.add_argument("--pipeline", default="sd", choices=tuple(FAMILIES))
     parser.add_argument("--model", help="folder of another model of the shapes world")
     parser.add_argument("--split", default="test", choices=("tune", "test", "train"))
     parser.add_argument("--solids", type=int, default=2, choices=(1, 2, 3))
     parser.add_argument("--prompts", type=int, default=70)
     parser.add_argument("--seeds", type=int, default=6, help="pictures a prompt")
-    parser.add_argument(
-        "--setting", nargs="+", default=["paper"], help='"paper", "tuned", "tuned,alpha=2,objective=l1_full"'
-    )
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--setting", nargs="+", default=["paper"], help='"tuned", "paper,alpha=2,objective=l1_full"')
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("results/alignment.jsonl"))
+    parser.add_argument("--compile", action="store_true", help="faster after a minute")
+    parser.add_argument("--output", type=Path, default=RESULTS / "alignment.jsonl")
     args = parser.parse_args()
 
     logging.disable_progress_bar()
-    model = args.model or MODELS[args.pipeline]
-    pipe = PIPELINES[args.pipeline].from_pretrained(model, dtype=getattr(torch, args.dtype)).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
+    family = FAMILIES[args.pipeline]
+    pipe = getattr(diffusers_tsam, family.pipeline).from_pretrained(
+        args.model or MODELS[args.pipeline], dtype=getattr(torch, args.dtype)
+    )
+    pipe.to(args.device).set_progress_bar_config(disable=True)
+    if args.compile:
+        getattr(pipe, family.denoiser).compile()
     judge = Judge.from_pretrained()
-    wanted = prompts(args.solids, args.split, args.prompts)
-    jobs = [(caption, seed) for caption, _ in wanted for seed in range(args.seeds)]
-    solids = dict(wanted)
+    wanted = prompts(args.solids, args.split, args.prompts, PROMPT_SEED)
+    jobs = [(caption, seed) for seed in range(args.seeds) for caption, _ in wanted]
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     run = {"pipeline": args.pipeline, "split": args.split, "steps": args.steps, "solids": args.solids}
-    done = [row for row in done if run.items() <= row.items()]
+    done = [row for row in load(args.output) if run.items() <= row.items()]
     names = ["stock", *(name for name in args.setting if name != "stock")]
     rows = []
     with args.output.open("a") as file:
@@ -173,11 +197,10 @@ def main():
                         "seed": seed,
                         "seen": sorted(map(list, seen)),
                         "updates": len(loss),
-                        "loss": [round(x, 4) for x in (loss[[0, -1]] if len(loss) else loss).tolist()],
-                        **verdict(solids[caption], seen),
+                        "loss": [round(x, 3) for x in (loss[[0, -1]] if len(loss) else loss).tolist()],
                     }
                     file.write(json.dumps(row) + "\n")
-                    rows.append(row)
+                    rows.append(judged(row))
                 file.flush()
             if todo:
                 print(f"{name}: {len(todo)} pictures, {(time.time() - started) / len(todo):.2f} s each", flush=True)

@@ -2,30 +2,27 @@
 
     python benchmarks/anatomy.py
 
-Three tables over two-solid prompts of the tuning split, one seed each: where a noun's row of T goes; how similar the
-maps of two words are along the stock trajectory, in pictures that came out right and in those that did not; and how far
-one update with alpha = 1 moves the model's input, relative to its norm, under each objective.
+Over two-solid prompts of the tuning split, one seed each: where a noun's row of T goes; how similar the maps of two
+words are along the stock trajectory, in pictures that came out right and in those that did not; and how far one update
+with alpha = 1 moves the model's input, relative to its norm, under each objective. Goes to results/anatomy.json.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.utils import logging
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.attention_processors import (
-    OBJECTIVES,
-    LatentAlignment,
-    cosine_similarity,
-    normalize_text_attention,
-    smooth,
-)
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
+from diffusers_tsam.tsam import OBJECTIVES, LatentAlignment, cosine_similarity, normalize_text_attention, smooth
 
 
+RESULTS = Path(__file__).parent / "results" / "anatomy.json"
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -62,11 +59,10 @@ def main():
     kinds = list(kinds_of(captions[0]))
 
     text = pipe.get_text_self_attention(captions)
-    print("| a noun's row of T, gamma |", " | ".join(kinds), "|\n|---|" + "---|" * len(kinds))
+    rows = {}
     for gamma in (1.0, 2.0, 4.0):
         matrix = normalize_text_attention(text.attention, text.content, gamma)[:, 1:, 1:]
-        cells = (np.mean([mean_of(m, c, kind) for m, c in zip(matrix, captions)]) for kind in kinds)
-        print(f"| {gamma:g} |", " | ".join(f"{100 * cell:.0f} %" for cell in cells), "|")
+        rows[gamma] = {k: np.mean([mean_of(m, c, k) for m, c in zip(matrix, captions)]) for k in kinds}
 
     kept = {}
 
@@ -90,33 +86,33 @@ def main():
         callback_on_step_end=keep,
     )
     right = [set(solids) <= seen for (_, solids), seen in zip(wanted, Judge.from_pretrained().read(output.images))]
-    print(
-        f"\n{sum(right)} of {len(right)} stock pictures are right. Mean C of two words' maps, right / wrong pictures:\n"
-    )
-    print("| step |", " | ".join(kinds[:-1]), "|\n|---|" + "---|" * (len(kinds) - 1))
     steps = [int(fraction * args.steps) for fraction in FRACTIONS]
+    similar = {}
     for step in steps:
-        similarity = [cosine_similarity(smooth(a["maps"][step][None]).flatten(2))[0] for a in output.attentions]
-        cells = []
+        matrices = [cosine_similarity(smooth(a["maps"][step][None]).flatten(2))[0] for a in output.attentions]
+        similar[step] = {}
         for kind in kinds[:-1]:
-            values = [mean_of(m, c, kind) for m, c in zip(similarity, captions)]
-            groups = [[v for v, r in zip(values, right) if r == wanted_right] for wanted_right in (True, False)]
-            cells.append(" / ".join(f"{np.mean(group):.2f}" if group else "-" for group in groups))
-        print(f"| {step} |", " | ".join(cells), "|")
+            values = np.array([mean_of(m, c, kind) for m, c in zip(matrices, captions)])
+            groups = {name: values[np.array(right) == wanted] for name, wanted in (("right", True), ("wrong", False))}
+            similar[step][kind] = {name: group.mean() for name, group in groups.items() if len(group)}
 
-    print("\n| one update, alpha = 1, gamma = 2: relative size at step |", " | ".join(map(str, steps)), "|")
-    print("|---|" + "---|" * len(steps))
-    embeds = pipe.encode_prompt(captions, "cpu", 1, False)[0]
-    layers, level = pipe.cross_attention_layers()
+    conditions = {"encoder_hidden_states": pipe.encode_prompt(captions, "cpu", 1, False)[0]}
+    layers, sizes = pipe.cross_attention_layers(), {}
     for objective in OBJECTIVES:
-        cells = []
+        sizes[objective] = {}
         for step in steps:
             alignment = LatentAlignment(text, 1.0, 2.0, objective)
             with torch.no_grad():
-                t = pipe.scheduler.timesteps[step]
-                moved = pipe.align_latents(alignment, kept[step], t, layers, level, step, 1, embeds)
-            cells.append(((moved - kept[step]).flatten(1).norm(dim=1) / kept[step].flatten(1).norm(dim=1)).mean())
-        print(f"| {objective} |", " | ".join(f"{100 * cell:.2f} %" for cell in cells), "|")
+                moved = pipe.align_latents(alignment, kept[step], pipe.scheduler.timesteps[step], conditions, layers)
+            moves = (moved - kept[step]).flatten(1).norm(dim=1) / kept[step].flatten(1).norm(dim=1)
+            sizes[objective][step] = moves.mean().item()
+
+    found = {"prompts": len(captions), "steps": args.steps, "stock_right": sum(right), "alpha": 1.0, "gamma": 2.0}
+    found |= {"rows_of_t": rows, "similarity": similar, "relative_update": sizes}
+    RESULTS.parent.mkdir(exist_ok=True)
+    found = json.loads(json.dumps(found, default=float), parse_float=lambda number: round(float(number), 4))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(RESULTS.read_text())
 
 
 if __name__ == "__main__":

@@ -6,22 +6,25 @@
 The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), with random weights; T5-XXL
 is replaced by one narrow layer. Operations and memory of the first table are counted by torch on tensors without data,
 so they are exact at every size; those of the others are counted while the pictures are drawn.
+
+What it finds goes to results/cost.json, part by part; `report.py` makes the documents' tables of it.
 """
 
 import argparse
 import gc
+import json
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionAttendAndExcitePipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
@@ -31,28 +34,22 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline, TextSelfAttention
-from diffusers_tsam.attention_processors import (
-    SCHEDULES,
-    LatentAlignment,
-    alignment_loss,
-    check_tsam_inputs,
-    frozen,
-)
+import diffusers_tsam
+from diffusers_tsam import FAMILIES, LatentAlignment, TextSelfAttention
 from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
+from diffusers_tsam.tsam import SCHEDULES, Syntax, l1, resolve_schedule
 
 
+RESULTS = Path(__file__).parent / "results" / "cost.json"
 PROMPT = "a red cube and a blue sphere"
 NOUNS = [3, 7]  # what Attend-and-Excite has to be told: the tokens of "cube" and "sphere"
 TOKENS = {"sd": 77, "pixart": 120}
 PIPELINES = {
-    "sd": (StableDiffusionPipeline, StableDiffusionTSAMPipeline),
-    "pixart": (PixArtAlphaPipeline, PixArtAlphaTSAMPipeline),
+    kind: (getattr(diffusers, family.stock), getattr(diffusers_tsam, family.pipeline))
+    for kind, family in FAMILIES.items()
 }
-NAMES = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2"}
-DENOISERS = {"sd": "unet", "pixart": "transformer"}
 
 
 def build_denoiser(kind):
@@ -171,28 +168,29 @@ def simulate(kind, size, device):
     """
     text = TextSelfAttention(torch.ones(1, 9, 9), torch.ones(1, 9, dtype=torch.bool), [["word"] * 9])
     alignment = LatentAlignment(text, alpha=1.0, gamma=1.0)
-    alignment.content, alignment.text_attention = alignment.content.to(device), alignment.text_attention.to(device)
+    alignment.text = Syntax(*(x.to(device) for x in alignment.text[:3]), alignment.text.tokens)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext()
     with torch.device(device), mode, default_dtype(torch.bfloat16):
         pipe = PIPELINES[kind][1](**build_components(kind))
         latents = torch.empty(2, 4, size // 8, size // 8)
         embeds = torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096)
         mask, t = torch.empty(2, TOKENS[kind]), torch.tensor(1)
-        denoiser = getattr(pipe, DENOISERS[kind])
+        denoiser = getattr(pipe, FAMILIES[kind].denoiser)
         if kind == "sd":
-            arguments, where, more = {}, pipe.cross_attention_layers(), ()
+            arguments = {}
         else:
             denoiser.pos_embed.pos_embed = denoiser.pos_embed.pos_embed.to(device)  # comes from numpy
             conditions = {"resolution": None, "aspect_ratio": None}
             arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": conditions}
-            where, more = (pipe.cross_attention_layers(),), (mask, conditions)
+        arguments["encoder_hidden_states"] = embeds
+        layers = pipe.cross_attention_layers()
         calls = (
-            lambda: denoiser(latents, timestep=t.expand(2), encoder_hidden_states=embeds, **arguments),
+            lambda: denoiser(latents, timestep=t.expand(2), **arguments),
             lambda: pipe.vae.decode(latents[:1]),
-            lambda: pipe.align_latents(alignment, latents[:1], t, *where, 0, 1, embeds, *more),
+            lambda: pipe.align_latents(alignment, latents[:1], t, arguments, layers),
         )
         operations, peaks = [], []
-        with torch.no_grad(), frozen(denoiser):
+        with torch.no_grad():
             for call in calls:
                 memory = PeakMemory(pipe)
                 with Operations() as counter, memory:
@@ -203,24 +201,27 @@ def simulate(kind, size, device):
 
 
 def operations(size, steps):
-    """Table of what one guided pass costs, and of the schedules' operations in whole pictures' denoising."""
-    print(f"| {size}x{size}, half precision | plain step | guided pass | {steps} steps, paper | fast | peak memory |")
-    print("|---|---|---|---|---|---|")
+    """What one guided pass costs beside a plain step, and the schedules' passes: by pipeline."""
+    found = {}
     for kind in PIPELINES:
         (plain, _, guided), _ = simulate(kind, size, "meta")
         _, (step, decoding, guidance) = simulate(kind, size, "cpu")
-        passes = {name: number_of_updates(kind, name, steps) for name in ("paper", "fast")}
-        cells = [NAMES[kind], f"{plain / 1e9:.0f} GFLOP", f"{guided / 1e9:.0f} GFLOP, {guided / plain:.3f}x"]
-        cells += [f"{1 + n * guided / plain / steps:.2f}x ({n} passes)" for n in passes.values()]
-        plainly = max(step, decoding)
-        cells += [f"{plainly / 1e9:.2f} GB plain, {guidance / 1e9:.2f} GB guided pass, {guidance / plainly:.2f}x"]
-        print("|", " | ".join(cells), "|", flush=True)
+        found[kind] = {
+            "size": size,
+            "steps": steps,
+            "plain_step_flop": plain,
+            "guided_pass_flop": guided,
+            "plain_peak_bytes": max(step, decoding),
+            "guided_peak_bytes": guidance,
+            "passes": {name: number_of_updates(kind, name, steps) for name in SCHEDULES},
+        }
+    return found
 
 
 def number_of_updates(kind, schedule, steps):
     """Guided passes of a picture."""
     schedules = PIXART_SCHEDULES if kind == "pixart" else SCHEDULES
-    guided, refined, iterations = check_tsam_inputs(steps, None, 1.0, 1.0, None, None, "l1", schedule, schedules)
+    guided, refined, iterations = resolve_schedule(steps, schedule, schedules=schedules)
     return guided + iterations * len(refined)
 
 
@@ -230,7 +231,7 @@ def measure(pipe, kind, device, arguments):
     Drawn twice, since counting slows the first, which also warms up.
     """
     passes = []
-    denoiser = getattr(pipe, DENOISERS[kind])
+    denoiser = getattr(pipe, FAMILIES[kind].denoiser)
     hook = denoiser.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
 
     def call():
@@ -253,7 +254,8 @@ def measure(pipe, kind, device, arguments):
 
 
 def pictures(kind, device, dtype, size, steps):
-    """Table of whole pictures, drawn one after the other with the same components and seed."""
+    """Whole pictures, drawn one after the other with the same components and seed: (passes, operations, seconds, peak
+    bytes) by method."""
     components = build_components(kind)
     stock, tsam = (cls(**components).to(device, dtype) for cls in PIPELINES[kind])
     options = {"num_inference_steps": steps, "height": size, "width": size, "output_type": "pt"}
@@ -269,45 +271,35 @@ def pictures(kind, device, dtype, size, steps):
         side = size // 32
         limits = {"token_indices": NOUNS, "max_iter_to_alter": max(steps // 2, 1), "attn_res": (side, side)}
         rows["Attend-and-Excite"] = (peer, limits)
-    print(f"| {NAMES[kind]}, {size}x{size}, {steps} steps | passes | operations | seconds | peak memory | each pass |")
-    print("|---|---|---|---|---|---|")
-    plain = None
+    found = {}
     for name, (pipe, more) in rows.items():
         pipe.set_progress_bar_config(disable=True)
-        passes, *numbers = measure(pipe, kind, device, {**options, **more})
-        if plain is None:
-            plain = numbers
-            cells = [f"{plain[0] / 1e12:.2f} TFLOP", f"{plain[1]:.1f} s", f"{plain[2] / 1e9:.2f} GB", ""]
-        else:
-            cells = [f"{number / first:.2f}x" for number, first in zip(numbers, plain)]
-            each = [(number - first) / max(passes, 1) for number, first in zip(numbers, plain)]
-            cells += [f"{each[0] / 1e9:.0f} GFLOP, {each[1]:.2f} s"]
-        print("|", " | ".join([name, str(passes), *cells]), "|", flush=True)
+        found[name] = measure(pipe, kind, device, {**options, **more})
+    return {"size": size, "steps": steps, "device": device.type, "methods": found}
 
 
 def loss_alone(device, repeats=20):
-    """Table of the loss and its gradient with respect to the maps, without the network, by length of the prompt."""
-    print("| tokens of the prompt | 5 | 20 | 40 | 75 |\n|---|---|---|---|---|")
-    cells = []
+    """Milliseconds of the loss and its gradient with respect to the maps, without the network, by prompt's length."""
+    found = {}
     for tokens in (5, 20, 40, 75):
         maps = torch.rand(1, tokens, 16, 16, device=device, requires_grad=True)
-        text = torch.rand(1, tokens, tokens, device=device).tril()
-        content = torch.ones(1, tokens, dtype=torch.bool, device=device)
+        attention = torch.rand(1, tokens, tokens, device=device).tril()
+        text = Syntax(attention, attention, torch.ones(1, tokens, dtype=torch.bool, device=device), [])
         times = []
         for _ in range(repeats):
             started = time.perf_counter()
-            torch.autograd.grad(alignment_loss(maps, text, content)[0].sum(), maps)
+            torch.autograd.grad(l1(maps, text).sum(), maps)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        cells.append(f"{1e3 * sorted(times)[repeats // 2]:.2f} ms")
-    print("| loss and gradient |", " | ".join(cells), "|")
+        found[tokens] = round(1e3 * sorted(times)[repeats // 2], 2)
+    return found
 
 
 def compiled(device, steps=10, repeats=4):
-    """Table of the small models' seconds (on a CPU: of the processor), compiled beside uncompiled, once compiled."""
+    """The small models' seconds (on a CPU: of the processor), compiled beside uncompiled, once compiled."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    print("| compiled beside uncompiled | plain | T-SAM, fast |\n|---|---|---|")
+    found = {}
     for kind, (_, tsam) in PIPELINES.items():
         pipe = tsam.from_pretrained(MODELS[kind]).to(device)
         pipe.set_progress_bar_config(disable=True)
@@ -321,10 +313,11 @@ def compiled(device, steps=10, repeats=4):
             return min(times)
 
         uncompiled = seconds(tsam_steps=0), seconds()
-        getattr(pipe, DENOISERS[kind]).compile()
+        getattr(pipe, FAMILIES[kind].denoiser).compile()
         seconds(tsam_steps=0), seconds()
         ratios = [after / before for after, before in zip((seconds(tsam_steps=0), seconds()), uncompiled)]
-        print(f"| `shapes/{kind}` |", " | ".join(f"{r:.2f}x" for r in ratios), "|", flush=True)
+        found[kind] = dict(zip(("plain", "tsam"), ratios))
+    return found
 
 
 def main():
@@ -333,20 +326,25 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps of the pictures that are drawn")
-    parser.add_argument("--pipelines", nargs="+", default=list(PIPELINES), choices=tuple(PIPELINES))
-    parser.add_argument("--compile", action="store_true", help="only time the small models with torch.compile")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["operations", "loss", "sd", "pixart", "compiled"],
+        help="operations, loss, the pipelines whose pictures are drawn (sd, pixart), compiled",
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device(args.device)
-    if args.compile:
-        return compiled(device)
-    operations(512, 50)
-    print()
-    loss_alone(device)
-    for kind in args.pipelines:
-        print()
-        torch.manual_seed(0)
-        pictures(kind, device, getattr(torch, args.dtype), args.size, args.steps)
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in args.parts:
+        if part in PIPELINES:
+            found[part] = pictures(part, device, getattr(torch, args.dtype), args.size, args.steps)
+        else:
+            calls = {"operations": lambda: operations(512, 50), "loss": lambda: loss_alone(device)}
+            found[part] = {**calls, "compiled": lambda: compiled(device)}[part]()
+        print(part, json.dumps(found[part]), flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

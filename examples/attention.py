@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
+from diffusers_tsam.figures import draw_map, draw_picture, draw_table, save
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 
 
@@ -27,27 +28,23 @@ settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "
 generator = torch.Generator().manual_seed(args.seed)
 output = pipe(args.prompt, generator=generator, output_attentions=True, **settings)
 
-seen = output.attentions[0]  # of the first picture; maps and S are those before a step's first update
+picture, seen = output.images[0], output.attentions[0]  # maps and S are those before a step's first update
 words, steps = seen["tokens"], seen["steps"]
-figure = Figure((1.2 * len(steps) + 1, 1.2 * len(words) + 5), layout="constrained")
+figure = Figure((max(1.2 * len(steps) + 1, 13), 1.2 * len(words) + 5), layout="constrained")
 above, below = figure.subfigures(2, height_ratios=(4, 1.2 * len(words)))
 
-panels = above.subplots(1, 4)
-panels[0].imshow(output.images[0])
-panels[0].set_title("picture")
+first, *panels = above.subplots(1, 4)
+draw_picture(first, picture)
 tables = {"T": seen["text_attention"], "S, first step": seen["similarity"][0], "S, last step": seen["similarity"][-1]}
-for axes, (title, table) in zip(panels[1:], tables.items()):
-    axes.imshow(table, vmin=0, vmax=1)  # row: a word; column: the words up to it
+for axes, (title, table) in zip(panels, tables.items()):
+    draw_table(axes, table, words)  # row: a word; column: the words up to it
     axes.set_title(title)
-    axes.set_xticks(range(len(words)), words, rotation=90)
-    axes.set_yticks(range(len(words)), words)
 
 rows = below.subplots(len(words), len(steps), squeeze=False)
 for word, row, maps in zip(words, rows, seen["maps"].transpose(0, 1)):
     row[0].set_ylabel(word)
-    for axes, step, attention in zip(row, steps, maps):
-        axes.imshow(attention, "inferno", vmin=0, vmax=maps.max())  # a word's maps share one scale
-        axes.set(xticks=[], yticks=[])
-        if axes in rows[0]:
-            axes.set_title(f"step {step}")
-figure.savefig("attention.png")
+    for axes, attention in zip(row, maps):
+        draw_map(axes, attention, maps.max(), picture)  # a word's maps share one scale
+for axes, step in zip(rows[0], steps):
+    axes.set_title(f"step {step}")
+save(figure, "attention.png")

@@ -11,7 +11,7 @@ import argparse
 import torch
 from diffusers.utils import make_image_grid
 
-from diffusers_tsam import LatentAlignment, StableDiffusionTSAMPipeline, frozen
+from diffusers_tsam import LatentAlignment, StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
@@ -26,17 +26,16 @@ args = parser.parse_args()
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
 prompts = ["a red cube and a blue sphere"] * len(SEEDS)
 alignment = LatentAlignment(pipe.get_text_self_attention(prompts), alpha=1.0, gamma=4.0)
-layers, level = pipe.cross_attention_layers(16)
+layers = pipe.cross_attention_layers(16)
 moves = [0] * len(SEEDS)
 
 
 def align(pipe, i, t, tensors):
     """Before one of the first fifth of the steps, move the images whose words look at the wrong places."""
-    latents, step = tensors["latents"], i + 1
-    if step < max(args.steps // 5, 2):
-        t = pipe.scheduler.timesteps[step]
+    latents, conditions = tensors["latents"], {"encoder_hidden_states": tensors["prompt_embeds"]}
+    if i + 1 < max(args.steps // 5, 2):
         for _ in range(UPDATES):
-            moved = pipe.align_latents(alignment, latents, t, layers, level, step, 1, tensors["prompt_embeds"])
+            moved = pipe.align_latents(alignment, latents, pipe.scheduler.timesteps[i + 1], conditions, layers)
             above = alignment.losses[-1] > LIMIT  # taken before the move
             latents = moved.where(above[:, None, None, None], latents)
             moves[:] = [number + more for number, more in zip(moves, above.tolist())]
@@ -47,8 +46,7 @@ def align(pipe, i, t, tensors):
 
 def draw(**callback):
     settings = ARGUMENTS["sd"] | {"generator": [torch.Generator().manual_seed(seed) for seed in SEEDS]} | callback
-    with frozen(pipe.unet):  # a gradient of the latents, none of the weights
-        return pipe(prompts, num_inference_steps=args.steps, tsam_steps=0, **settings).images
+    return pipe(prompts, num_inference_steps=args.steps, tsam_steps=0, **settings).images
 
 
 stock = draw()

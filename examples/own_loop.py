@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers.utils import make_image_grid
 
-from diffusers_tsam import LatentAlignment, StableDiffusionTSAMPipeline, frozen
+from diffusers_tsam import LatentAlignment, StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes import MODELS
 
 
@@ -33,17 +33,16 @@ def draw(alpha_at):
     prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(prompt, pipe.device, 1, True)
     prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
     alignment = LatentAlignment(pipe.get_text_self_attention(prompt), alpha, gamma)
-    layers, level = pipe.cross_attention_layers(16)
+    layers, conditions = pipe.cross_attention_layers(16), {"encoder_hidden_states": prompt_embeds}
     pipe.scheduler.set_timesteps(args.steps, device=pipe.device)
     latents = noise
     for i, t in enumerate(pipe.scheduler.timesteps):
         if i < guided:
             alignment.alpha = alpha_at(i)
             updates = 1 + iterations * (i in refined)
-            with frozen(pipe.unet):
-                latents = pipe.align_latents(alignment, latents, t, layers, level, i, updates, prompt_embeds)
+            latents = pipe.align_latents(alignment, latents, t, conditions, layers, updates)
         model_input = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
-        unconditional, conditional = pipe.unet(model_input, t, prompt_embeds).sample.chunk(2)
+        unconditional, conditional = pipe.unet(model_input, t, **conditions).sample.chunk(2)
         prediction = unconditional + guidance_scale * (conditional - unconditional)
         latents = pipe.scheduler.step(prediction, t, latents).prev_sample
     image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample

@@ -1,6 +1,6 @@
 """PixArt-α without T-SAM and with it, from the same seed: stock forgets the orange star, T-SAM draws it.
 
-A picked prompt: on the small model that ships, T-SAM repairs about as many pictures as it breaks. With it, on a CPU:
+A picked prompt and seed; the README has how often T-SAM helps. With the small model that ships, on a CPU:
 
     python examples/pixart.py
 
@@ -28,7 +28,7 @@ args = parser.parse_args()
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipe = PixArtAlphaTSAMPipeline.from_pretrained(args.model, dtype=dtype).to(device)
 
-# The fast schedule guides the first fifth of the steps. The small model wants smaller updates than the defaults, too.
+# The small model has settings of its own. The fast schedule guides the first fifth of the steps.
 settings = TUNED["pixart"] | ARGUMENTS["pixart"] if args.model == MODELS["pixart"] else {"schedule": "fast"}
 
 

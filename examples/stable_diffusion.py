@@ -29,7 +29,7 @@ args = parser.parse_args()
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=dtype).to(device)
 
-# The fast schedule guides the first fifth of the steps. The small model wants smaller updates than the defaults, too.
+# The small model has settings of its own. The fast schedule guides the first fifth of the steps.
 settings = TUNED["sd"] | ARGUMENTS["sd"] if args.model == MODELS["sd"] else {"schedule": "fast"}
 
 

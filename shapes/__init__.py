@@ -8,9 +8,9 @@ ARGUMENTS = {  # what a call for them needs, guided or not
     "sd": {"guidance_scale": 4.0},
     "pixart": {"guidance_scale": 4.0, "use_resolution_binning": False, "clean_caption": False},
 }
-# T-SAM's arguments for the models that ship, chosen with `benchmarks/alignment.py`: their maps are sharper than a large
-# model's, so one update of the paper's size overshoots.
+# T-SAM's arguments for the models that ship, chosen on tuning prompts (benchmarks/RESULTS.md): their maps are sharper
+# than a large model's, so updates of the paper's size overshoot.
 TUNED = {
-    "sd": {"schedule": "fast", "alpha": 1.0, "gamma": 4.0},
-    "pixart": {"schedule": "fast", "alpha": 0.5, "gamma": 4.0},
+    "sd": {"objective": "attainable", "schedule": "light", "alpha": 4.0, "gamma": 4.0},
+    "pixart": {"objective": "attainable", "schedule": "light", "alpha": 2.8, "gamma": 4.0},
 }

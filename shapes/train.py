@@ -32,6 +32,7 @@ from .judge import Judge
 from .scenes import COLOURS, GRID, PAIRS, SIZE, SOLIDS, random_scene, words_of_solids
 
 
+STAGES = ("judge", "vae", "sd", "pixart")
 STEPS = {"sd": 2_300, "pixart": 4_500}
 MAX_TOKENS = 32
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
@@ -426,12 +427,23 @@ def save(pipe, path):
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
+def stages_of(text):
+    """The value of --stages as a list."""
+    stages = [stage.strip() for stage in text.split(",")]
+    for stage in stages:
+        if stage not in STAGES:
+            raise argparse.ArgumentTypeError(f"{stage!r} is no stage. Pass one or more of {','.join(STAGES)}.")
+    return stages
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("shapes"), help="folder for the finished models")
     parser.add_argument("--work", type=Path, default=Path("training"), help="folder for checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stages", default="judge,vae,sd", help="comma-separated")
+    parser.add_argument(
+        "--stages", type=stages_of, default="judge,vae,sd", help=f"some of {','.join(STAGES)} (default: %(default)s)"
+    )
     parser.add_argument("--judge-steps", type=int, default=900)
     parser.add_argument("--vae-steps", type=int, default=450)
     parser.add_argument("--decoder-steps", type=int, default=300)
@@ -443,13 +455,12 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    stages = args.stages.split(",")
-    if "judge" in stages:
+    if "judge" in args.stages:
         train_judge(args)
-    if {"vae", "sd", "pixart"} & set(stages):
+    if {"vae", "sd", "pixart"} & set(args.stages):
         vae = train_vae(args)
     for name, train in (("sd", train_sd), ("pixart", train_pixart)):
-        if name in stages:
+        if name in args.stages:
             pipe = train(args, vae)
             train_decoder(args, vae)
             save(pipe, args.output / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tsam-modules-")  # read when diffusers is imported
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "benchmarks")]
 
 if importlib.util.find_spec("diffusers_tsam") is None:  # an uninstalled checkout, whatever its folder's name
     spec = importlib.util.spec_from_file_location(
@@ -28,28 +28,22 @@ from kinds import KINDS, make  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def quiet_and_seeded():
+def seeded():
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def components():
-    """The tiny Stable Diffusion."""
-    return KINDS["sd"].components
-
-
-@pytest.fixture(scope="session")
-def folder(components, tmp_path_factory):
-    """The same, saved."""
+def folder(tmp_path_factory):
+    """The tiny Stable Diffusion, saved."""
     path = tmp_path_factory.mktemp("model")
-    make(KINDS["sd"].stock, components).save_pretrained(path)
+    make(KINDS["sd"].stock, KINDS["sd"].components).save_pretrained(path)
     return str(path)
 
 
-@pytest.fixture
-def kind():
-    """Which pipeline is tested: a module that tests the other, or both, says so."""
-    return KINDS["sd"]
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """Which pipeline is tested: each, unless a module is of one alone."""
+    return KINDS[request.param]
 
 
 @pytest.fixture
@@ -60,6 +54,12 @@ def stock(kind):
 @pytest.fixture
 def pipe(kind):
     return make(kind.tsam, kind.components)
+
+
+@pytest.fixture
+def own(kind):
+    """A pipeline of its own components, for what changes them."""
+    return make(kind.tsam, kind.build())
 
 
 @pytest.fixture

@@ -1,38 +1,35 @@
-"""The two pipelines that the same tests run on: where they differ, and how a test calls either."""
+"""The pipelines that the same tests run on: where they differ, and how a test calls either."""
 
+import dataclasses
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 
-from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
+import diffusers_tsam
+from diffusers_tsam import FAMILIES
 from tiny import tiny_components, tiny_pixart_components
 
 
 PROMPT = "a black car and a white clock"
 SHORT = "a red cube"
+INPUTS = "callback_on_step_end_tensor_inputs"
 SCHEDULERS = sorted({DDIMScheduler, *DDIMScheduler().compatibles}, key=lambda scheduler: scheduler.__name__)
+SET_BY_CALLS = "guidance_scale guidance_rescale clip_skip cross_attention_kwargs interrupt num_timesteps lora_scale"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kind:
-    stock: type
-    tsam: type
-    file: str
+    name: str  # in FAMILIES
     build: Callable  # new tiny components
-    denoiser: str  # their denoiser's name
-    call: dict  # arguments of every call
-    defaults: dict  # of T-SAM's own arguments
-    fields: tuple  # of the output
-    attributes: set  # of the pipeline, set in every call
-    words: int  # that fit into a prompt
-    first: int  # token of a prompt that is its own
     alpha: float  # that the tiny model's loss falls quickly with
+    call: dict  # arguments of every call
 
     @functools.cached_property
     def components(self):
@@ -40,54 +37,31 @@ class Kind:
         with torch.random.fork_rng():
             return self.build()
 
-    @functools.cached_property
+    stock = property(lambda self: getattr(diffusers, FAMILIES[self.name].stock))
+    tsam = property(lambda self: getattr(diffusers_tsam, FAMILIES[self.name].pipeline))
+    file = property(lambda self: f"{FAMILIES[self.name].module}.py")
+    denoiser = property(lambda self: FAMILIES[self.name].denoiser)
+    first = property(lambda self: int(self.components["tokenizer"].bos_token_id is not None))  # token of the prompt's
+
+    @property
+    def fields(self):
+        """Of the output."""
+        module = importlib.import_module(self.tsam.__module__)
+        return [field.name for field in dataclasses.fields(getattr(module, f"{self.tsam.__name__}Output"))]
+
+    @property
     def extra(self):
         """The arguments that stock does not have."""
         ours, theirs = (inspect.signature(cls.__call__).parameters for cls in (self.tsam, self.stock))
         return set(ours) - set(theirs)
 
 
-DEFAULTS = {"tsam_steps": None, "refinement_steps": None, "objective": "l1", "text_self_attention": None}
-DEFAULTS |= {"refinement_iterations": None, "schedule": "paper"}
-DEFAULTS |= {"output_attentions": False}
+RAW = {"use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32}
 KINDS = {
-    "sd": Kind(
-        stock=StableDiffusionPipeline,
-        tsam=StableDiffusionTSAMPipeline,
-        file="pipeline_tsam_sd.py",
-        build=tiny_components,
-        denoiser="unet",
-        call={},
-        defaults={**DEFAULTS, "alpha": 10.0, "gamma": 2.0, "attention_resolution": 16},
-        fields=("images", "nsfw_content_detected", "losses", "attentions"),
-        attributes={
-            "_guidance_scale",
-            "_guidance_rescale",
-            "_clip_skip",
-            "_cross_attention_kwargs",
-            "_interrupt",
-            "_num_timesteps",
-            "_lora_scale",
-        },
-        words=75,
-        first=1,
-        alpha=20.0,
-    ),
-    "pixart": Kind(
-        stock=PixArtAlphaPipeline,
-        tsam=PixArtAlphaTSAMPipeline,
-        file="pipeline_tsam_pixart.py",
-        build=tiny_pixart_components,
-        denoiser="transformer",
-        call={"use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32},
-        defaults={**DEFAULTS, "alpha": 15.0, "gamma": 4.0, "attention_layers": (10, 18)},
-        fields=("images", "losses", "attentions"),
-        attributes={"_guidance_scale", "_interrupt", "_num_timesteps"},
-        words=119,
-        first=0,
-        alpha=500.0,
-    ),
+    kind.name: kind
+    for kind in (Kind("sd", tiny_components, 20.0, {}), Kind("pixart", tiny_pixart_components, 500.0, RAW))
 }
+assert KINDS.keys() == FAMILIES.keys()
 
 
 def make(cls, components):
@@ -107,6 +81,15 @@ def denoiser_of(pipe):
     return getattr(pipe, kind_of(pipe).denoiser)
 
 
+def layers_of(pipe):
+    """The cross-attention layers that are read."""
+    return pipe.cross_attention_layers()
+
+
+def models_of(pipe):
+    return [denoiser_of(pipe), pipe.text_encoder, pipe.vae]
+
+
 def run(pipe, prompt=PROMPT, seed=0, **kwargs):
     """The output of a short call that ends with latents. Stock is not told what is T-SAM's."""
     kind = kind_of(pipe)
@@ -116,6 +99,10 @@ def run(pipe, prompt=PROMPT, seed=0, **kwargs):
     if "generator" not in kwargs and "latents" not in kwargs:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
     return pipe(prompt, **kwargs)
+
+
+def generators(number):
+    return [torch.Generator().manual_seed(seed) for seed in range(number)]
 
 
 def use(scheduler, *pipes):
@@ -128,29 +115,24 @@ def use(scheduler, *pipes):
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **kwargs)
 
 
+@torch.no_grad()  # T5 rounds otherwise where it records gradients
 def embeddings(pipe, prompt):
-    """The arguments that stand for a prompt."""
-    if kind_of(pipe) is KINDS["sd"]:
+    """The arguments that stand for a prompt, in stock."""
+    if kind_of(pipe).name == "sd":
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(prompt, "cpu", 1, True)))
     names = "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"
     return {**dict(zip(names, pipe.encode_prompt(prompt, device="cpu"))), "negative_prompt": None}
 
 
-def layers_of(pipe):
-    """The cross-attention layers that are read."""
-    layers = pipe.cross_attention_layers()
-    return layers[0] if kind_of(pipe) is KINDS["sd"] else layers
-
-
-@torch.no_grad()
-def align(pipe, alignment, latents, t):
-    """The latents after one update for PROMPT."""
-    prompt = embeddings(pipe, PROMPT)
-    if kind_of(pipe) is KINDS["sd"]:
-        where = pipe.cross_attention_layers()
-        return pipe.align_latents(alignment, latents, t, *where, 0, 1, prompt["prompt_embeds"])
-    where, mask = pipe.cross_attention_layers(), prompt["prompt_attention_mask"]
-    return pipe.align_latents(alignment, latents, t, where, 0, 1, prompt["prompt_embeds"], mask)
+def conditions_of(pipe, prompt):
+    """What the denoiser is called with for a prompt, beside latents and timestep, both halves of guidance."""
+    given = embeddings(pipe, prompt)
+    conditions = {"encoder_hidden_states": torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])}
+    if "prompt_attention_mask" in given:
+        masks = given["negative_prompt_attention_mask"], given["prompt_attention_mask"]
+        conditions |= {"encoder_attention_mask": torch.cat(masks)}
+        conditions |= {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return conditions
 
 
 @contextmanager
@@ -177,20 +159,17 @@ def refused(pipe, error, message):
 
 def state_of(pipe):
     """All that a call must leave as it found it."""
-    denoiser = denoiser_of(pipe)
-    models = [denoiser, pipe.text_encoder, pipe.vae]
+    models = models_of(pipe)
+    modules = [(name, module) for model in models for name, module in model.named_modules()]
+    parameters = [parameter for model in models for parameter in model.parameters()]
     return {
-        "processors": {name: id(processor) for name, processor in denoiser.attn_processors.items()},
-        "modules": [name for model in models for name, _ in model.named_modules()],
-        "implementation": pipe.text_encoder.config._attn_implementation,
-        "requires_grad": [parameter.requires_grad for model in models for parameter in model.parameters()],
-        "grads": [parameter.grad for model in models for parameter in model.parameters()],
-        "training": [module.training for model in models for module in model.modules()],
-        "hooks": [
-            (len(module._forward_hooks), len(module._forward_pre_hooks))
-            for model in models
-            for module in model.modules()
+        "processors": {name: id(processor) for name, processor in models[0].attn_processors.items()},
+        "modules": [
+            (name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in modules
         ],
+        "parameters": [(parameter.requires_grad, parameter.grad) for parameter in parameters],
+        "implementation": pipe.text_encoder.config._attn_implementation,
         "config": dict(pipe.config),
-        "attributes": sorted(set(vars(pipe)) - kind_of(pipe).attributes),
+        "attributes": sorted(set(vars(pipe)) - {f"_{name}" for name in SET_BY_CALLS.split()}),
     }

@@ -55,6 +55,15 @@ def text_attention_in_logs(attention, own, gamma):
     return matrix
 
 
+def attainable(text):
+    """T whose diagonal is the largest of its row, as S's is, each row divided by its sum."""
+    matrix = []
+    for row in text:
+        raised = [*row[:-1], max(row)]
+        matrix.append([value / sum(raised) for value in raised])
+    return matrix
+
+
 def reflect(index, size):
     """Where a position one outside 0 .. size - 1 is found again, the border itself not repeated."""
     if index < 0:
@@ -104,6 +113,8 @@ def loss(text, images, objective):
         for r in range(1, size):
             total = total + 0.2 * r * (1 - cosine(text[r][:r], similar[r][:r]))
         return total
+    if objective == "attainable":
+        text = attainable(text)
     rows = normalized(similar, objective)
     for i in range(1, size + 1):
         for j in range(1, i + 1):

@@ -1,21 +1,25 @@
 """The `tsam` command, on a tiny model saved to a folder."""
 
-import io
+import inspect
+import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffusers_tsam import cli
-from diffusers_tsam.attention_processors import OBJECTIVES
+from diffusers_tsam import FAMILIES, cli
 from diffusers_tsam.pipeline_tsam_sd import StableDiffusionTSAMPipeline
+from diffusers_tsam.tsam import OBJECTIVES
+from kinds import KINDS, make
 
 
 PROMPT = "a black car and a white clock"
-LONG = "a red cube and a blue sphere and a green car and a black dog on the white table"  # 19 words
 
 
 @pytest.fixture
@@ -29,65 +33,104 @@ def tsam(folder, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def refused(capsys):
+    """Runs the command, which has to end with the code and one line of its own; that line."""
+
+    def run(arguments, code=2):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        *others, last = err.splitlines()  # the Hub's client says in its own words when it cannot be reached
+        assert stop.value.code == code and not out
+        assert last.startswith("tsam: ") and not any("Traceback" in line for line in others)
+        return last
+
+    return run
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A copy of the model that may be broken: `broken(index={...})` changes its model_index.json."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+
+    def change(**index):
+        file = copy / "model_index.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | index))
+        return copy
+
+    return change
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder from which this package can be imported, which need not be installed."""
+    (tmp_path / "diffusers_tsam").symlink_to(Path(cli.__file__).parent)
+    return tmp_path
+
+
 def test_it_draws_one_png_and_prints_where_and_both_losses(tsam, tmp_path, capsys):
     tsam(PROMPT, "--alpha", "30")
     where, losses = capsys.readouterr().out.splitlines()
     assert [path.name for path in tmp_path.iterdir()] == [where] == ["tsam.png"]
-    assert losses.startswith("loss at guided step 2 of 2: stock ") and ", T-SAM " in losses
+    assert losses.startswith("loss at step 2 of 4, after its updates: stock ") and ", T-SAM " in losses
     with Image.open(where) as image:
         assert image.format == "PNG" and all(800 <= side <= 2400 for side in image.size)
 
 
 def test_the_same_seed_gives_the_same_pixels_and_another_seed_others(tsam):
     for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
-        tsam(PROMPT, "--seed", seed, "--output", name)
+        tsam("red cube", "--seed", seed, "--output", name)
     a, b, c = (np.asarray(Image.open(name)) for name in ("a.png", "b.png", "c.png"))
     assert np.array_equal(a, b)
     assert a.shape != c.shape or not np.array_equal(a, c)
 
 
-def test_the_stock_picture_is_what_the_stock_pipeline_draws(stock, pipe):
-    ours, tsam = cli.draw(pipe, PROMPT, 3, num_inference_steps=4, alpha=30.0, refinement_iterations=1)
-    theirs = stock(PROMPT, num_inference_steps=4, generator=torch.Generator().manual_seed(3))
-    assert np.array_equal(ours.images[0], theirs.images[0])
-    assert not np.array_equal(ours.images[0], tsam.images[0])
+def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe):
+    settings = {**kind.call, "num_inference_steps": 4}
+    guidance = {"alpha": 30.0, "refinement_iterations": 1}
+    (ours, aligned), *_ = cli.draw(pipe, PROMPT, 3, **settings, **guidance)
+    theirs, called = (
+        each(PROMPT, generator=torch.Generator().manual_seed(3), **settings, **arguments).images[0]
+        for each, arguments in ((stock, {}), (pipe, guidance))
+    )
+    assert np.array_equal(ours, theirs) and np.array_equal(aligned, called)
+    assert not np.array_equal(ours, aligned)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_final_losses_are_those_the_pipeline_reports(pipe, objective):
-    settings = {"num_inference_steps": 8, "alpha": 30.0, "objective": objective, "refinement_iterations": 0}
-    for output in cli.draw(pipe, PROMPT, **settings):
-        assert cli.final_loss(output, objective) == pytest.approx(output.losses[0, -1].item(), rel=1e-5)
+def test_losses_maps_and_s_are_those_of_the_last_guided_step_after_its_updates(kind, objective, pipe):
+    settings = {**kind.call, "num_inference_steps": 6, "objective": objective, "gamma": 3.0}
+    schedule = {"tsam_steps": 2, "refinement_steps": [1]}
+
+    def seen(**changes):
+        generator = torch.Generator().manual_seed(5)
+        output = pipe(PROMPT, generator=generator, output_attentions=True, **{**settings, **schedule, **changes})
+        return output.losses[0], output.attentions[0]
+
+    # An update more than is made sees what those before it have led to; to watch, none is made.
+    settings["alpha"] = 0.1 * kind.alpha
+    stock, watched = seen(alpha=0, refinement_iterations=0)
+    aligned, _ = seen(refinement_iterations=3)
+    _, (before, after), guided, attentions = cli.draw(
+        pipe, PROMPT, 5, **settings, **{**schedule, "refinement_steps": None}, refinement_iterations=0
+    )
+    assert guided == 2 and before == pytest.approx(stock[1].item(), rel=1e-5)
+    assert after == pytest.approx(aligned[2].item(), rel=1e-4) and after < before
+    assert attentions["tokens"] == PROMPT.split() and attentions["maps"].shape[:2] == (2, 7)
+    for name in ("maps", "similarity"):
+        torch.testing.assert_close(attentions[name][0], watched[name][1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(attentions["text_attention"], watched["text_attention"])
 
 
-def test_final_loss_belongs_to_the_maps_shown_even_where_the_last_step_is_refined(pipe):
-    stock, tsam = cli.draw(pipe, PROMPT, num_inference_steps=2, alpha=30.0, refinement_iterations=3)
-    assert tsam.losses.shape == (1, 4)  # one guided step, nothing moved before it
-    assert cli.final_loss(tsam, "l1") == cli.final_loss(stock, "l1") == pytest.approx(tsam.losses[0, 0].item())
+def test_one_guided_step_shows_what_its_update_has_changed(kind, pipe):
+    settings = {**kind.call, "num_inference_steps": 1, "alpha": 0.1 * kind.alpha, "refinement_iterations": 0}
+    _, (before, after), guided, _ = cli.draw(pipe, PROMPT, **settings)
+    assert guided == 1 and after < before
 
 
-@pytest.mark.parametrize("prompt, words", [("red cube", 2), (PROMPT, 7), (LONG, 14)])
-def test_every_word_has_a_map_under_each_picture_and_a_long_prompt_says_what_is_left_out(pipe, prompt, words):
-    stock, tsam = cli.draw(pipe, prompt, num_inference_steps=2, refinement_iterations=0)
-    figure = cli.figure(prompt, stock, tsam)
-    assert len(figure.axes) == 2 * (1 + words) + 3
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[1 : 1 + words] == titles[2 + words : 2 + 2 * words] == prompt.split()[:words]
-    assert any("the first 14 of 19 words" in text.get_text() for text in figure.texts) == (prompt == LONG)
-    for axes in figure.axes:
-        assert 0 <= axes.get_position().x0 < axes.get_position().x1 <= 1
-        assert 0 <= axes.get_position().y0 < axes.get_position().y1 <= 1
-
-
-def test_signs_that_matplotlib_would_read_as_mathematics_are_drawn(pipe):
-    prompt = r"$\frac$ car"
-    outputs = cli.draw(pipe, prompt, num_inference_steps=2, refinement_iterations=0)
-    for output in outputs:
-        output.attentions[0]["tokens"][0] = r"$\frac$"
-    cli.figure(prompt, *outputs, footer=prompt).savefig(io.BytesIO())
-
-
-def test_another_model_runs_with_the_pipelines_own_defaults(pipe, folder, monkeypatch, tmp_path):
+def test_another_model_runs_with_the_pipelines_own_defaults(folder, monkeypatch, tmp_path, refused):
     given = {}
 
     def draw(*_, **settings):
@@ -95,16 +138,10 @@ def test_another_model_runs_with_the_pipelines_own_defaults(pipe, folder, monkey
         raise ValueError("enough")
 
     monkeypatch.setattr(cli, "draw", draw)
-    with pytest.raises(SystemExit):
-        cli.main([PROMPT, "--model", folder, "--gamma", "3", "--output", str(tmp_path / "a.png")])
-    own = {
-        "alpha": 10.0,
-        "objective": "l1",
-        "refinement_steps": None,
-        "refinement_iterations": None,
-        "schedule": "paper",
-    }
-    assert given == {"num_inference_steps": 50, "tsam_steps": None, "gamma": 3.0, "guidance_scale": 7.5, **own}
+    assert refused([PROMPT, "--model", folder, "--gamma", "3", "--output", tmp_path / "a.png"]) == "tsam: enough"
+    defaults = inspect.signature(StableDiffusionTSAMPipeline.__call__).parameters
+    own = {name: defaults[name].default for name in cli.SETTINGS if name in defaults}
+    assert given == {**own, "num_inference_steps": 50, "gamma": 3.0}
 
 
 def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monkeypatch, capsys):
@@ -117,7 +154,7 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
             return [set(), {("red", "cube"), ("blue", "ring")}]
 
     given, draw = {}, cli.draw
-    monkeypatch.setitem(cli.MODELS, "sd", cli.Path(folder))
+    monkeypatch.setitem(cli.MODELS, "sd", Path(folder))
     monkeypatch.setattr(Judge, "from_pretrained", Seen)
     monkeypatch.setattr(cli, "draw", lambda *args, **settings: given.update(settings) or draw(*args, **settings))
     tsam(PROMPT)
@@ -127,35 +164,56 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--pipeline", "sd"], ["--pipeline", "pixart"], ["--model", str(cli.MODELS["pixart"])]]
+    "arguments",
+    [
+        ["--attention-resolution", "8"],
+        ["--pipeline", "pixart", "--attention-layers", "2", "5"],
+        ["--model", str(cli.MODELS["pixart"])],
+    ],
 )
 def test_the_shipped_models_draw_and_are_judged(arguments, tmp_path, capsys):
     output = tmp_path / "shapes.png"
-    cli.main(["a red cube and a blue sphere", "--steps", "4", "--output", str(output), *arguments])
+    cli.main(["a red cube and a blue sphere", "--steps", "1", "--output", str(output), *arguments])
     assert output.exists() and "the judge sees: stock " in capsys.readouterr().out
 
 
-def test_the_pipeline_is_told_by_the_models_components(folder, tmp_path):
-    assert cli.kind_of(folder) == "sd" and cli.kind_of(cli.MODELS["pixart"]) == "pixart"
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
-    with pytest.raises(ValueError, match="a FluxPipeline. T-SAM is for sd, pixart"):
-        cli.kind_of(tmp_path)
+@pytest.mark.parametrize("name, number", [("attention_resolution", 8), ("attention_layers", (2, 5))])
+def test_the_maps_shown_are_of_the_layers_that_are_asked_for(name, number):
+    kind = KINDS["sd" if name == "attention_resolution" else "pixart"]
+    pipe, asked = make(kind.tsam, kind.components), []
+    layers = pipe.cross_attention_layers
+    pipe.cross_attention_layers = lambda value: asked.append(value) or layers()
+    with pytest.raises(ValueError, match="needs two or more"):
+        cli.draw(pipe, "cube", **{**kind.call, name: number})
+    assert asked == [number]
 
 
-def test_help_explains_every_option_in_one_line_and_imports_nothing_heavy(tmp_path):
+def test_a_prompt_of_other_scripts_warns_of_nothing(tsam, recwarn):
+    tsam("a red cube 一只红色的狗 🐕")
+    assert not [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)]
+
+
+def test_help_explains_every_option_in_one_line_and_imports_nothing_heavy(checkout):
     options = cli.arguments()._actions
     assert all(option.help and "\n" not in option.help for option in options)
-    (tmp_path / "diffusers_tsam").symlink_to(cli.Path(cli.__file__).parent)  # a checkout need not be installed
-    command = [sys.executable, "-X", "importtime", "-m", "diffusers_tsam.cli", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", "-m", "diffusers_tsam", "--help"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=checkout, env=ascii_only, capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for option in options for name in option.option_strings)
     assert not any(f" {heavy}\n" in done.stderr for heavy in ("torch", "diffusers", "transformers", "numpy"))
 
 
-def test_the_choices_of_objective_are_the_pipelines():
-    (objective,) = (option for option in cli.arguments()._actions if option.dest == "objective")
-    assert objective.choices == OBJECTIVES
+def test_what_it_prints_needs_no_utf8(checkout):
+    code = "from diffusers_tsam import cli; cli.run = lambda args: [args.output]; cli.main(['a', '--output', 'Å.png'])"
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=ascii_only, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\xc5.png\n")
+
+
+def test_the_choices_are_the_pipelines():
+    choices = {option.dest: option.choices for option in cli.arguments()._actions}
+    assert choices["objective"] == tuple(OBJECTIVES) and choices["pipeline"] == tuple(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -163,21 +221,25 @@ def test_the_choices_of_objective_are_the_pipelines():
     [
         ([""], "needs two or more"),
         (["cube"], "needs two or more"),
+        (["a \udcff cube"], "not in UTF-8"),
         ([PROMPT, "--model", "/no/such/model"], "neither a folder"),
         ([PROMPT, "--model", "no/such"], "no/such"),
         ([PROMPT, "--model", "."], "model_index.json"),
+        ([PROMPT, "--pipeline", "pixart"], "it is a Stable Diffusion, but --pipeline is pixart"),
         ([PROMPT, "--alpha", "-1"], "`alpha` is -1.0"),
         ([PROMPT, "--gamma", "0"], "`gamma` is 0.0"),
         ([PROMPT, "--alpha", "nan"], "finite"),
         ([PROMPT, "--steps", "-4"], "`num_inference_steps` is -4"),
         ([PROMPT, "--steps", "two"], "invalid int"),
-        ([PROMPT, "--steps", "1"], "none is guided"),
-        ([PROMPT, "--tsam-steps", "0"], "none is guided"),
+        ([PROMPT, "--tsam-steps", "0"], "--tsam-steps is 0"),
         ([PROMPT, "--tsam-steps", "51"], "only 50"),
         ([PROMPT, "--refinement-iterations", "-1"], "`refinement_iterations` is -1"),
         ([PROMPT, "--objective", "l2"], "l1_full"),
+        ([PROMPT, "--attention-resolution", "5"], "`attention_resolution` is 5"),
+        ([PROMPT, "--attention-layers", "2", "5"], "--attention-layers is not for Stable Diffusion"),
         ([PROMPT, "--dtype", "int8"], "bfloat16"),
         ([PROMPT, "--device", "toaster"], "toaster"),
+        ([PROMPT, "--device", "xla"], "--device is 'xla'"),
         ([PROMPT, "--output", "no/such/folder/a.png"], "no folder"),
         ([PROMPT, "--output", "a.jpg"], "end in .png"),
         ([PROMPT, "--output", "folder.png"], "cannot be written"),
@@ -185,18 +247,79 @@ def test_the_choices_of_objective_are_the_pipelines():
     ],
 )
 def test_wrong_values_end_with_a_line_on_stderr_before_anything_is_drawn(
-    arguments, reason, folder, tmp_path, monkeypatch, capsys
+    arguments, reason, folder, tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(StableDiffusionTSAMPipeline, "progress_bar", lambda *_, **__: pytest.fail("it denoises"))
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments, *([] if "--model" in arguments else ["--model", folder])])
-    out, err = capsys.readouterr()
-    last = err.splitlines()[-1]  # the Hub's client says in its own words when it cannot be reached
-    assert stop.value.code == 2 and not out
-    assert last.startswith("tsam: ") and reason in last and "Traceback" not in err
+    assert reason in refused([*arguments, *([] if "--model" in arguments else ["--model", folder])])
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"]
+)
+def test_other_pipelines_are_refused_by_name_before_they_are_loaded(name, broken, refused, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
+    families = "Stable Diffusion (StableDiffusionPipeline) and PixArt-α (PixArtAlphaPipeline)"
+    assert refused([PROMPT, "--model", broken(_class_name=name)]).endswith(
+        f": it is a {name}. T-SAM is for {families}."
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '"text"', '{"_class_name": null}', '{"_class_name": []}', "\xff"]
+)
+def test_a_model_index_that_cannot_be_read_is_said_in_a_line(text, broken, refused):
+    model = broken()
+    (model / "model_index.json").write_bytes(text.encode("latin-1"))
+    assert f"--model is {str(model)!r}, which cannot be loaded: its model_index.json is not" in refused(
+        [PROMPT, "--model", model]
+    )
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "unet", "text_encoder/model.safetensors", "vae/config.json"])
+@pytest.mark.parametrize("how", ["missing", "broken"])
+def test_a_model_that_cannot_be_loaded_is_said_in_a_line(part, how, broken, refused):
+    path = broken() / part
+    for file in list(path.rglob("*")) if path.is_dir() else [path]:
+        file.write_text("{") if how == "broken" else file.unlink()
+    assert f"--model is {str(broken())!r}, which cannot be loaded: " in refused([PROMPT, "--model", broken()])
+
+
+def test_an_inpainting_unet_is_refused_whatever_its_folder_says(broken, refused):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(KINDS["sd"].components["unet"].config, in_channels=9)
+    unet.save_pretrained(broken() / "unet")
+    assert "its unet takes 9 channels" in refused([PROMPT, "--model", broken()])
+
+
+def test_what_an_older_version_saved_loads_and_its_code_is_not_run(kind, stock, tmp_path):
+    stock.save_pretrained(tmp_path)
+    (tmp_path / kind.file).write_text("raise SystemExit")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["_class_name"] = [Path(kind.file).stem, kind.tsam.__name__]
+    index.get("transformer", ["", ""])[1] = "Transformer2DModel"  # as the published PixArt-α calls it
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    pipe, name = cli.load(tmp_path, device="cpu")
+    assert type(pipe) is kind.tsam and name == kind.name
+
+
+def test_ctrl_c_ends_with_a_line(folder, monkeypatch, tmp_path, refused):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "draw", interrupt)
+    assert refused([PROMPT, "--model", folder], code=130) == "tsam: interrupted"
+
+
+def test_a_mistake_of_ours_is_not_hidden(tsam, monkeypatch):
+    monkeypatch.setattr(cli, "draw", lambda *_, **__: {}["no such key"])
+    with pytest.raises(KeyError):
+        tsam(PROMPT)
 
 
 def test_loading_prints_nothing_and_puts_the_loggers_back(folder, capfd):

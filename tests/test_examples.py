@@ -104,3 +104,14 @@ def test_ones_own_loop_draws_what_the_pipeline_draws(run):
     defined = run("own_loop", "--steps", 10)
     assert differ(defined["called"], defined["own"]) == 0
     assert differ(defined["own"], defined["fading"]) > 0
+
+
+def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run):
+    from diffusers_tsam.shapes.judge import Judge
+
+    defined, judge = run("objective"), Judge.from_pretrained()
+    right = {("red", "cube"), ("blue", "sphere")}
+    assert right not in judge.read(defined["stock"].images)
+    assert judge.read(defined["own"].images) == [right, right]
+    losses = defined["own"].losses
+    assert (losses[:, -1] < losses[:, 0]).all()

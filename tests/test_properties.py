@@ -9,12 +9,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kinds import KINDS, PROMPT, calls_of, denoiser_of, make, state_of
+from diffusers_tsam.tsam import OBJECTIVES
+from kinds import INPUTS, KINDS, PROMPT, calls_of, denoiser_of, embeddings, make, refused, run, state_of
 from tiny import BYTES, WORDS, tiny_components
 
 
 NAN, INF = math.nan, math.inf
-INPUTS = "callback_on_step_end_tensor_inputs"
 TEXTS = [
     "",
     " \t\n ",
@@ -47,6 +47,7 @@ CALL = {
     "refinement_steps": None,
     "refinement_iterations": 1,
     "alpha": 10.0,
+    "relative_step": None,
     "gamma": 2.0,
     "schedule": "paper",
     "objective": "l1",
@@ -66,23 +67,18 @@ CALL = {
 }
 # Refused, whatever else is given
 WRONG = {
-    "prompt": [None, b"a red cube", 3, ("a red cube",), {"a red cube": 1}, "\ud800", [], ["a car", b"a dog"], [["a"]]],
-    "negative_prompt": [[], 3, b"a dog", [None], [["a"]]],
     "num_inference_steps": [0, -1, 2.0, True, "2", None, [2], NAN],
     "tsam_steps": [-1, 4, True, 1.0, "1", NAN, [1]],
     "alpha": [-1, -1e-9, NAN, INF, -INF, 10**400, "10", None, True, torch.ones(1)],
+    "relative_step": [-0.1, 1.1, NAN, INF, "0.1", True, [0.1]],
     "gamma": [0, -2.0, NAN, INF, 10**400, "2", None, False],
     "refinement_steps": [(3,), (-1,), (0.0,), (None,), (True,), 0, "0", b"0"],
     "refinement_iterations": [-1, 1.0, True, "1", INF],
     "schedule": ["slow", "", None, 3, ["fast"], ("paper", "fast")],
-    "objective": ["l2", "L1", "", None, 3, ["l1"], {"l1"}],
-    "num_images_per_prompt": [0, -1, True, None, 1.0, "2", [1]],
-    "guidance_scale": [INF, 10**400, "7.5", None, [7.5], NAN, True, torch.tensor([2.0, 3.0])],
-    "eta": [NAN, INF, "1", None, True],
-    "callback_on_step_end": [3, "keep", True],
-    "generator": [Seeds(), Seeds(range(13)), 3, "0", [None], ()],  # the first two are too few and too many
-    INPUTS: [["noise_pred"], ["latents", ""], "latents", [1], [None], 3],
+    "objective": ["l2", "L1", "", None, 3, ["l1"], {"l1"}, torch.ones(1)],
+    INPUTS: [["noise_pred"], ["latents", ""], "latents", [1], [None]],
     "refinment_steps": [()],
+    "prompt": [None, b"a red cube", 3, ("a red cube",), {"a red cube": 1}],
 }
 # Refused where anything is guided
 WRONG_WHERE_GUIDED = {
@@ -92,13 +88,15 @@ WRONG_WHERE_GUIDED = {
 }
 # Drawn by one pipeline or the other, or with some other arguments
 ODD = {
-    "negative_prompt": [None, "", ["a dog"], ["a dog"] * 5, ("a dog",), "\ud800"],
-    "guidance_scale": [0, -3, 1, torch.tensor(2.0)],
+    "negative_prompt": ["", ["a dog"]],
+    "num_images_per_prompt": [True],
+    "guidance_scale": [0, -3, 1, "7.5", None, torch.tensor(2.0)],
     "alpha": [0, 1, 1e-300, 1e300, 10**300, Fraction(21, 2), torch.ones(())],
+    "relative_step": [0, 1, Fraction(1, 10), torch.tensor(0.5)],
     "gamma": [1, 1e-300, 1e300, 10**300, Fraction(3, 2)],
     "refinement_steps": [{0}, range(1), (0, 0), {0: 1}],
-    "height": [0, None, 24, 32.0, 4, 30, -4, -8, 1.5, NAN, "32", [32]],
-    "width": [0, None, 24, 32.0, 4, 30, -4, -8, 1.5, NAN, "32", [32]],
+    "height": [0, None, 24, 4, 30, 1.5, NAN, "32", [32]],
+    "width": [0, None, 24, 4, 30, 1.5, NAN, "32", [32]],
     "eta": [0, 1, -1],
     "generator": [None, Seeds([0]), Seeds([0, 1])],
     "output_type": ["PIL", "wrong", None, 3],
@@ -112,6 +110,7 @@ CHANGES = [
     for name, values in values_of.items()
     for value in values
 ]
+OURS = {*WRONG, *WRONG_WHERE_GUIDED} - {"prompt"}  # whose refusals name them
 
 
 @functools.cache
@@ -128,7 +127,7 @@ def count(prompt):
 
 def others(kind):
     """The arguments that this pipeline does not have."""
-    return {"attention_resolution", "attention_layers", "schedule"} - kind.extra
+    return {"attention_resolution", "attention_layers"} - kind.extra
 
 
 def arguments(kind, call):
@@ -161,9 +160,10 @@ def calls(draw):
         "refinement_steps": draw(st.none() | st.lists(st.integers(0, last), max_size=2)) if last >= 0 else (),
         "refinement_iterations": draw(st.integers(0, 2)),
         "alpha": draw(st.floats(0, 100)),
+        "relative_step": draw(st.none() | st.floats(0, 1)),
         "gamma": draw(st.floats(0.1, 20)),
         "schedule": draw(st.sampled_from(["paper", "fast"])),
-        "objective": draw(st.sampled_from(["l1", "l1_full", "cosine"])),
+        "objective": draw(st.sampled_from(list(OBJECTIVES))),
         "attention_resolution": 16,
         "attention_layers": draw(st.sampled_from([(10, 18), [0, 19], (3, 3)])),
         "num_images_per_prompt": images,
@@ -187,8 +187,7 @@ def guided_steps(call):
 def updates(pipe, kind, call):
     """How many updates every picture gets."""
     steps, guided, refined = call["num_inference_steps"], guided_steps(call), call["refinement_steps"]
-    cleaning = {} if kind is KINDS["sd"] else {"clean_caption": False}
-    if pipe.get_text_self_attention(call["prompt"], **cleaning).content.sum(-1).max() < 2:
+    if pipe.get_text_self_attention(call["prompt"]).content.sum(-1).max() < 2:
         return 0
     if refined is None:
         percents = (0, 20, 40) if call["schedule"] == "paper" else (0, 8, 16)
@@ -235,7 +234,7 @@ def every_change(test):
     {
         **CALL,
         "prompt": ["", "car", PROMPT],
-        "negative_prompt": None,
+        "negative_prompt": ["", "car", ""],
         "num_images_per_prompt": 2,
         "output_attentions": True,
     },
@@ -250,10 +249,88 @@ def test_a_call_draws_what_was_asked_for_or_is_refused_before_the_denoiser_runs(
     with calls_of(denoiser_of(pipe)) as denoised:
         try:
             output = pipe(**arguments(kind, call))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError) as error:
             assert changes and not denoised
+            assert len(changes) > 1 or changes[0][0] not in OURS or changes[0][0] in str(error)
     assert state_of(pipe) == before
     if output is not None:
-        refused = {refused for *_, refused in changes}
-        assert "always" not in refused and ("where guided" not in refused or guided_steps(call) == 0)
+        when = {refused for *_, refused in changes}
+        assert "always" not in when and ("where guided" not in when or guided_steps(call) == 0)
         check(pipe, kind, call, output)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a refusal says: the value, the limit and the remedy
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"tsam_steps": -1}, ValueError, r"`tsam_steps` is -1, but .* at least 0. Pass 0 to 4 \(0 is off\), or None"),
+        ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps. Pass 0 to 4"),
+        ({"tsam_steps": 1.5}, TypeError, "`tsam_steps` has to be an integer but is 1.5"),
+        ({"alpha": -1.0}, ValueError, "`alpha` is -1.0, but has to be at least 0.* Pass 10.0"),
+        ({"alpha": INF}, ValueError, "`alpha` is inf, but has to be finite"),
+        ({"alpha": "10"}, TypeError, "`alpha` has to be a number but is '10'"),
+        ({"relative_step": 1.5}, ValueError, "`relative_step` is 1.5, but has to be between 0 and 1"),
+        ({"gamma": 0.0}, ValueError, "`gamma` is 0.0, but has to be above 0.* Pass 2.0"),
+        ({"refinement_iterations": -1}, ValueError, "`refinement_iterations` is -1, .* Pass 0 for no refinement"),
+        ({"refinement_steps": (2,)}, ValueError, "only steps 0 to 1 are guided.* or raise `tsam_steps`"),
+        ({"refinement_steps": (-1,)}, ValueError, r"`refinement_steps` is -1, .* pass \(\) for no refinement"),
+        ({"refinement_steps": 0}, TypeError, r"has to be a sequence but is 0. Pass \(0, 10\)"),
+        ({"tsam_steps": 0, "refinement_steps": (0,)}, ValueError, "`refinement_steps` has 0"),
+        ({"schedule": "slow"}, ValueError, "`schedule` is 'slow', but has to be one of 'paper', 'fast'"),
+        ({"objective": "l2"}, ValueError, r"is 'l2', but .* 'l1', 'l1_full', 'cosine'.* or a function \(maps, text\)"),
+        ({"objective": 3}, ValueError, "`objective` is 3, but has to be one of"),
+        ({"num_inference_steps": 0}, ValueError, "`num_inference_steps` is 0, but .* at least 1. 50 is usual"),
+        ({"refinment_steps": ()}, TypeError, "unexpected arguments 'refinment_steps'"),
+        ({"text_self_attention": torch.ones(7, 7)}, TypeError, "what `get_text_self_attention` returns but is"),
+        ({INPUTS: ["noise_pred"]}, ValueError, "`callback_on_step_end_tensor_inputs` has to be in"),
+        ({"attention_resolution": 8}, ValueError, "is 8, but .* on grids of 16. Pass one of these, or `tsam_steps=0`"),
+        ({"attention_layers": (10, 20)}, ValueError, "has 20 blocks, 0 to 19.* or `tsam_steps=0`"),
+        ({"attention_layers": (18, 10)}, ValueError, r"is \(18, 10\)"),
+        ({"attention_layers": (-1, 3)}, ValueError, "`attention_layers` is -1"),
+        ({"attention_layers": (1.0, 3)}, TypeError, "`attention_layers` has to be an integer but is 1.0"),
+        ({"attention_layers": 10}, TypeError, r"has to be two integers but is 10. .*, as \(10, 18\)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_value_is_named_with_its_limit_and_remedy_before_any_network_runs(
+    kind, pipe, arguments, error, message
+):
+    if not arguments.keys() & others(kind):
+        with refused(pipe, error, message):
+            run(pipe, **arguments)
+    else:
+        with refused(pipe, TypeError, f"unexpected arguments '{[*arguments][0]}'"):
+            run(pipe, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"height": 60, "width": 64},
+        {"prompt": None},
+        {"prompt": 3},
+        {"prompt_embeds": torch.zeros(1, 7, 16)},
+        {"callback_steps": 0},
+        {"callback_steps": 1.5},
+        {"embedded": {"negative_prompt": "a dog"}},
+        {"embedded": {"prompt_attention_mask": None}},
+        {"embedded": {"negative_prompt_attention_mask": None}},
+        {"embedded": {"negative_prompt_embeds": torch.zeros(1, 7, 16)}},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`callback_steps`:FutureWarning")
+def test_what_stock_refuses_is_refused_in_its_words(kind, stock, pipe, arguments):
+    if "embedded" in arguments:
+        if kind.name == "sd" and "attention_mask" in [*arguments["embedded"]][0]:
+            pytest.skip("Stable Diffusion has no masks")
+        arguments = {"prompt": None, **embeddings(stock, PROMPT), **arguments["embedded"]}
+    said = []
+    for one in (stock, pipe):
+        with pytest.raises((ValueError, TypeError)) as error:
+            run(one, **{"prompt": PROMPT, **arguments})
+        said.append((error.type, str(error.value)))
+    assert said[0] == said[1]

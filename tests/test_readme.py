@@ -12,6 +12,11 @@ from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    *(page for folder in ("docs", "benchmarks", "shapes", "hub") for page in (ROOT / folder).glob("*.md")),
+]
+PAGES = [page for page in PAGES if page.name not in ("code.md", "weights.md")]  # which are filled in first
 
 
 @pytest.mark.parametrize("number, kind", list(enumerate(("sd", "pixart"))))
@@ -24,7 +29,7 @@ def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(number, kind, tm
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")
     own = {name: value for name, value in ARGUMENTS[kind].items() if name != "guidance_scale"}
     code = code.replace('"a black car and a white clock"', f'"a red cube and a blue sphere", **{own}')
-    for name in (f"pipeline_tsam_{kind}.py", "attention_processors.py"):
+    for name in (f"pipeline_tsam_{kind}.py", "attention_processors.py", "tsam.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
@@ -32,18 +37,30 @@ def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(number, kind, tm
     assert picture.stat().st_size > 1000 and picture.name in code
 
 
-def test_every_link_to_a_file_of_the_repository_exists():
-    for target in re.findall(r"\]\(([^)#:]+?)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_of_the_repository_exists(page):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(#[\w-]+)?\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
 
 
-def test_the_tests_that_the_readme_names_exist():
-    section = README[README.index("## At home in diffusers") : README.index("## Examples")]
+def test_the_tests_that_the_documents_name_exist():
+    table = (ROOT / "docs" / "compatibility.md").read_text()
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    names = re.findall(r"`((?:test_|Test|\.\.\.)[\w.]+)`", section)
+    names = re.findall(r"`((?:test_|Test|\.\.\.)[\w.]+)`", table)
     assert len(names) > 20
     for name in names:
         assert (ROOT / "tests" / name).exists() or name.strip(".") in tests, name
+
+
+def test_the_functions_that_the_papers_table_names_exist():
+    section = README[README.index("## For readers of the paper") : README.index("## For maintainers")]
+    code = (ROOT / "tsam.py").read_text() + (ROOT / "attention_processors.py").read_text()
+    names = re.findall(r"^\|[^|]*\| `(?:\w+\.)?(\w+)` \|", section, re.MULTILINE)
+    assert len(names) >= 8 and all(f"def {name}(" in code for name in names)
 
 
 @pytest.mark.parametrize(

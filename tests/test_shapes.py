@@ -5,28 +5,21 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
 
-from diffusers_tsam import PixArtAlphaTSAMPipeline, StableDiffusionTSAMPipeline
-from diffusers_tsam.attention_processors import normalize_text_attention
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, scenes
 from diffusers_tsam.shapes.judge import Judge, verdict
+from diffusers_tsam.tsam import normalize_text_attention
+from kinds import KINDS, generators
 
 
-PIPELINES = {
-    "sd": (StableDiffusionPipeline, StableDiffusionTSAMPipeline),
-    "pixart": (PixArtAlphaPipeline, PixArtAlphaTSAMPipeline),
-}
-
-
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def pipe(kind):
-    pipe = PIPELINES[kind][1].from_pretrained(MODELS[kind], dtype=torch.float32)
+    pipe = KINDS[kind].tsam.from_pretrained(MODELS[kind], dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -83,7 +76,7 @@ def test_a_verdict_tells_a_swap_from_a_missing_solid():
 
 def test_the_shipped_model_is_small_and_loads_into_the_stock_pipeline(kind):
     assert sum(path.stat().st_size for path in MODELS[kind].rglob("*") if path.is_file()) < 25e6
-    pipe = PIPELINES[kind][0].from_pretrained(MODELS[kind])
+    pipe = KINDS[kind].stock.from_pretrained(MODELS[kind])
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red cube", num_inference_steps=2, **ARGUMENTS[kind]).images[0].size == (64, 64)
 
@@ -95,14 +88,8 @@ def test_both_models_share_their_vae():
 
 def test_one_solid_comes_out_right_nearly_always(pipe, kind, judge):
     wanted = scenes.prompts(1, "train", 16)
-    generator = [torch.Generator().manual_seed(seed) for seed in range(16)]
-    images = pipe(
-        [caption for caption, _ in wanted],
-        tsam_steps=0,
-        num_inference_steps=20,
-        generator=generator,
-        **ARGUMENTS[kind],
-    ).images
+    options = {"tsam_steps": 0, "num_inference_steps": 20, "generator": generators(16), **ARGUMENTS[kind]}
+    images = pipe([caption for caption, _ in wanted], **options).images
     right = [set(solids) <= seen for (_, solids), seen in zip(wanted, judge.read(images))]
     assert sum(right) >= 14
 

@@ -1,0 +1,227 @@
+"""Make the documents' tables and pictures, and the model cards' sentences, of what was measured.
+
+    python benchmarks/report.py           # from benchmarks/results/ into README.md, RESULTS.md and docs/
+    python benchmarks/report.py --check   # only say what would change
+
+A document has a pair of comments, `<!-- name -->` and `<!-- /name -->`, round every part that is made here.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from alignment import RESULTS, confusion, gain, interval, load, paired
+from matplotlib.figure import Figure
+
+from diffusers_tsam import FAMILIES
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder apart"}
+INK, GREY, BLUE = "#222222", "#777777", "#1f6fb4"
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def described(setting):
+    """A setting of `alignment.py` in words."""
+    name, *changes = setting.split(",")
+    if name == "stock":
+        return "stock"
+    given = dict(part.split("=") for part in ([name, *changes] if "=" in name else changes))
+    peers = {"attend_and_excite": "Attend-and-Excite's loss", "conform": "CONFORM's loss", "syngen": "SynGen's loss"}
+    first = f"{peers[name]}, tokens given" if name in peers else f"`{given.pop('objective', 'l1')}`"
+    words = {"alpha": "α", "relative_step": "relative step", "schedule": "schedule"}
+    order = sorted(set(given) - {"gamma"}, key=lambda key: (key != "schedule", key))  # γ is the same for all
+    return ", ".join([first, *(f"{words.get(key, key)} {given[key]}" for key in order)])
+
+
+def percent(values, clusters):
+    mean, half = interval(values, clusters)
+    return f"{100 * mean:.1f} ± {100 * half:.1f} %"
+
+
+def chosen(rows, kind, solids):
+    return [row for row in rows if row["pipeline"] == kind and row["solids"] == solids]
+
+
+def settings_of(rows):
+    """Their settings, stock first, the others by how many pictures are right."""
+    right = {}
+    for row in rows:
+        right.setdefault(row["setting"], []).append(row["present"])
+    return sorted(right, key=lambda name: (name != "stock", -sum(right[name]) / len(right[name])))
+
+
+def alignment_table(rows, kind, solids):
+    """How many pictures are right, and what a setting makes of stock's wrong and right ones."""
+    rows, table = chosen(rows, kind, solids), []
+    cost = read("cost.json")["operations"][kind]
+    ratio = cost["guided_pass_flop"] / cost["plain_step_flop"]
+    for name in settings_of(rows):
+        pairs = paired(rows, name, "stock")
+        own, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
+        cells = [f"{described(name)} ({len(own)})", percent([row["present"] for row in own], captions)]
+        if name == "stock":
+            table.append([*cells, "", "", "", "1x"])
+            continue
+        mean, half = gain(pairs)
+        fixed = [row["present"] for row, stock in pairs if not stock["present"]]
+        kept = [row["present"] for row, stock in pairs if stock["present"]]
+        cells += [f"{100 * mean:+.1f} ± {100 * half:.1f}"]
+        cells += [f"{100 * sum(some) / len(some):.0f} % of {len(some)}" if some else "-" for some in (fixed, kept)]
+        table.append([*cells, f"{1 + ratio * own[0]['updates'] / own[0]['steps']:.2f}x"])
+    head = ["setting (pictures)", "right", "points over stock", "fixes", "keeps", "operations"]
+    return markdown(head, table)
+
+
+def tuning_table(rows, kind):
+    """What each setting did on tuning pictures: stock's wrong ones and a part of its right ones."""
+    stock = {(r["caption"], r["seed"]): r for r in rows if r["pipeline"] == kind and r["setting"] == "stock"}
+    wrong = 1 - sum(row["present"] for row in stock.values()) / len(stock)
+    table = []
+    for name in {row["setting"]: None for row in rows if row["pipeline"] == kind and row["setting"] != "stock"}:
+        own = [row for row in rows if row["pipeline"] == kind and row["setting"] == name]
+        parts = [[r["present"] for r in own if stock[r["caption"], r["seed"]]["present"] == right] for right in (0, 1)]
+        if not all(parts):
+            continue
+        fixes, keeps = (sum(part) / len(part) for part in parts)
+        error = sum(
+            share**2 * max(p * (1 - p), 0.25 / len(part)) / len(part)
+            for share, p, part in ((wrong, fixes, parts[0]), (1 - wrong, keeps, parts[1]))
+        )
+        points = 100 * (wrong * fixes - (1 - wrong) * (1 - keeps))
+        counts = [f"{100 * p:.0f} % of {len(part)}" for p, part in ((fixes, parts[0]), (keeps, parts[1]))]
+        table.append((points, [name, str(own[0]["updates"]), *counts, f"{points:+.1f} ± {100 * error**0.5:.1f}"]))
+    table = [cells for _, cells in sorted(table, key=lambda row: -row[0])]
+    head = [f"setting (stock: {100 * (1 - wrong):.1f} % of {len(stock)} right)", "passes", "fixes", "keeps"]
+    return markdown([*head, "gain ± one standard error"], table)
+
+
+def operations_table():
+    rows = []
+    for kind, found in read("cost.json")["operations"].items():
+        plain, guided = found["plain_step_flop"], found["guided_pass_flop"]
+        cells = [TABLE[kind], f"{guided / 1e9:.0f} of {plain / 1e9:.0f} GFLOP, {guided / plain:.2f}x"]
+        cells += [f"{1 + n * guided / plain / found['steps']:.2f}x ({n} passes)" for n in found["passes"].values()]
+        rows.append([*cells, f"{found['guided_peak_bytes'] / found['plain_peak_bytes']:.2f}x"])
+    head = ["", "a guided pass beside a plain step", *(f'a picture, `"{name}"`' for name in found["passes"])]
+    return markdown([*head, "peak memory beside plain"], rows)
+
+
+def loss_sentence():
+    cost = read("cost.json")
+    return ", ".join(f"{ms} ms at {n}" for n, ms in cost["loss"].items()) + " tokens"
+
+
+def anatomy_tables():
+    found = read("anatomy.json")
+    kinds = list(next(iter(found["rows_of_t"].values())))
+    rows = [[gamma, *(f"{100 * row[kind]:.0f} %" for kind in kinds)] for gamma, row in found["rows_of_t"].items()]
+    tables = [markdown(["a noun's row of T, γ", *kinds], rows)]
+    steps = list(found["similarity"])
+    rows = [
+        [
+            step,
+            *(" / ".join(f"{value:.2f}" for value in found["similarity"][step][kind].values()) for kind in kinds[:-1]),
+        ]
+        for step in steps
+    ]
+    tables.append(markdown(["mean C at step, right / wrong pictures", *kinds[:-1]], rows))
+    rows = [[name, *(f"{100 * row[s]:.2f} %" for s in steps)] for name, row in found["relative_update"].items()]
+    tables.append(markdown([f"one update, α = {found['alpha']:g}, γ = {found['gamma']:g}: size at step", *steps], rows))
+    about = f"{found['stock_right']} of {found['prompts']} stock pictures were right; {found['steps']} steps."
+    return "\n\n".join([*tables, about])
+
+
+def card_sentence(rows, kind):
+    """What a model card says of the small model: stock, and the best setting that is told no tokens."""
+    rows = chosen(rows, kind, 3)
+    told = ("attend_and_excite", "conform", "syngen")
+    best = next(name for name in settings_of(rows) if name != "stock" and not name.startswith(told))
+    pairs = paired(rows, best, "stock")
+    (mean, half), captions = gain(pairs), [row["caption"] for row, _ in pairs]
+    right = [percent([pair[k]["present"] for pair in pairs], captions) for k in (0, 1)]
+    return (
+        f"three solids were right in {right[0]} of {len(pairs)} pictures with T-SAM ({described(best)}), in {right[1]}"
+        f" with stock: {100 * mean:+.1f} ± {100 * half:.1f} points."
+    )
+
+
+def gains_figure(rows, solids=3):
+    """Points over stock by setting, a panel a pipeline, with 95 % intervals."""
+    fig = Figure((9, 3.6), dpi=120, layout="constrained")
+    for axes, (kind, family) in zip(fig.subplots(1, len(FAMILIES)), FAMILIES.items()):
+        own = chosen(rows, kind, solids)
+        names = [name for name in reversed(settings_of(own)) if name != "stock"]
+        for y, name in enumerate(names):
+            mean, half = gain(paired(own, name, "stock"))
+            ours = not name.startswith(("attend", "conform", "syngen"))
+            axes.errorbar(100 * mean, y, xerr=100 * half, fmt="o", capsize=3, color=BLUE if ours else GREY)
+        axes.set_yticks(
+            range(len(names)), [described(name).replace("`", "").replace(", ", "\n", 1) for name in names], size=7
+        )
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set_title(f"the small {family.name}", color=INK, size=11)
+        axes.set_xlabel("more pictures right than stock, points", color=INK, size=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def parts():
+    """{name: Markdown} of everything that a document may hold."""
+    rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
+    found = {"operations": operations_table(), "loss": loss_sentence(), "anatomy": anatomy_tables()}
+    for kind in FAMILIES:
+        for solids in sorted({row["solids"] for row in rows if row["pipeline"] == kind}):
+            own = chosen(rows, kind, solids)
+            found[f"alignment-{kind}-{solids}"] = alignment_table(rows, kind, solids)
+            found[f"fates-{kind}-{solids}"] = confusion(own, settings_of(own), described)
+        found[f"tuning-{kind}"] = tuning_table(tuning, kind)
+    return found
+
+
+def filled(text, found):
+    """A document with its parts as they are now."""
+
+    def fill(match):
+        if match[1] not in found:
+            raise ValueError(f"No part is called {match[1]!r}; there are {', '.join(found)}.")
+        return f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
+
+
+def outputs():
+    """{path: text} of every document and of the cards' sentences."""
+    found, rows = parts(), load(RESULTS / "alignment.jsonl")
+    cards = {"card": {kind: card_sentence(rows, kind) for kind in FAMILIES}}
+    texts = {path: filled(path.read_text(), found) for path in DOCUMENTS}
+    return texts | {RESULTS / "summary.json": json.dumps(cards, indent=1, ensure_ascii=False) + "\n"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything would change")
+    args = parser.parse_args()
+    changed = [path for path, text in outputs().items() if not path.exists() or path.read_text() != text]
+    print(*(path.relative_to(ROOT) for path in changed), sep="\n")
+    if args.check:
+        sys.exit(bool(changed))
+    for path, text in outputs().items():
+        path.write_text(text)
+    gains_figure(load(RESULTS / "alignment.jsonl")).savefig(ROOT / "docs" / "gains.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Pictures of what T-SAM sees: where each word looks, and T beside S. The command and examples draw with it."""
+
+import math
+import textwrap
+import warnings
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
+MAX_WORDS, WORDS_A_LINE = 14, 7  # two lines of maps that can still be read
+WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: of all, a picture's side, the height of the tables
+LONGEST = 200  # characters of a prompt
+DPI = 120
+NEAREST = 128  # pixels up to which a picture is shown as squares
+TEXT = {"color": INK, "parse_math": False}  # a prompt's $ is no formula
+
+
+def figure(prompt, words, rows, tables, footer=""):
+    """Pictures with each word's cross-attention above tables of the words: a matplotlib `Figure`, for `save`.
+
+    words: s strings. rows: (name, caption, PIL image, maps (s, H, W)); a word's maps share one scale. tables: (name,
+    lower triangular matrix (s, s)). footer: a line under everything.
+    """
+    shown = words[:MAX_WORDS]
+    lines = math.ceil(len(shown) / WORDS_A_LINE)
+    columns = max(math.ceil(len(shown) / lines), 3)  # so that a map is no larger than the picture
+    scales = [max(float(maps[i].max()) for *_, maps in rows) for i in range(len(shown))]
+    fig = Figure((WIDTH, len(rows) * (PICTURE + 0.6) + TABLES + 0.6), dpi=DPI, layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(h_pad=0.1)
+    title = " ".join(prompt.split())
+    title = f"“{title}”" if len(title) <= LONGEST else f"“{title[:LONGEST]} …”"
+    fig.suptitle(textwrap.fill(title, 90 if prompt.isascii() else 45), size=17, weight="bold", **TEXT)
+    *parts, below = fig.subfigures(len(rows) + 1, height_ratios=[PICTURE + 0.6] * len(rows) + [TABLES])
+    for part, (name, caption, picture, maps) in zip(parts, rows):
+        left, right = part.subfigures(1, 2, width_ratios=(PICTURE, WIDTH - PICTURE))
+        left.suptitle(name, x=0.03, ha="left", size=13, weight="bold", **TEXT)
+        right.suptitle(caption, x=0.01, ha="left", size=11, **TEXT | {"color": GREY})
+        draw_picture(left.subplots(), picture)
+        panels = right.subplots(lines, columns, squeeze=False).ravel()
+        for i, axes in enumerate(panels):
+            if i < len(shown):
+                draw_map(axes, maps[i], scales[i], picture)
+                axes.set_title(shown[i], size=11, pad=3, **TEXT)
+            else:
+                axes.remove()
+    for axes, (name, values) in zip(below.subplots(1, len(tables), squeeze=False)[0], tables):
+        draw_table(axes, values, shown)
+        axes.set_title(name, size=13, weight="bold", pad=8, **TEXT)
+    if len(words) > len(shown):
+        footer = f"the first {len(shown)} of {len(words)} words · {footer}"
+    fig.supxlabel(textwrap.fill(footer, 190), size=9, **TEXT | {"color": GREY})
+    return fig
+
+
+def draw_picture(axes, picture, **look):
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes.imshow(picture, interpolation="nearest" if max(picture.size) <= NEAREST else "bilinear", **look)
+
+
+def draw_map(axes, attention, scale, picture):
+    """Where a word looks, (H, W), as brightest at `scale`, over its picture in grey."""
+    extent = draw_picture(axes, picture.convert("L"), cmap="gray", vmin=0, vmax=255).get_extent()
+    axes.imshow(
+        np.asarray(attention), HEAT, vmin=0, vmax=scale or 1, alpha=0.65, extent=extent, interpolation="bilinear"
+    )
+
+
+def draw_table(axes, values, words):
+    """The lower triangle of T or S with its numbers, for as many words as are given: rows look at columns."""
+    values, n = np.asarray(values), len(words)
+    axes.imshow(np.ma.masked_array(values[:n, :n], ~np.tri(n, dtype=bool)), cmap=TABLE, vmin=0, vmax=1)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    look = {"size": 10 if n <= WORDS_A_LINE else 9, **TEXT}
+    axes.set_xticks(range(n), words, rotation=45, ha="right", rotation_mode="anchor", **look)
+    axes.set_yticks(range(n), words, **look)
+    for i, j in zip(*np.tril_indices(n)):
+        look = {"size": min(11, 80 / n), "ha": "center", "va": "center"}  # so that ".25" fits a cell
+        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), color="white" if values[i, j] > 0.55 else INK, **look)
+
+
+def save(fig, path):
+    """Write a figure as it is cropped to what is drawn; signs that the font lacks are boxes, without a warning each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
+        fig.savefig(path, bbox_inches="tight", pad_inches=0.2)

@@ -1,0 +1,102 @@
+"""Pictures of maps, T and S: every word is there, none is cut, whatever the prompt."""
+
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from diffusers_tsam import figures
+
+
+LONG = "a red cube and a blue sphere and a green car and a black dog on the white table"  # 19 words
+
+
+def figure(prompt, words=None, size=(64, 64), footer="seed 0"):
+    random = np.random.default_rng(0)
+    words = prompt.split() if words is None else words
+    picture = Image.fromarray(random.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+    rows = [(name, f"loss of {name}", picture, random.random((len(words), 8, 8))) for name in ("stock", "T-SAM")]
+    tables = [(name, np.tril(random.random((len(words), len(words))))) for name in ("T", "S: stock", "S: T-SAM")]
+    return figures.figure(prompt, words, rows, tables, footer)
+
+
+def texts(fig):
+    """All the texts that show, and the figure's inches in which they are."""
+    FigureCanvasAgg(fig).draw()
+    found = [text for text in fig.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text().strip()]
+    return {text: text.get_window_extent() for text in found if text.get_visible()}
+
+
+@pytest.mark.parametrize("prompt, shown", [("red cube", 2), ("a black car and a white clock", 7), (LONG, 14)])
+def test_every_word_has_a_map_beside_each_picture_and_a_long_prompt_says_what_is_left_out(prompt, shown):
+    fig = figure(prompt)
+    assert len(fig.axes) == 2 * (1 + shown) + 3
+    titles = [axes.get_title() for axes in fig.axes]
+    assert titles[1 : 1 + shown] == titles[2 + shown : 2 + 2 * shown] == prompt.split()[:shown]
+    assert titles[-3:] == ["T", "S: stock", "S: T-SAM"]
+    written = [text.get_text() for text in texts(fig)]
+    assert ("the first 14 of 19 words · seed 0" in written) == (prompt == LONG)
+    assert {"stock", "T-SAM", "loss of stock", "loss of T-SAM"} <= set(written)
+
+
+@pytest.mark.parametrize(
+    "prompt, words, size",
+    [
+        ("red cube", None, (64, 64)),
+        (LONG, None, (64, 64)),
+        ("a red cube", None, (96, 32)),
+        ("a red cube", None, (32, 96)),
+        (LONG * 9, LONG.split(), (64, 64)),
+        ("x" * 900, ["x", "y"], (64, 64)),
+        ("一只红色的狗和一只蓝色的猫" * 30, ["一只", "红色", "🐕"], (64, 64)),
+        ("photorealistic refrigerators " * 7, None, (64, 64)),
+    ],
+)
+def test_nothing_is_cut_or_covered_by_another_text(prompt, words, size, tmp_path):
+    fig = figure(prompt, words, size, footer="a setting · " * 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of signs that the font lacks
+        boxes = texts(fig)
+    inside = fig.bbox.padded(1)
+    for text, box in boxes.items():
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, text
+    straight = [(text, box) for text, box in boxes.items() if text.get_rotation() == 0]
+    for i, (one, box) in enumerate(straight):
+        for other, another in straight[:i]:
+            width = min(box.x1, another.x1) - max(box.x0, another.x0)
+            height = min(box.y1, another.y1) - max(box.y0, another.y0)
+            assert min(width, height) <= 1, (one, other)
+    for axes in fig.axes:
+        assert min(axes.get_window_extent().size) > 60  # pixels
+
+
+@pytest.mark.parametrize("prompt", [r"$\frac$ car", "一只 🐕 مرحبا שלום", "a\tb\nc $ $$ \\ % # _ ^ {"])
+def test_any_signs_are_drawn_as_they_are_without_a_warning(prompt, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fig = figure(prompt, footer=prompt)
+        figures.save(fig, tmp_path / "figure.png")
+    assert prompt.split() == [axes.get_title() for axes in fig.axes[1 : 1 + len(prompt.split())]]
+    assert Image.open(tmp_path / "figure.png").size[0] > 1000
+
+
+def test_a_words_maps_share_one_scale():
+    picture = Image.new("RGB", (64, 64))
+    low, high = np.full((2, 8, 8), 0.25), np.stack([np.full((8, 8), 0.5), np.zeros((8, 8))])
+    fig = figures.figure("a b", ["a", "b"], [("", "", picture, low), ("", "", picture, high)], [("T", np.eye(2))])
+    scales = [axes.images[1].get_clim() for axes in fig.axes if len(axes.images) == 2]
+    assert scales == [(0, 0.5), (0, 0.25)] * 2
+
+
+def test_a_table_shows_its_lower_triangle_with_two_digits():
+    values = np.array([[1.0, 9.0], [0.256, 0.744]])
+    fig = figures.figure("a b", ["a", "b"], [("", "", Image.new("RGB", (64, 64)), np.ones((2, 4, 4)))], [("T", values)])
+    axes = fig.axes[-1]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "1.00",
+        (0, 1): ".26",
+        (1, 1): ".74",
+    }
+    assert axes.images[0].get_array().mask.tolist() == [[False, True], [False, False]]

@@ -1,0 +1,441 @@
+"""`tsam.py` alone, without a network: against `oracle.py`, a slow, literal reading of the equations that shares no code
+with it, against the authors' released code, and on toys."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import oracle
+from diffusers_tsam import LatentAlignment, TextSelfAttention, tsam
+from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
+from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES
+
+
+LENGTHS = (1, 4, 7)  # content tokens of the images in a batch
+TOKENS = 9  # <bos>, up to 7 of the prompt's own, <eos> to the end
+GRID = (4, 3)
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def content_masks():
+    return torch.tensor([[0 < position <= length for position in range(TOKENS)] for length in LENGTHS])
+
+
+def positions(mask):
+    return [position for position, own in enumerate(mask.tolist()) if own]
+
+
+def causal_attention(sink=0.0):
+    """T' (B, N, N), rows sum to one, the part `sink` of them going to <bos>."""
+    attention = torch.rand(len(LENGTHS), TOKENS, TOKENS, dtype=torch.float64).add(0.02).tril()
+    attention = (1 - sink) * attention / attention.sum(-1, keepdim=True)
+    attention[..., 0] += sink
+    return attention
+
+
+def random_maps():
+    return torch.rand(len(LENGTHS), TOKENS, *GRID, dtype=torch.float64)
+
+
+def loss_of(objective, maps, attention, content, gamma):
+    """The product's, (B,)."""
+    target = tsam.normalize_text_attention(attention.float(), content, gamma)
+    return OBJECTIVES[objective](maps.float(), tsam.Syntax(target, attention, content, []))
+
+
+def ragged(matrix, mask):
+    """Rows of a lower triangle over the content tokens, and the sum of everything outside it."""
+    own = positions(mask)
+    rows = [[matrix[i, j].item() for j in own if j <= i] for i in own]
+    return rows, matrix.abs().sum().item() - sum(abs(value) for row in rows for value in row)
+
+
+def close(rows, expected, rel=1e-5):
+    return len(rows) == len(expected) and all(
+        row == pytest.approx(other, rel=rel, abs=1e-7) for row, other in zip(rows, expected)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations
+
+
+@pytest.mark.parametrize(
+    "ids, own",
+    [
+        ([0, 5, 6, 7, 1, 1, 1], [1, 2, 3]),
+        ([0, 5, 1, 6, 1, 1, 1], [1]),  # a literal <eos> ends the prompt
+        ([0, 5, 0, 6, 1, 0, 7], [1, 3]),  # a literal <bos> is nobody's own
+        ([0, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 5]),
+        ([0, 1, 1, 1, 1, 1, 1], []),
+    ],
+)
+def test_content_ends_at_the_first_eos_and_leaves_bos_out(ids, own):
+    assert positions(tsam.content_of(torch.tensor([ids]), 0, 1)[0]) == oracle.content(ids, 0, 1) == own
+
+
+def test_content_without_a_bos_starts_at_the_first_token():
+    ids = [5, 6, 7, 1, 0, 0]
+    assert positions(tsam.content_of(torch.tensor([ids]), None, 1)[0]) == oracle.content(ids, None, 1) == [0, 1, 2]
+
+
+def test_symmetrized_attention_is_the_lower_triangle_of_both_directions():
+    attention = torch.rand(2, 5, 5, dtype=torch.float64)
+    for product, image in zip(tsam.symmetrize(attention.float()), attention.tolist()):
+        assert close(product.tolist(), oracle.symmetrized(image))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 4.0])
+def test_text_attention_is_that_of_each_prompt_alone(gamma):
+    attention, content = causal_attention(), content_masks()
+    product = tsam.normalize_text_attention(attention.float(), content, gamma)
+    for image, mask in enumerate(content):
+        rows, outside = ragged(product[image], mask)
+        assert close(rows, oracle.text_attention(attention[image].tolist(), positions(mask), gamma))
+        assert outside == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("sink", [0.0, 0.99999])
+def test_text_attention_stays_right_under_a_huge_exponent(sink):
+    attention, content = causal_attention(sink), content_masks()
+    product = tsam.normalize_text_attention(attention.float(), content, 60.0)
+    assert product.isfinite().all()
+    for image, mask in enumerate(content):
+        expected = oracle.text_attention_in_logs(attention[image].tolist(), positions(mask), 60.0)
+        assert close(ragged(product[image], mask)[0], expected, rel=2e-5)  # 60 roundings of the base
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (2, 2), (4, 7), (16, 12)])
+def test_smoothing_reflects_at_every_border(grid):
+    maps = torch.rand(2, 3, *grid, dtype=torch.float64)
+    product = tsam.smooth(maps.float())
+    for image in range(2):
+        for token in range(3):
+            assert close(product[image, token].tolist(), oracle.smooth(maps[image, token].tolist()))
+
+
+@pytest.mark.parametrize("grid", [(1, 5), (5, 1), (1, 1)])
+def test_smoothing_a_single_row_or_column_leaves_a_flat_map_flat(grid):
+    assert tsam.smooth(torch.rand(2, 3, *grid)).isfinite().all()
+    torch.testing.assert_close(tsam.smooth(torch.full((2, 3, *grid), 0.3)), torch.full((2, 3, *grid), 0.3))
+
+
+@pytest.mark.parametrize("objective", ["l1", "l1_full"])
+def test_similarity_is_summed_over_the_tokens_that_the_objective_names(objective):
+    maps, content = random_maps(), content_masks()
+    product = tsam.similarity_of(maps.float(), content, full=objective == "l1_full")
+    for image, mask in enumerate(content):
+        rows, outside = ragged(product[image], mask)
+        assert close(rows, oracle.normalized(oracle.similarity(maps[image, positions(mask)].tolist()), objective))
+        assert outside == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 4.0])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_is_that_of_each_image_alone(objective, gamma):
+    maps, content, attention = random_maps(), content_masks(), causal_attention()
+    product = loss_of(objective, maps, attention, content, gamma)
+    for image, mask in enumerate(content):
+        own = positions(mask)
+        text = oracle.text_attention(attention[image].tolist(), own, gamma)
+        expected = oracle.loss(text, maps[image, own].tolist(), objective)
+        assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("strongest", [1.0, 1e-2, 1e-4])
+def test_cosine_loss_depends_on_no_scale_of_the_text_attention_beside_the_diagonal(strongest):
+    """Tokens that attend to themselves far more than to others: γ = 3 leaves little beside the diagonal."""
+    maps, content, attention = random_maps()[-1:], content_masks()[-1:], causal_attention()[-1:]
+    attention = attention.tril(-1) * strongest + torch.eye(TOKENS, dtype=torch.float64)
+    own = positions(content[0])
+    expected = oracle.loss(oracle.text_attention(attention[0].tolist(), own, 3.0), maps[0, own].tolist(), "cosine")
+    assert loss_of("cosine", maps, attention, content, 3.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+# What the authors' code (https://github.com/t-sam-diffusion/code at 135fffb), run in float64, gave for five random
+# inputs: its default loss, and its "attn_like" with absolute differences.
+RELEASE = load_file(Path(__file__).parent / "release_loss.safetensors")
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("objective", ["cosine", "l1"])
+def test_loss_and_gradient_are_those_of_the_authors_released_code(objective, case):
+    names = "maps", "text_self_attention", "gamma", objective, f"{objective}_gradient"
+    maps, attention, gamma, expected, gradient = (RELEASE[f"{case}.{name}"].double() for name in names)
+    content = torch.tensor([[False, *[True] * len(maps), False]])  # between <bos> and <eos>
+    target = tsam.normalize_text_attention(attention[None], content, gamma.item()).double()
+    if objective == "l1":  # the release adds 1e-7 to the sums of T's rows, of which few are so small, after the first
+        sums = (attention[1:, 1:].tril() ** gamma).sum(-1)[1:, None]
+        target[0, 2:] *= sums / (sums + 1e-7)
+    maps.requires_grad_()
+    similarity = tsam.similarity_of(F.pad(maps, (0, 0, 0, 0, 1, 1))[None], content)
+    loss = {"l1": tsam.l1_loss, "cosine": tsam.cosine_loss}[objective](target, similarity, content)
+    (found,) = torch.autograd.grad(loss.sum(), maps)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (found - gradient).norm() < 1e-6 * gradient.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The update, on toys
+
+
+class Toy:
+    """Two prompts of 4 and 7 words, and maps that are one line of latents of any shape."""
+
+    def __init__(self, *shape, half=False, device="cpu"):
+        self.text = TextSelfAttention(causal_attention()[1:], content_masks()[1:], [["word"] * 4, ["word"] * 7])
+        self.latents = torch.randn(2, *shape, device=device).to(torch.float16 if half else torch.float32)
+        self.weights = torch.randn(math.prod(shape), 8 * math.prod(GRID), device=device) / math.prod(shape) ** 0.5
+
+    def maps_at(self, model_input):
+        return (model_input.flatten(1) @ self.weights.to(model_input)).float().unflatten(1, (8, *GRID)).softmax(1)
+
+    def alignment(self, objective="l1", alpha=3.0, **options):
+        return LatentAlignment(self.text, alpha, 2.0, objective, device=self.latents.device, **options)
+
+    def update(self, objective="l1", scale=1.0, iterations=1, **options):
+        """The latents, and the alignment."""
+        alignment = self.alignment(objective, **options)
+        return alignment.update(self.latents, torch.tensor(scale), self.maps_at, iterations), alignment
+
+
+@pytest.mark.parametrize("shape", [(37,), (4, 7, 5), (2, 3, 4, 5)], ids=["L", "CHW", "CFHW"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_update_moves_latents_of_any_shape_down_the_gradient_of_any_maps(objective, shape):
+    toy, scale, alpha = Toy(*shape), 0.5, 3.0
+    moved, alignment = toy.update(objective, scale, 2, alpha=alpha)
+    assert moved.shape == toy.latents.shape and alignment.moved.all() and len(alignment.losses) == 2
+    for image, latents in enumerate(toy.latents.double()):
+        own = positions(toy.text.content[image])
+        text = oracle.text_attention(toy.text.attention[image].tolist(), own, 2.0)
+        expected = latents
+        for iteration in range(2):
+            model_input = (scale * expected).requires_grad_()
+            maps = (model_input.flatten() @ toy.weights.double()).unflatten(0, (8, *GRID)).softmax(0)
+            loss = oracle.loss(text, maps[own], objective)
+            (gradient,) = torch.autograd.grad(loss, model_input)
+            expected = ((model_input - alpha * gradient) / scale).detach()
+            assert alignment.losses[iteration][image].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert (moved[image] - expected).norm() < 1e-5 * (latents - expected).norm()
+
+
+class TestRelativeStep:
+    @pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
+    def test_the_first_update_moves_every_images_input_by_that_share_of_its_norm(self, share):
+        toy, scale = Toy(4, 6, 5), 0.5
+        toy.latents[1] *= 7
+        moved, _ = toy.update(scale=scale, relative_step=share)
+        norms, moves = toy.latents.flatten(1).norm(dim=1), (moved - toy.latents).flatten(1).norm(dim=1)
+        torch.testing.assert_close(moves, share * norms, rtol=1e-4, atol=1e-6)
+
+    def test_it_is_an_alpha_for_every_image_which_stays(self):
+        toy = Toy(4, 6, 5)
+        moved, alignment = toy.update(relative_step=0.01, iterations=3)
+        for image, alpha in enumerate(alignment.alpha.flatten().tolist()):
+            torch.testing.assert_close(moved[image], toy.update(alpha=alpha, iterations=3)[0][image])
+
+    def test_it_moves_alike_however_steep_the_objective_is(self):
+        toy = Toy(4, 6, 5)
+        moved = [
+            toy.update(lambda maps, text, steep=steep: steep * tsam.l1(maps, text), relative_step=0.1, iterations=2)[0]
+            for steep in (1.0, 1e3)
+        ]
+        torch.testing.assert_close(*moved)
+
+
+def test_padding_never_changes_the_loss():
+    maps, content, attention = random_maps(), content_masks(), causal_attention()
+    for objective in OBJECTIVES:
+        losses = [loss_of(objective, maps[:, :n], attention[:, :n, :n], content[:, :n], 2.0) for n in (8, TOKENS)]
+        torch.testing.assert_close(*losses)
+
+
+def test_without_an_iteration_nothing_moves():
+    moved, alignment = Toy(5).update(iterations=0)
+    assert not alignment.moved.any() and not alignment.losses
+
+
+class TestObjective:
+    def test_it_gets_the_maps_and_what_is_known_of_the_prompts(self):
+        toy, seen = Toy(4, 6, 5), []
+
+        def objective(maps, text):
+            seen.append((maps, text))
+            return tsam.l1(maps, text)
+
+        toy.latents = toy.latents.repeat_interleave(2, 0)
+        moved, alignment = toy.update(objective, num_images_per_prompt=2)
+        ((maps, text),) = seen
+        assert alignment.num_tokens == 8 and maps.shape == (4, 8, *GRID) and maps.requires_grad
+        of_each = [k for k in range(2) for _ in range(2)]
+        content = toy.text.content[of_each, :8]
+        assert torch.equal(text.content, content) and text.tokens == [toy.text.tokens[k] for k in of_each]
+        assert torch.equal(text.attention, toy.text.attention[of_each, :8, :8])
+        assert torch.equal(text.target, tsam.normalize_text_attention(text.attention, content, 2.0))
+        assert torch.equal(moved, toy.update("l1", num_images_per_prompt=2)[0])
+
+    @pytest.mark.parametrize(
+        "wrong, found",
+        [
+            (lambda maps, text: tsam.l1(maps, text).sum(), r"\(\)"),
+            (lambda maps, text: maps, r"\(2, 8, 4, 3\)"),
+            (lambda maps, text: tsam.l1(maps, text)[:1], r"\(1,\)"),
+            (lambda maps, text: 3.0, r"3\.0"),
+            (lambda maps, text: None, "None"),
+        ],
+        ids=["a number", "the maps", "too few", "no tensor", "nothing"],
+    )
+    def test_a_wrong_return_value_is_refused_with_what_it_is(self, wrong, found):
+        with pytest.raises(ValueError, match=rf"`objective` returned {found}, but .* a loss per image, \(2,\)"):
+            Toy(5).update(wrong)
+
+    def test_one_that_does_not_depend_on_the_maps_is_refused(self):
+        with pytest.raises(RuntimeError, match="`objective` of yours has to depend on the maps"):
+            Toy(5).update(lambda maps, text: torch.ones(len(maps)))
+
+
+class TestHalfPrecision:
+    def test_a_gradient_that_overflows_is_tried_again_with_less(self, monkeypatch):
+        toy = Toy(4, 6, 5, half=True)
+        expected, _ = toy.update()
+        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE", 2.0**30)
+        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE_BACKOFF", 2.0**-10)
+        moved, alignment = toy.update()
+        assert moved.dtype == torch.float16 and alignment.moved.all() and alignment.loss_scale.max() < 2.0**30
+        torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-2)
+
+    def test_an_image_that_overflows_leaves_the_others_their_scale(self):
+        toy = Toy(4, 6, 5, half=True)
+        steep = torch.tensor([1.0, 2.0**12])[:, None, None, None]
+        alignment = toy.alignment()
+        alignment.update(
+            (toy.latents / steep).half(), torch.ones(()), lambda x: toy.maps_at((x.float() * steep).half())
+        )
+        assert alignment.moved[0] and alignment.loss_scale[0] == tsam.FP16_LOSS_SCALE > alignment.loss_scale[1]
+
+    def test_an_image_whose_gradient_never_is_finite_stays_and_that_is_said(self, monkeypatch, warnings_seen):
+        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE", 2.0**30)
+        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE_BACKOFF", 1.0)
+        toy = Toy(4, 6, 5, half=True)
+        moved, alignment = toy.update()
+        assert torch.equal(moved, toy.latents) and not alignment.moved.any()
+        assert "Try bfloat16" in warnings_seen.text
+
+
+def test_an_update_that_is_not_finite_is_never_written():
+    toy = Toy(4, 6, 5)
+    moved, alignment = toy.update(alpha=1e300)
+    assert torch.equal(moved, toy.latents) and not alignment.moved.any()
+
+
+# https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html: what raises or differs on CUDA
+NON_DETERMINISTIC = (
+    *("reflection_pad", "replication_pad", "avg_pool", "max_pool", "max_unpool", "upsample", "grid_sampler", "put_"),
+    *("index_put", "index_add", "index_copy", "scatter", "histc", "bincount", "kthvalue", "median", "nll_loss2d"),
+)
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of the operations that are done to tensors of a device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.seen = device, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.device.type == self.device]
+        if tensors:
+            number = "" if tensors[0].is_floating_point() else " of integers"
+            self.seen.add(function.overloadpacket.__name__ + number)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_and_gradient_use_nothing_that_is_not_deterministic_on_a_gpu(objective):
+    maps = torch.rand(2, 8, *GRID, device="meta", requires_grad=True)  # apart from what is made on the CPU
+    text = tsam.Syntax(
+        *(torch.empty(2, 8, 8, device="meta") for _ in range(2)), torch.ones(2, 8, device="meta") > 0, []
+    )
+    with Operations("meta") as operations:
+        OBJECTIVES[objective](maps, text).sum().backward()
+    assert operations.seen >= {"bmm", "where of integers", "cumsum of integers"}
+    assert not [name for name in operations.seen if name.startswith(NON_DETERMINISTIC)]
+    assert "cumsum" not in operations.seen  # of integers it is deterministic
+
+
+@CUDA
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_on_a_gpu_the_update_is_deterministic_and_torch_agrees(objective, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    toy, found = Toy(4, 64, 64, device="cuda"), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        moved = [toy.update(objective, iterations=3)[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(found)
+    assert torch.equal(moved[0], moved[1]) and torch.equal(moved[0], moved[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When
+
+
+@pytest.mark.parametrize(
+    "schedules, schedule, number, expected",
+    [
+        (SCHEDULES, "paper", 50, (25, {0, 10, 20}, 20)),
+        (SCHEDULES, "paper", 20, (10, {0, 4, 8}, 8)),
+        (SCHEDULES, "paper", 4, (2, {0, 1}, 1)),
+        (SCHEDULES, "paper", 1, (1, {0}, 0)),
+        (SCHEDULES, "fast", 50, (10, {0, 4, 8}, 10)),
+        (SCHEDULES, "fast", 25, (5, {0, 2, 4}, 5)),
+        (SCHEDULES, "fast", 4, (1, {0}, 0)),
+        (PIXART_SCHEDULES, "paper", 50, (25, {0, 10, 20}, 10)),
+        (PIXART_SCHEDULES, "paper", 20, (10, {0, 4, 8}, 4)),
+        (PIXART_SCHEDULES, "fast", 50, (10, {0, 4, 8}, 8)),
+        (PIXART_SCHEDULES, "fast", 25, (5, {0, 2, 4}, 4)),
+    ],
+)
+def test_the_schedules_scale_with_the_number_of_steps(schedules, schedule, number, expected):
+    assert tsam.resolve_schedule(number, schedule, schedules=schedules) == expected
+
+
+def test_what_is_given_is_taken_as_it_is():
+    assert tsam.resolve_schedule(20, "fast", 7, [6, 0, 6], 3) == (7, {0, 6}, 3)
+    assert tsam.resolve_schedule(20, "paper", 4) == (4, {0}, 8)  # of 0, 4 and 8, what is guided
+
+
+@pytest.mark.parametrize(
+    "scheduler, expected",
+    [
+        (DDIMScheduler(), [4, 1, 4, 0, 0]),
+        (HeunDiscreteScheduler(), [4, 0, 1, 0, 4, 0, 0, 0, 0]),  # the last step is evaluated once
+        (PNDMScheduler(skip_prk_steps=True), [4, 0, 1, 4, 0, 0]),  # the first step is evaluated twice
+    ],
+)
+def test_only_the_first_evaluation_of_a_step_is_guided(scheduler, expected):
+    scheduler.set_timesteps(5)
+    assert tsam.updates_per_timestep(scheduler, 5, 3, {0, 2}, 3) == expected
+
+
+def test_pndms_runge_kutta_steps_are_guided_at_the_first_of_their_four_evaluations():
+    """10 steps are 19 timesteps: three steps of four evaluations, then seven of one."""
+    scheduler = PNDMScheduler()
+    scheduler.set_timesteps(10)
+    updates = tsam.updates_per_timestep(scheduler, 10, 5, {0, 2}, 3)
+    assert updates == [4, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), HeunDiscreteScheduler(), PNDMScheduler(skip_prk_steps=True)])
+def test_the_papers_schedule_takes_85_updates_under_every_scheduler(scheduler):
+    scheduler.set_timesteps(50)
+    updates = tsam.updates_per_timestep(scheduler, 50, *tsam.resolve_schedule(50, "paper"))
+    assert len(updates) == len(scheduler.timesteps) and sum(updates) == 85
+    assert [number for number in updates if number] == [21 if step in (0, 10, 20) else 1 for step in range(25)]
