@@ -7,10 +7,9 @@ Shapes: B images, N tokens, P = H x W positions of a layer's query grid.
 """
 
 import functools
-import inspect
 import json
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from threading import RLock, get_ident
+from threading import Lock, RLock, get_ident
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +107,7 @@ def attention_probabilities(query, key, value=None, attn_mask=None, dropout_p=0.
 
 
 def _full_precision(device_type):
-    """Outside of the caller's `torch.autocast`."""
+    """Outside of the caller's `torch.autocast`. As in tsam.py: the two files share nothing, for diffusers' loader."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
@@ -132,17 +131,9 @@ class TSAMAttnProcessor:
         self.processor, self.maps, self.index, self.num_tokens, self.last = processor, maps, index, num_tokens, last
         self.thread = get_ident()
 
-    # `Attention` passes only the arguments that it finds named here.
-    def __call__(
-        self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        temb=None,
-        ip_adapter_masks=None,
-        **kwargs,
-    ):
+        vars(self)["__call__"] = processor.__call__  # whose arguments `Attention` passes, and only those
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         # Others may use the model meanwhile. In autograd's threads, where checkpointing computes again, there are
         # gradients.
         if get_ident() == self.thread or hidden_states.requires_grad:
@@ -151,10 +142,7 @@ class TSAMAttnProcessor:
             self.maps[self.index] = probabilities.mean(1)[..., : self.num_tokens]
             if self.last:
                 raise LastMapRecorded
-        known = inspect.signature(self.processor.__call__).parameters
-        given = {"temb": temb, "ip_adapter_masks": ip_adapter_masks, **kwargs}
-        given = {name: value for name, value in given.items() if name in known and value is not None}
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **given)
+        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
 def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask=None):
@@ -167,6 +155,43 @@ def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, at
     key = key if attn.norm_k is None else attn.norm_k(key)
     mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, N), additive
     return attention_probabilities(query, key, attn_mask=mask, scale=attn.scale)
+
+
+def unet_cross_attention_layers(unet, attention_resolution):
+    """The cross-attention layers of a UNet whose query grid has that many positions a side at its default size.
+
+    A list of `Attention` in the order they run. ValueError where there are none.
+    """
+    side = unet.config.sample_size
+    if side is None:
+        raise ValueError(
+            "This UNet's config has no `sample_size`, so that its grids have no known size. Set it, by"
+            " `pipe.unet.register_to_config(sample_size=64)` for 512 pixels, or pass `tsam_steps=0`."
+        )
+    side = side if isinstance(side, int) else side[0]
+    layers = {}
+
+    def add(block, level):
+        for transformer in getattr(block, "attentions", None) or []:
+            for layer in getattr(transformer, "transformer_blocks", []):
+                if getattr(layer, "attn2", None) is not None:
+                    layers.setdefault(-(-side // 2**level), []).append(layer.attn2)
+
+    level = 0
+    for block in unet.down_blocks:
+        add(block, level)
+        level += block.downsamplers is not None
+    add(unet.mid_block, level)
+    for block in unet.up_blocks:
+        add(block, level)
+        level -= block.upsamplers is not None
+    if attention_resolution not in list(layers):
+        raise ValueError(
+            f"`attention_resolution` is {attention_resolution!r}, but at its default size of {side} this UNet has"
+            f" cross-attention on grids of {', '.join(map(str, sorted(layers))) or 'no size'}. Pass one of these,"
+            " or `tsam_steps=0`."
+        )
+    return layers[attention_resolution]
 
 
 @contextmanager
@@ -210,19 +235,41 @@ def run_to_last_map(model, *args, **kwargs):
     A compiled one runs uncompiled: this pass is half the batch, keeps what its gradient needs, and ends by an
     exception; it would be compiled anew, and on some versions of torch fail.
     """
-    with suppress(LastMapRecorded), torch.compiler.set_stance("force_eager"):
+    with suppress(LastMapRecorded), _uncompiled():
         model(*args, **kwargs, return_dict=False)
+
+
+class _uncompiled:
+    """torch's stance is the process's: of the threads that are inside, the first sets it and the last resets it."""
+
+    lock, inside, stance = Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if _uncompiled.inside == 0:
+                _uncompiled.stance = torch.compiler.set_stance("force_eager")
+            _uncompiled.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            _uncompiled.inside -= 1
+            if _uncompiled.inside == 0:
+                _uncompiled.stance.__exit__(None, None, None)
 
 
 def mean_maps(maps, height, width):
     """A (B, N, H, W), the mean over layers of recorded maps (B, P, N), which are taken out of `maps`. Eq. (6).
 
-    The grid is the one with P positions that comes of halving the latent's size, rounded up, as the networks do.
+    The grid is the one with P positions that comes of halving the latent's size, rounded up or down as networks do.
     """
     mean = torch.stack([maps.pop(index) for index in sorted(maps)]).mean(0)
-    while height * width > mean.shape[1]:
-        height, width = -(-height // 2), -(-width // 2)
-    return mean.mT.unflatten(-1, (height, width))
+    for rounding in (1, 0):
+        grid = height, width
+        while grid[0] * grid[1] > mean.shape[1]:
+            grid = (grid[0] + rounding) // 2, (grid[1] + rounding) // 2
+        if grid[0] * grid[1] == mean.shape[1]:
+            break
+    return mean.mT.unflatten(-1, grid)
 
 
 def conditional_rows(conditions, batch):

@@ -18,8 +18,8 @@ READ = ("attention_resolution", "attention_layers")  # whose maps are read: one 
 SETTINGS = ("objective", "schedule", "tsam_steps", "refinement_iterations", "alpha", "relative_step", "gamma")
 SETTINGS += ("guidance_scale", *READ)
 OBJECTIVES = ("l1", "l1_full", "cosine", "attainable")  # those of tsam.py, which `--help` has no time to import
-# At 74, stock Stable Diffusion fails on "a red cube and a blue sphere", as at 30 and 41 of 0 to 109 (the sphere is
-# missing); stock PixArt-α at none of 0 to 59.
+# Of 0 to 109, stock Stable Diffusion forgets the sphere of "a red cube and a blue sphere" at 74 only (at 30 and 41 it
+# draws something unasked beside); stock PixArt-α forgets nothing at 0 to 59.
 SEEDS = {"sd": 74, "pixart": 0}
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
@@ -230,6 +230,10 @@ def run(args):
     notes += [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
     rows = list(zip(("Stock", "T-SAM, same seed"), captions, pictures, seen["maps"]))
     tables = [("T: what the text encoder reads", seen["text_attention"])]
+    if settings["objective"] == "attainable":
+        from .tsam import attainable_target
+
+        tables.append(("T as S can take it", attainable_target(seen["text_attention"])))
     tables += zip(("S: stock", "S: T-SAM"), seen["similarity"])
     figures.save(figures.figure(args.prompt, seen["tokens"], rows, tables, " · ".join(notes)), args.output)
     return lines

@@ -222,7 +222,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
             objective (`str` or `Callable`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over
                 all tokens as Eq. (7) is printed; `"cosine"`, the authors' released default; `"attainable"`, Eq. (14)
                 against the nearest T that S can take, so that the loss can vanish. Or a function of the maps
-                (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,).
+                (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,); it should
+                depend on no tokens but `content`, since N is the longest prompt's.
             relative_step (`float`, *optional*): Instead of `alpha`, which needs tuning for every model: how far the
                 first update of an image moves the model's input, as a share of its norm, 0.05 for instance. The size of
                 all its later updates follows. Try this first on a model of your own.
@@ -413,7 +414,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
 
                 # predict the noise residual
                 timestep = torch.as_tensor(t, device=device).expand(batch)
-                conditions = conditional_rows(conditions, batch)
+                if not self.do_classifier_free_guidance:
+                    conditions = conditional_rows(conditions, batch)
                 noise_pred = self.transformer(latent_model_input, timestep=timestep, **conditions, return_dict=False)[0]
 
                 # perform guidance
@@ -425,6 +427,7 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 if self.transformer.config.out_channels // 2 == latent_channels:
                     noise_pred = noise_pred.chunk(2, dim=1)[0]
 
+                # T-SAM: a scheduler's corrector would take the move back
                 # compute the previous noisy sample x_t -> x_t-1; a single step goes straight to x_0
                 with uncorrected(self.scheduler, alignment.moved if updates[i] > 0 else None):
                     latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[

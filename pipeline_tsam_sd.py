@@ -30,6 +30,7 @@ from .attention_processors import (
     record_self_attention,
     run_to_last_map,
     uncorrected,
+    unet_cross_attention_layers,
 )
 from .tsam import (
     LatentAlignment,
@@ -63,36 +64,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
 
         ValueError where there are none.
         """
-        side = self.unet.config.sample_size
-        if side is None:
-            raise ValueError(
-                "This UNet's config has no `sample_size`, so that its grids have no known size. Set it, by"
-                " `pipe.unet.register_to_config(sample_size=64)` for 512 pixels, or pass `tsam_steps=0`."
-            )
-        side = side if isinstance(side, int) else side[0]
-        layers = {}
-
-        def add(block, level):
-            for transformer in getattr(block, "attentions", None) or []:
-                for layer in getattr(transformer, "transformer_blocks", []):
-                    if getattr(layer, "attn2", None) is not None:
-                        layers.setdefault(-(-side // 2**level), []).append(layer.attn2)
-
-        level = 0
-        for block in self.unet.down_blocks:
-            add(block, level)
-            level += block.downsamplers is not None
-        add(self.unet.mid_block, level)
-        for block in self.unet.up_blocks:
-            add(block, level)
-            level -= block.upsamplers is not None
-        if attention_resolution not in list(layers):
-            raise ValueError(
-                f"`attention_resolution` is {attention_resolution!r}, but at its default size of {side} this UNet has"
-                f" cross-attention on grids of {', '.join(map(str, sorted(layers))) or 'no size'}. Pass one of these,"
-                " or `tsam_steps=0`."
-            )
-        return layers[attention_resolution]
+        return unet_cross_attention_layers(self.unet, attention_resolution)
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(self, *args, **kwargs):
@@ -210,14 +182,15 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             objective (`str` or `Callable`, defaults to `"l1"`): `"l1"`, Eq. (14); `"l1_full"`, with S normalised over
                 all tokens as Eq. (7) is printed; `"cosine"`, the authors' released default; `"attainable"`, Eq. (14)
                 against the nearest T that S can take, so that the loss can vanish. Or a function of the maps
-                (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,).
+                (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,); it should
+                depend on no tokens but `content`, since N is the longest prompt's.
             relative_step (`float`, *optional*): Instead of `alpha`, which needs tuning for every model: how far the
                 first update of an image moves the model's input, as a share of its norm, 0.05 for instance. The size of
                 all its later updates follows. Try this first on a model of your own.
             attention_resolution (`int`, defaults to 16): Side of the query grid, at the model's default size, whose
                 cross-attention layers are read.
             text_self_attention (`TextSelfAttention`, *optional*): What `get_text_self_attention` returned, needed
-                with `prompt_embeds` alone.
+                with `prompt_embeds` alone. Of the same prompts: nothing here can tell.
             output_attentions (`bool`, defaults to `False`): Also return tokens, T, and per guided step maps and S.
 
         Returns:
@@ -402,6 +375,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                     # Based on 3.4. in https://huggingface.co/papers/2305.08891
                     noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=self.guidance_rescale)
 
+                # T-SAM: a scheduler's corrector would take the move back
                 # compute the previous noisy sample x_t -> x_t-1
                 with uncorrected(self.scheduler, alignment.moved if updates[i] > 0 else None):
                     latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]

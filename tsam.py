@@ -1,11 +1,11 @@
-"""T-SAM: what is compared, and how the latent moves. Read with the paper open, from Eq. (2) to Eq. (15).
+"""T-SAM: what is compared, and how the latent moves, from T to Eq. (15); to be read with the paper open.
 
 "Eq. (n)" is Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236); "the release" is
 the authors' code at https://github.com/t-sam-diffusion/code.
 
 Shapes: B images, N tokens, maps of H x W positions. `content` (B, N) marks the prompt's own tokens: not <bos>, nothing
 from the first <eos> on, no padding. How maps are read from a network is no business of this module: they are what a
-function `maps_at(model_input)` returns.
+function `maps_at(model_input)` returns. (The means of Eq. (2) and (6) are in attention_processors.py.)
 """
 
 import math
@@ -54,7 +54,7 @@ def content_of(input_ids, bos_token_id, eos_token_id):
 
 
 def text_of(attention, input_ids, tokenizer):
-    """The `TextSelfAttention` of T' (B, N, N) of the ids (B, N) that `tokenizer` made. Eq. (2)."""
+    """The `TextSelfAttention` of T' (B, N, N) of the ids (B, N) that `tokenizer` made."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} ends no prompt with <eos>, so that T-SAM cannot tell which tokens are its own."
@@ -156,7 +156,7 @@ class Syntax(NamedTuple):
 
 
 def l1_loss(text_attention, similarity, content):
-    """Σ_i (i/s) Σ_{j<=i} |T_ij - S_ij|: T and S (B, N, N) -> (B,). Eq. (14)."""
+    """Σ_i (i/s) Σ_{j<=i} |T_ij - S_ij| over content tokens i = 1..s: T and S (B, N, N) -> (B,). Eq. (14)."""
     weight = content.cumsum(-1) / content.sum(-1, keepdim=True).clamp(min=1)
     return (weight * (text_attention - similarity).abs().sum(-1)).sum(-1)
 
@@ -214,6 +214,8 @@ class LatentAlignment:
     one of OBJECTIVES, or a function of (maps (B, N, H, W), `Syntax`) that returns a loss per image, (B,).
     relative_step: instead of alpha, the share of its norm by which an image's first update moves the model's input.
 
+    keep_maps: keep the `maps` (B, N, H, W) before each step's first update. device: the latents'.
+
     num_tokens: N, the columns of maps that are needed. losses: one (B,) tensor an update, each taken before it. moved:
     (B,), which images the last `update` has moved.
     """
@@ -239,14 +241,15 @@ class LatentAlignment:
         self.alpha: float | torch.Tensor = float(alpha)
         self.keep_maps = keep_maps
         self.relative_step = None if relative_step is None else float(relative_step)
-        self.losses, self.maps, self.moved, self.loss_scale = [], [], None, None
+        self.losses, self.maps, self.moved, self.loss_scale, self.lost = [], [], None, None, None
         if not self.possible:
             logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
 
     @property
     def possible(self):
-        """Whether there is anything to align: one token alone has only itself to attend to."""
-        return bool((self.text.content.sum(-1) > 1).any())
+        """Whether there is anything to align: one token alone has only itself to attend to, in objectives of ours."""
+        least = 2 if self.objective in OBJECTIVES.values() else 1
+        return bool((self.text.content.sum(-1) >= least).any())
 
     def update(self, latents, input_scale, maps_at, iterations=1):
         """Move latents (B, ...) `iterations` times: z' = z - α ∇ loss. Eq. (15).
@@ -255,14 +258,20 @@ class LatentAlignment:
         one alpha holds under every scheduler: z' = z - (α/c) ∇_{z_in} loss. `maps_at(model_input)` gives the averaged
         cross-attention maps A (B, N, H, W), float32, of a model input in the latents' dtype. Eq. (6).
         """
+        if len(latents) != len(self.text.content):
+            raise ValueError(
+                f"`latents` hold {len(latents)} images, but {len(self.text.content)} are to be aligned: the prompts,"
+                " each `num_images_per_prompt` times. Pass as many."
+            )
         start = latents
         for iteration in range(iterations):
             gradient, loss, maps = self.gradient(latents, input_scale, maps_at)
             if self.relative_step is not None:
-                first = self.alpha_of_first(input_scale * latents.float(), gradient)
+                # An image's α is set at its first update that has a gradient, until which it is 0, and then kept.
+                first = self.alpha_of_first(input_scale * _precise(latents), gradient)
                 kept = self.alpha if isinstance(self.alpha, torch.Tensor) else first
                 self.alpha = kept.where(kept > 0, first)
-            moved = (latents.float() - self.alpha / input_scale * gradient).to(latents.dtype)
+            moved = (_precise(latents) - self.alpha / input_scale * gradient).to(latents.dtype)
             latents = moved.where(_like(moved, moved.isfinite().flatten(1).all(1)), latents)
             self.losses.append(loss)
             if self.keep_maps and iteration == 0:
@@ -280,36 +289,43 @@ class LatentAlignment:
         return _like(gradient, torch.where(slope > 0, self.relative_step * norm / slope, 0))
 
     def gradient(self, latents, input_scale, maps_at):
-        """∇_{z_in} loss in float32, the loss (B,), and the maps that it is of.
+        """∇_{z_in} loss in float32, the loss (B,), and with `keep_maps` the maps that it is of.
 
         Half-precision gradients can underflow, so the loss of each image is scaled before the backward pass; an image
-        whose gradient overflows is tried again with less, and stays where it is if nothing helps.
+        whose gradient overflows is tried again with less, and stays where it is if nothing helps. RuntimeError where no
+        gradient comes back.
         """
         half = latents.dtype == torch.float16
         if self.loss_scale is None:
             self.loss_scale = torch.full((len(latents),), FP16_LOSS_SCALE if half else 1.0, device=latents.device)
         for _ in range(FP16_ATTEMPTS if half else 1):
             with torch.enable_grad():
-                model_input = (input_scale * latents.float()).requires_grad_()
+                model_input = (input_scale * _precise(latents)).requires_grad_()
                 maps = maps_at(model_input.to(latents.dtype))
+                seen = maps.detach().clone() if self.keep_maps else None  # a user's objective may write into them
                 loss = self.loss_of(maps)
-                if not loss.requires_grad:
+                gradient = None
+                if loss.requires_grad:
+                    scaled = (loss * self.loss_scale).sum()
+                    (gradient,) = torch.autograd.grad(scaled, model_input, allow_unused=True)
+                if gradient is None:
                     raise RuntimeError(
                         "No gradient comes back to the latents. Quantised activations let none through: quantise the"
                         " weights alone, or pass `tsam_steps=0`. An `objective` of yours has to depend on the maps."
                     )
-                (gradient,) = torch.autograd.grad((loss * self.loss_scale).sum(), model_input)
             finite = gradient.isfinite().flatten(1).all(1)
             if not half or finite.all():
                 break
             self.loss_scale = self.loss_scale.where(finite, self.loss_scale * FP16_LOSS_SCALE_BACKOFF)
         else:
             logger.warning("A gradient is not finite in float16, and its image stays as it is. Try bfloat16.")
+            self.loss_scale = self.loss_scale.where(finite, FP16_LOSS_SCALE)  # the next step is another
+        self.lost = ~finite if self.lost is None else self.lost | ~finite
         gradient = (gradient / _like(gradient, self.loss_scale)).where(_like(gradient, finite), 0)
-        return gradient, loss.detach(), maps.detach()
+        return gradient, loss.detach().float(), seen
 
     def loss_of(self, maps):
-        """The objective's loss per image (B,) of maps (B, N, H, W)."""
+        """The objective's loss per image (B,) of maps (B, N, H, W). ValueError where it has another shape."""
         with full_precision(maps.device.type):
             loss = self.objective(maps, self.text)
         if not torch.is_tensor(loss) or loss.shape != maps.shape[:1]:
@@ -319,13 +335,17 @@ class LatentAlignment:
 
     def losses_per_image(self):
         """(B, updates) on the CPU."""
-        return torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.text.content), 0)
+        losses = torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.text.content), 0)
+        if self.lost is not None and self.lost.any():  # asked here, once a call, since it waits for the device
+            logger.warning("A gradient was not finite, and its image stayed as it was at that update.")
+        return losses
 
     def attentions(self, steps):
         """What `output_attentions` returns, a dict per image, on the CPU; s content tokens, G guided steps:
 
         tokens (s strings), text_attention T (s, s), steps (G positions in the scheduler's timesteps, the first of
-        `steps`), maps (G, s, H, W) and similarity S (G, s, s), both before the step's first update.
+        `steps`), maps (G, s, H, W) and similarity S (G, s, s), both before the step's first update, and None where
+        nothing was guided.
         """
         content = self.text.content
         kept = [(maps.cpu(), similarity_of(maps, content, self.objective is l1_full).cpu()) for maps in self.maps]
@@ -343,6 +363,11 @@ class LatentAlignment:
                 }
             )
         return result
+
+
+def _precise(latents):
+    """In float32, or float64 if they are."""
+    return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
 
 def _like(latents, per_image):
@@ -371,7 +396,7 @@ class Schedule(NamedTuple):
 
 SCHEDULES = {
     "paper": Schedule(50, (0, 20, 40), 40),  # of 50 steps 25, and 20 more updates at 0, 10 and 20; App. B.2
-    # of 50 steps 10, and 10 more at 0, 4 and 8: as many as a picture of 1.5 times the plain one's operations has
+    # ours, of 50 steps 10, and 10 more at 0, 4 and 8: a picture stays below 1.5 times the plain one's operations
     "fast": Schedule(20, (0, 8, 16), 20),
     "light": Schedule(20, (), 0),  # ours, for larger updates: 1.1 times the plain one's operations
 }

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, SASolverScheduler, UniPCMultistepScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_tsam import attention_processors, tsam
 from kinds import KINDS, PROMPT, SHORT, denoiser_of, embeddings, make, refused, run, state_of, use
@@ -181,6 +183,13 @@ class TestThreads:
         assert all(torch.allclose(found.attention, text.attention, atol=1e-6) for found in texts)
         assert not own.text_encoder._forward_pre_hooks and not own.text_encoder._forward_hooks
 
+    def test_two_models_at_once_leave_compilation_on(self, kind):
+        pipes = [make(kind.tsam, kind.build()) for _ in range(2)]
+        at_once(*(lambda pipe=pipe: guided(pipe, num_inference_steps=6, tsam_steps=6) for pipe in pipes))
+        counter = CompileCounterWithBackend("eager")
+        torch.compile(lambda x: x + 1, backend=counter)(torch.ones(1))
+        assert counter.frame_count == 1
+
     def test_a_model_that_was_used_can_be_copied_and_pickled(self, kind, own):
         guided(own, num_inference_steps=2)
         for again in (copy.deepcopy(denoiser_of(own)), pickle.loads(pickle.dumps(denoiser_of(own)))):
@@ -318,3 +327,74 @@ class TestComponents:
         pipe = make(kind.tsam, {**kind.build(), kind.denoiser: None})
         with pytest.raises(ValueError, match=f"`{kind.denoiser}=None`"):
             pipe(PROMPT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objectives, processors and latents of one's own
+
+
+def left(maps, text):
+    """How little the words are attended to in the left half."""
+    half = maps.shape[-1] // 2
+    return -(maps[..., :half].sum((-1, -2)) * text.content).sum(-1)
+
+
+def test_an_objective_of_ones_own_moves_a_prompt_of_one_word_alone_as_in_a_batch(own):
+    options = {"objective": left, "relative_step": 0.2}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    batch, alone = run(own, ["dog", PROMPT], generator=generators, **options), run(own, "dog", **options)
+    assert alone.losses.shape == (1, 6) and not torch.equal(alone.images, run(own, "dog", tsam_steps=0).images)
+    torch.testing.assert_close(batch.images[0], alone.images[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_processor_of_ones_own_gets_its_arguments_in_guided_passes_too():
+    seen = []
+
+    class Strong(AttnProcessor2_0):
+        def __call__(self, *args, strength=1.0, **kwargs):
+            seen.append(strength)
+            return super().__call__(*args, **kwargs)
+
+    pipe = make(SD.tsam, SD.build())
+    pipe.unet.set_attn_processor(Strong())
+    run(pipe, cross_attention_kwargs={"strength": 0.5}, num_inference_steps=2)
+    assert set(seen) == {0.5} and len(seen) > 2 * len(pipe.unet.attn_processors)
+
+
+def test_as_many_latents_as_prompts_are_asked_for(stock, pipe):
+    latents = torch.randn(1, 4, 32, 32)
+    with pytest.raises(ValueError, match="`latents` hold 1 images, but 2 are to be aligned"):
+        run(pipe, [PROMPT, SHORT], latents=latents)
+    for one in (stock, pipe):
+        with pytest.raises(RuntimeError):
+            run(one, [PROMPT, SHORT], latents=latents, tsam_steps=0)
+
+
+def test_in_float64_alpha_zero_is_bit_identical_to_stock(kind, own):
+    own.to(torch.float64)
+    stock = make(kind.stock, own.components)
+    assert torch.equal(run(own, alpha=0.0).images, run(stock).images)
+
+
+def test_a_gradient_that_is_not_finite_is_said_and_its_image_stays(own, stock, warnings_seen):
+    def rooted(maps, text):
+        return tsam.l1(maps, text) + (0 * maps).flatten(1).norm(dim=1).sqrt()
+
+    output = run(own, objective=rooted)
+    assert torch.equal(output.images, run(own, tsam_steps=0).images)
+    assert "A gradient was not finite" in warnings_seen.text
+
+
+def test_an_objective_that_writes_into_its_maps_leaves_those_that_are_returned(pipe):
+    options = {"output_attentions": True, "num_inference_steps": 2, "alpha": 0.0}
+    written = run(pipe, objective=lambda maps, text: tsam.l1(maps.mul_(2), text), **options)
+    assert torch.equal(written.attentions[0]["maps"], run(pipe, **options).attentions[0]["maps"])
+
+
+def test_a_unet_that_rounds_odd_sizes_down_is_guided():
+    pipe = make(SD.tsam, SD.build())
+    for block in pipe.unet.down_blocks:
+        for layer in block.downsamplers or []:
+            layer.conv.padding, layer.padding = (0, 0), 0
+    output = run(pipe, latents=torch.randn(1, 4, 33, 33), height=64, width=64, output_attentions=True)
+    assert output.attentions[0]["maps"].shape[-2:] == (16, 16)
