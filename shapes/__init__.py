@@ -12,5 +12,5 @@ ARGUMENTS = {  # what a call for them needs, guided or not
 # than a large model's, so updates of the paper's size overshoot.
 TUNED = {
     "sd": {"objective": "attainable", "schedule": "light", "alpha": 4.0, "gamma": 4.0},
-    "pixart": {"objective": "attainable", "schedule": "light", "alpha": 2.8, "gamma": 4.0},
+    "pixart": {"objective": "attainable", "schedule": "light", "relative_step": 0.05, "gamma": 4.0},
 }

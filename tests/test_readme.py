@@ -19,11 +19,9 @@ PAGES = [
 PAGES = [page for page in PAGES if page.name not in ("code.md", "weights.md")]  # which are filled in first
 
 
-@pytest.mark.parametrize("number, kind", list(enumerate(("sd", "pixart"))))
-def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(number, kind, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    code = blocks[number]
+@pytest.mark.parametrize("page, kind", [("README.md", "sd"), ("docs/pixart.md", "pixart")])
+def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(page, kind, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     code = re.sub(r'"[^"]+/[^"]+"', repr(str(MODELS[kind])), code)
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")
