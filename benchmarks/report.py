@@ -173,7 +173,7 @@ def gains_figure(rows, solids=3):
         )
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.set_title(f"the small {family.name}", color=INK, size=11)
-        axes.set_xlabel("more pictures right than stock, points (95 %)", color=INK, size=9)
+        axes.set_xlabel("right pictures over stock, points, 95 %", color=INK, size=9)
         axes.spines[["top", "right"]].set_visible(False)
     return fig
 
