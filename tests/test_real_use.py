@@ -385,6 +385,20 @@ def test_a_gradient_that_is_not_finite_is_said_and_its_image_stays(own, stock, w
     assert "A gradient was not finite" in warnings_seen.text
 
 
+def test_after_a_step_without_a_finite_gradient_float16_guides_again():
+    text = tsam.TextSelfAttention(torch.rand(1, 3, 3).tril() + 0.1, torch.ones(1, 3, dtype=torch.bool), [["word"] * 3])
+    alignment, latents = tsam.LatentAlignment(text, 1.0, 1.0), torch.randn(1, 3, 4, 4).half()
+    factor = torch.tensor([torch.inf, 1e-3])  # of the maps of the first update, and of the second
+
+    def maps_at(model_input):
+        return (factor[len(alignment.losses)] * model_input.float()).exp()
+
+    stayed = alignment.update(latents, 1.0, maps_at)
+    assert torch.equal(stayed, latents) and alignment.lost.item()
+    gradient, _, _ = alignment.gradient(stayed, 1.0, maps_at)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
 def test_an_objective_that_writes_into_its_maps_leaves_those_that_are_returned(pipe):
     options = {"output_attentions": True, "num_inference_steps": 2, "alpha": 0.0}
     written = run(pipe, objective=lambda maps, text: tsam.l1(maps.mul_(2), text), **options)
