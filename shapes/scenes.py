@@ -19,6 +19,7 @@ GRID = 16  # latent positions of a picture's side
 SUPERSAMPLING = 4  # sprites are drawn this much larger, then reduced
 SPRITE_SIZES = (20, 23, 26)  # pixels
 MAX_SOLIDS = 3
+MAX_TRIES = 100_000  # to find different prompts in
 SOLIDS = ("cube", "sphere", "cone", "cylinder", "ring", "star")
 COLOURS = {
     "red": (205, 40, 40),
@@ -78,13 +79,18 @@ def random_solids(rng, count, split="train"):
 
 
 def prompts(count, split, number, seed=0):
-    """`number` different prompts of `count` solids from a split: list of (caption, solids)."""
+    """`number` different prompts of `count` solids from a split: list of (caption, solids).
+
+    ValueError where there are not so many: the held-out splits of two solids have about 80 each.
+    """
     rng = np.random.default_rng(seed)
     found = {}
-    while len(found) < number:
+    for _ in range(MAX_TRIES):
+        if len(found) == number:
+            return list(found.values())
         solids = random_solids(rng, count, split)
         found.setdefault(tuple(sorted(solids)), (caption_of(solids), solids))
-    return list(found.values())
+    raise ValueError(f"`number` is {number}, but only {len(found)} prompts were found in {split!r}. Ask for fewer.")
 
 
 def _shade(rgb, factor):

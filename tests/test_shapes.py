@@ -55,6 +55,21 @@ def test_the_prompts_of_two_splits_share_no_held_out_pair(count):
     assert pairs("tune") and pairs("test") and not pairs("tune") & pairs("test")
 
 
+def test_more_prompts_than_there_are_is_an_error(monkeypatch):
+    monkeypatch.setattr(scenes, "MAX_TRIES", 300)
+    with pytest.raises(ValueError, match="`number` is 5000, but only .* prompts were found in 'test'. Ask for fewer"):
+        scenes.prompts(2, "test", 5000)
+
+
+def test_a_stage_that_does_not_exist_is_refused(capsys, monkeypatch):
+    from diffusers_tsam.shapes import train
+
+    monkeypatch.setattr("sys.argv", ["train", "--output", "nowhere", "--stages", "foo"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2 and "'foo' is no stage. Pass one or more of judge" in capsys.readouterr().err
+
+
 def test_the_judge_reads_unseen_rendered_scenes(judge):
     rng = np.random.default_rng(12345)
     drawn = [scenes.random_scene(rng, split) for split in ("tune", "test") for _ in range(250)]
