@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 class Family(NamedTuple):
     """A kind of model that T-SAM guides. module, pipeline: ours; stock: the pipeline of diffusers that it extends;
-    denoiser: that one's component which is guided, and its class."""
+    denoiser: that one's component which is guided."""
 
     name: str
     module: str
     pipeline: str
     stock: str
     denoiser: str
-    denoiser_class: str
 
 
 FAMILIES = {
@@ -23,7 +22,6 @@ FAMILIES = {
         "StableDiffusionTSAMPipeline",
         "StableDiffusionPipeline",
         "unet",
-        "UNet2DConditionModel",
     ),
     "pixart": Family(
         "PixArt-α",
@@ -31,7 +29,6 @@ FAMILIES = {
         "PixArtAlphaTSAMPipeline",
         "PixArtAlphaPipeline",
         "transformer",
-        "PixArtTransformer2DModel",
     ),
 }
 

@@ -214,11 +214,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything would change")
     args = parser.parse_args()
-    changed = [path for path, text in outputs().items() if not path.exists() or path.read_text() != text]
+    made = outputs()
+    changed = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
     print(*(path.relative_to(ROOT) for path in changed), sep="\n")
     if args.check:
         sys.exit(bool(changed))
-    for path, text in outputs().items():
+    for path, text in made.items():
         path.write_text(text)
     gains_figure(load(RESULTS / "alignment.jsonl")).savefig(ROOT / "docs" / "gains.png")
 
