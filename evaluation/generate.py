@@ -1,0 +1,192 @@
+"""Pictures of prompts by methods from the same latents, on one process or many. Seed s is s for every prompt and method.
+
+    accelerate launch -m diffusers_tsam.evaluation generate --model ID --methods stock,tsam,conform --prompts objects \\
+        --seeds 64 --output runs/sd15
+"""
+
+import hashlib
+import importlib.metadata
+import inspect
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..cli import load as load_pipeline
+from ..shapes import ARGUMENTS, MODELS, TUNED
+from . import prompts as prompt_sets
+from .baselines import BASELINES, told
+from .runs import Run, save
+
+
+SEQUENCES = ("refinement_steps", "attention_layers")
+WORDS = ("objective", "schedule")
+INTEGERS = ("tsam_steps", "refinement_iterations", "attention_resolution")
+OF_A_LOSS = ("sharpness",)
+PACKAGES = ("diffusers", "transformers", "torch")
+
+
+def value_of(key, text):
+    """An argument's value: "none", a word, an integer, a number, or numbers joined by "+"."""
+    if text == "none":
+        return () if key == "refinement_steps" else None
+    if key in SEQUENCES:
+        return tuple(map(int, text.split("+")))
+    return text if key in WORDS else int(text) if key in INTEGERS else float(text)
+
+
+def parse_method(text, kind="sd"):
+    """Its arguments of the pipeline, and its `Baseline` or None.
+
+    text: "stock", "tsam" (the paper's settings), "tuned" (the shipped model's), one of BASELINES, or any of these with
+    arguments changed, as "tsam:alpha=20:objective=attainable" or "conform:sharpness=none:refinement_steps=0+10".
+    """
+    name, *changes = text.split(":")
+    named = {"stock": {"tsam_steps": 0}, "tsam": {}, "tuned": TUNED[kind]}
+    named |= {name: baseline.arguments for name, baseline in BASELINES.items()}
+    if name not in named:
+        raise ValueError(f"A method is {name!r}, but has to be one of {', '.join(named)}.")
+    arguments, baseline = dict(named[name]), BASELINES.get(name)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        try:
+            arguments[key] = value_of(key, value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"A method is {text!r}, whose {change!r} is no argument and value such as alpha=20.")
+        if key == "alpha" and "relative_step" in arguments:
+            arguments["relative_step"] = None
+    return arguments, baseline
+
+
+def check_methods(methods, pipe):
+    """Refuse arguments that are not the pipeline's, or not a loss's."""
+    known = inspect.signature(pipe.__call__).parameters
+    for name, (arguments, baseline) in methods.items():
+        loss = inspect.signature(baseline.loss).parameters if baseline else ()
+        for key in arguments:
+            if key not in loss if key in OF_A_LOSS else key not in known:
+                raise ValueError(f"The method {name!r} has no argument {key!r}.")
+
+
+def identity(model):
+    """What tells a model's files from others: a Hub repository's commit, or a folder's names and sizes."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(model, "model_index.json")).parent.name
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def plan(prompts, methods, seeds, batch):
+    """All batches, [(method, arguments, jobs)], jobs being (prompt, seed), all methods in turn: what is drawn first can
+    be compared. They depend on nothing but the arguments, so that neither processes nor interruptions change a picture.
+
+    A baseline's prompts without anything to bind are drawn with stock's arguments.
+    """
+    jobs = [(prompt, seed) for seed in range(seeds) for prompt in range(len(prompts))]
+    rounds = []
+    for method, (arguments, baseline) in enumerate(methods.values()):
+        binds = [baseline is None or baseline.binds(prompt.things) for prompt in prompts]
+        parts = ([job for job in jobs if binds[job[0]]], arguments), ([j for j in jobs if not binds[j[0]]], None)
+        own = [(method, use, part[k : k + batch]) for part, use in parts for k in range(0, len(part), batch)]
+        rounds += [(number, batch) for number, batch in enumerate(own)]
+    return [batch for _, batch in sorted(rounds, key=lambda entry: entry[0])]
+
+
+def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
+    """PIL pictures of `Prompt`s, each from its own seed's latents, and the losses before T-SAM's updates."""
+    arguments = dict(arguments)
+    if baseline is not None:
+        own = {key: arguments.pop(key) for key in OF_A_LOSS if key in arguments}
+        arguments["objective"] = told(baseline.loss, prompts, **own)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # the same noise on every device
+    output = pipe([prompt.text for prompt in prompts], generator=generators, **given, **arguments)
+    return output.images, output.losses
+
+
+def generate(
+    model,
+    methods,
+    prompts,
+    seeds,
+    output,
+    steps=50,
+    guidance_scale=None,
+    batch=8,
+    dtype=None,
+    parser=None,
+    format="png",
+):
+    """Draw what of a run is not drawn yet; returns the `Run`."""
+    state = PartialState()
+    wanted = prompt_sets.load(prompts, parser)
+    path = str(MODELS.get(model, model))
+    with state.main_process_first():
+        pipe, kind = load_pipeline(path, device=state.device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None  # which would count a black picture against a method
+    given = {"num_inference_steps": steps} | (ARGUMENTS[kind] if model in MODELS else {})
+    if guidance_scale is not None:
+        given["guidance_scale"] = guidance_scale
+    methods = {name: parse_method(name, kind) for name in methods}
+    check_methods(methods, pipe)
+    settings = {
+        "model": model,
+        "revision": identity(path),
+        "kind": kind,
+        "prompt_set": prompts,
+        "parser": parser,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "format": format,
+        "scheduler": type(pipe.scheduler).__name__,
+        "arguments": given,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "methods": {name: arguments for name, (arguments, _) in methods.items()},
+        "seeds": seeds,
+    }
+    if state.is_main_process:
+        Run.create(output, settings, wanted)
+    state.wait_for_everyone()
+    run = Run(output)
+    number = [run.methods.index(name) for name in methods]
+    done = run.done("drawn") & run.present()
+    batches = [
+        entry for entry in plan(wanted, methods, seeds, batch) if not all(done[number[entry[0]]][job] for job in entry[2])
+    ]
+    state.wait_for_everyone()  # until all have read what is done
+    with (
+        state.split_between_processes(batches) as own,
+        run.writer("drawn", state.process_index) as append,
+        tqdm(total=sum(len(jobs) for *_, jobs in own), unit="picture", disable=not state.is_main_process) as progress,
+    ):
+        for method, arguments, jobs in own:
+            started, baseline = time.perf_counter(), list(methods.values())[method][1]
+            told_nothing = arguments is None
+            images, losses = draw(
+                pipe,
+                [wanted[prompt] for prompt, _ in jobs],
+                [seed for _, seed in jobs],
+                {"tsam_steps": 0} if told_nothing else arguments,
+                None if told_nothing else baseline,
+                **given,
+            )
+            seconds, rows = (time.perf_counter() - started) / len(jobs), []
+            for (prompt, seed), image, loss in zip(jobs, images, np.asarray(losses, dtype=float)):
+                if done[number[method], prompt, seed]:
+                    continue  # of a batch that was half done
+                save(image, run.picture(number[method], prompt, seed))
+                ends = [round(float(x), 4) for x in (loss[[0, -1]] if len(loss) else loss)]
+                rows.append({"method": number[method], "prompt": prompt, "seed": seed, "updates": len(loss)})
+                rows[-1] |= {"loss": ends, "seconds": round(seconds, 3)}
+            append(rows)
+            progress.update(len(jobs))
+    state.wait_for_everyone()
+    return run

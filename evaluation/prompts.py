@@ -1,0 +1,159 @@
+"""Sets of prompts, and which of a prompt's words belong together: what methods other than T-SAM have to be told.
+
+A thing is a noun with its modifiers, as spans (first character, one past the last) of its words in the prompt, the noun
+last. Structured prompts say their things by their template; for others a spaCy parser finds them.
+"""
+
+import json
+import re
+from itertools import combinations, product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..shapes import scenes
+
+
+# The words of Attend-and-Excite's evaluation prompts (Chefer et al. 2023, App. A)
+ANIMALS = "cat dog bird bear lion horse elephant monkey frog turtle rabbit mouse".split()
+OBJECTS = "backpack glasses crown suitcase chair balloon bow car bowl bench clock apple".split()
+COLOURS = "red orange yellow green blue purple pink brown gray black white".split()
+SETS = ("objects", "animals-objects", "animals")
+COLOURED = 0.75  # share of coloured objects among those of "animals-objects"
+SHAPES_SEED = 1  # that of benchmarks/alignment.py: the same prompts
+
+MODIFIERS = {"amod", "nmod", "compound", "npadvmod", "advmod", "acomp"}  # dependencies; Rassin et al. 2023
+NOUNS, VERBS = {"NOUN", "PROPN"}, {"AUX", "VERB"}
+
+JOINT = re.compile(r"( and | with )", re.IGNORECASE)
+WORD = r"[^\W\d_][\w'-]*"
+PHRASE = re.compile(rf"(?:an?|the) (?:({WORD}) )?({WORD})\.?", re.IGNORECASE)
+MAX_SKIPPED = 4  # characters of a prompt that a tokenizer may write in its own way
+
+
+class Prompt(NamedTuple):
+    """id: its name in its set, a string. things: a list of things, each a list of spans; empty where none are known."""
+
+    id: str
+    text: str
+    things: list
+
+
+def structured(name, seed=0):
+    """The texts of one of SETS, every pair of words once, colours drawn from `seed`.
+
+    Attend-and-Excite drew its colours once; for its very prompts pass its file, one prompt a line.
+    """
+    rng = np.random.default_rng(seed)
+
+    def coloured(noun):
+        return scenes.phrase(str(rng.choice(COLOURS)), noun)
+
+    def plain(noun):
+        return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+    if name == "objects":
+        return [f"{coloured(one)} and {coloured(other)}" for one, other in combinations(OBJECTS, 2)]
+    if name == "animals":
+        return [f"{plain(one)} and {plain(other)}" for one, other in combinations(ANIMALS, 2)]
+    return [
+        f"{plain(animal)} and {coloured(thing)}" if rng.random() < COLOURED else f"{plain(animal)} with {plain(thing)}"
+        for animal, thing in product(ANIMALS, OBJECTS)
+    ]
+
+
+def phrases(text):
+    """A prompt's parts, which are joined by "and" or "with"."""
+    return JOINT.split(text)[::2]
+
+
+def things_of_template(text):
+    """The things of "a [colour] [object] and a [colour] [object]", for one phrase or more; none of another prompt."""
+    things, start = [], 0
+    for k, part in enumerate(JOINT.split(text.rstrip())):
+        if k % 2 == 0:
+            match = PHRASE.fullmatch(part)
+            if not match:
+                return []
+            things.append([tuple(start + x for x in match.span(g)) for g in (1, 2) if match[g]])
+        start += len(part)
+    return things
+
+
+def things_of_doc(doc):
+    """Of a spaCy `Doc` (or span) every noun with its modifiers; nouns without any are left out.
+
+    As Rassin et al. 2023 find them: modifiers of modifiers and what is joined to these by "and" count too, and what is
+    said of the noun through a verb: "a dog that is red", "the dog is red".
+    """
+    things = []
+    for noun in doc:
+        if noun.pos_ not in NOUNS or noun.dep_ in MODIFIERS:
+            continue
+        found = [child for child in noun.children if child.dep_ in MODIFIERS]
+        verbs = [child for child in noun.children if child.dep_ == "relcl"]
+        if noun.dep_ in ("nsubj", "nsubjpass") and noun.head.pos_ == "AUX":
+            verbs.append(noun.head)
+        found += [child for verb in verbs for child in verb.children if child.dep_ in MODIFIERS]
+        for word in found:  # which grows
+            found += [c for c in word.children if c.dep_ in MODIFIERS | {"conj"} and c not in found]
+        found = sorted((word for word in found if word.pos_ not in VERBS), key=lambda word: word.i)
+        if found:
+            things.append([(word.idx, word.idx + len(word)) for word in [*found, noun]])
+    return things
+
+
+def positions_of(things, text, tokens):
+    """Things as their words' token positions, counted from the prompt's first token of its own.
+
+    tokens: the texts of the content tokens, as a pipeline's `Syntax` has them. A word of several tokens is a list of
+    several positions; a thing that the encoder's window cuts off is left out.
+    """
+    text, end, owners = text.lower(), 0, {}
+    for position, token in enumerate(tokens):
+        token = token.strip().lower()
+        start = text.find(token, end) if token else -1
+        if start >= 0 and len(text[end:start].replace(" ", "")) <= MAX_SKIPPED:
+            end = start + len(token)
+            owners[position] = range(start, end)
+    found = []
+    for thing in things:
+        words = [[p for p, own in owners.items() if own.start < last and first < own.stop] for first, last in thing]
+        if all(words):
+            found.append(words)
+    return found
+
+
+def load(spec, parser=None):
+    """The `Prompt`s that `spec` names: one of SETS, "shapes:SOLIDS:SPLIT:NUMBER", a text file with a prompt a line, or
+    a JSON file of {"id", "caption"} as TIFA's `tifa_v1.0_text_inputs.json`.
+
+    parser: the name of a spaCy model, for prompts that no template fits.
+    """
+    if spec in SETS:
+        named = list(enumerate(structured(spec)))
+    elif spec.startswith("shapes:"):
+        try:
+            solids, split, number = spec.split(":")[1:]
+            named = list(enumerate(text for text, _ in scenes.prompts(int(solids), split, int(number), SHAPES_SEED)))
+        except ValueError as error:
+            raise ValueError(f"Prompts are {spec!r}: {error}. Pass shapes:2:test:40, for instance.") from error
+    elif not Path(spec).is_file():
+        raise ValueError(
+            f"Prompts are {spec!r}, which is no file and none of {', '.join(SETS)} and shapes:SOLIDS:SPLIT:NUMBER."
+        )
+    elif Path(spec).suffix == ".json":
+        named = [(entry["id"], entry["caption"]) for entry in json.loads(Path(spec).read_text(encoding="utf-8"))]
+    else:
+        lines = map(str.strip, Path(spec).read_text(encoding="utf-8").splitlines())
+        named = list(enumerate(line for line in lines if line))
+    if not named:
+        raise ValueError(f"Prompts are {spec!r}, in which there are none.")
+    things = {text: things_of_template(text) for _, text in named}
+    if parser is not None:
+        import spacy
+
+        free = [text for text, found in things.items() if not found]
+        things |= {text: things_of_doc(doc) for text, doc in zip(free, spacy.load(parser).pipe(free))}
+    return [Prompt(str(name), text, things[text]) for name, text in named]

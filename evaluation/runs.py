@@ -1,0 +1,142 @@
+"""A run is one folder: its settings, its prompts, its pictures, and JSON lines of what was drawn and scored.
+
+Every process appends to a file of its own, so that lines never interleave; a picture is written beside its place and
+then moved there, and its line follows, so that what a killed process leaves half-written is never taken for done.
+"""
+
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from .prompts import Prompt
+
+
+class Run:
+    """settings: what all its pictures have in common, with `methods`, {name: arguments}, and `seeds`, how many."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} is no run, since it has no settings.json. Run `generate` into it first.")
+        self.settings = json.loads(path.read_text(encoding="utf-8"))
+        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        self.prompts = [Prompt(**json.loads(line)) for line in lines]
+        self.methods = list(self.settings["methods"])
+        self.shape = len(self.methods), len(self.prompts), self.settings["seeds"]
+
+    @classmethod
+    def create(cls, folder, settings, prompts):
+        """The run with these settings, which may add methods and seeds to a folder, but change nothing else of it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = json.loads(json.dumps([prompt._asdict() for prompt in prompts]))  # as they are read again
+        settings = json.loads(json.dumps(settings))
+        if (folder / "settings.json").is_file():
+            run = cls(folder)
+            had, methods = run.settings, run.settings["methods"] | settings["methods"]
+            differing = sorted(
+                {key for key in had | settings if key not in ("methods", "seeds") and had.get(key) != settings.get(key)}
+                | {name for name in had["methods"] if methods[name] != had["methods"][name]}
+            )
+            if prompts != [prompt._asdict() for prompt in run.prompts]:
+                differing.append("prompts")
+            if differing:
+                was = "; ".join(f"{key} {had.get(key, 'other')!r}, not {settings.get(key)!r}" for key in differing[:3])
+                raise ValueError(f"{str(folder)!r} was drawn with other settings: {was}. Choose another folder.")
+            settings = had | {"methods": methods, "seeds": max(had["seeds"], settings["seeds"])}
+        else:
+            write(folder / "prompts.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        write(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+        return cls(folder)
+
+    def picture(self, method, prompt, seed):
+        """Where it is: method, prompt and seed are numbers."""
+        name = re.sub(r"[^\w.=+-]", "_", self.methods[method])
+        return self.folder / "pictures" / name / f"{prompt:05}" / f"{seed:03}.{self.settings['format']}"
+
+    def rows(self, kind):
+        """The lines of every process, as dicts that number their method, prompt and seed; of those drawn with this
+        run's settings only. A last line that a killed process cut off is none."""
+        number = {name: k for k, name in enumerate(self.methods)}
+        for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    if line.endswith("\n"):
+                        row = json.loads(line)
+                        row["method"] = number[row["method"]]
+                        yield row
+
+    def table(self, kind, *keys):
+        """Their values, {key: float32 (methods, prompts, seeds)}, NaN where there is no line, or none in it."""
+        tables = {key: np.full(self.shape, np.nan, dtype=np.float32) for key in keys}
+        for row in self.rows(kind):
+            at = row["method"], row["prompt"], row["seed"]
+            for key, values in tables.items():
+                if row.get(key) is not None:
+                    values[at] = row[key]
+        return tables
+
+    def done(self, kind):
+        """Which pictures have a line, bool (methods, prompts, seeds)."""
+        done = np.zeros(self.shape, dtype=bool)
+        for row in self.rows(kind):
+            done[row["method"], row["prompt"], row["seed"]] = True
+        return done
+
+    def present(self):
+        """Which pictures are there, bool (methods, prompts, seeds)."""
+        present = np.zeros(self.shape, dtype=bool)
+        for method in range(len(self.methods)):
+            above = self.picture(method, 0, 0).parent.parent
+            for entry in os.scandir(above) if above.is_dir() else ():
+                seeds = [int(picture[:3]) for picture in os.listdir(entry) if picture[:3].isdecimal()]
+                present[method, int(entry.name), [seed for seed in seeds if seed < self.shape[2]]] = True
+        return present
+
+    @contextmanager
+    def writer(self, kind, process):
+        """A function that appends rows, with their method's name, and has them on the disk when it returns."""
+        path = self.folder / f"{kind}-{process}.jsonl"
+        if path.exists():  # cut off what a killed process left behind its last whole line
+            with path.open("rb+") as file:
+                file.truncate(_whole(file))
+        with path.open("a", encoding="utf-8") as file:
+
+            def append(rows):
+                file.write("".join(json.dumps(row | {"method": self.methods[row["method"]]}) + "\n" for row in rows))
+                file.flush()
+
+            yield append
+
+
+def _whole(file, chunk=1 << 16):
+    """How many bytes of a file end in a line's end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - chunk, 0)
+        file.seek(start)
+        last = file.read(end - start).rfind(b"\n")
+        if last >= 0:
+            return start + last + 1
+        end = start
+    return 0
+
+
+def write(path, text):
+    """All of it or nothing."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save(picture, path):
+    """A PIL picture, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")  # whose suffix says the format
+    picture.save(part)
+    os.replace(part, path)
