@@ -180,7 +180,9 @@ def told(loss, prompts=None, **settings):
         for image, (tokens, content) in enumerate(zip(text.tokens, text.content)):
             own = content.nonzero().flatten().tolist()
             words = " ".join(tokens)
-            spans = (things_of_template(words), words) if prompts is None else (prompts[image].things, prompts[image].text)
+            spans = (
+                (things_of_template(words), words) if prompts is None else (prompts[image].things, prompts[image].text)
+            )
             things.append([[[own[k] for k in word] for word in thing] for thing in positions_of(*spans, tokens)])
         return loss(maps, text.content, things, **settings)
 

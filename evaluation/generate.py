@@ -1,4 +1,4 @@
-"""Pictures of prompts by methods from the same latents, on one process or many. Seed s is s for every prompt and method.
+"""Pictures of prompts by methods from the same latents, on one process or many. A seed is every prompt's own latents.
 
     accelerate launch -m diffusers_tsam.evaluation generate --model ID --methods stock,tsam,conform --prompts objects \\
         --seeds 64 --output runs/sd15
@@ -159,7 +159,9 @@ def generate(
     number = [run.methods.index(name) for name in methods]
     done = run.done("drawn") & run.present()
     batches = [
-        entry for entry in plan(wanted, methods, seeds, batch) if not all(done[number[entry[0]]][job] for job in entry[2])
+        entry
+        for entry in plan(wanted, methods, seeds, batch)
+        if not all(done[number[entry[0]]][job] for job in entry[2])
     ]
     state.wait_for_everyone()  # until all have read what is done
     with (

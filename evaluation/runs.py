@@ -43,11 +43,14 @@ class Run:
                 {key for key in had | settings if key not in ("methods", "seeds") and had.get(key) != settings.get(key)}
                 | {name for name in had["methods"] if methods[name] != had["methods"][name]}
             )
-            if prompts != [prompt._asdict() for prompt in run.prompts]:
-                differing.append("prompts")
+            if not differing and prompts != [prompt._asdict() for prompt in run.prompts]:
+                differing = ["prompts"]
             if differing:
-                was = "; ".join(f"{key} {had.get(key, 'other')!r}, not {settings.get(key)!r}" for key in differing[:3])
-                raise ValueError(f"{str(folder)!r} was drawn with other settings: {was}. Choose another folder.")
+                old, new = ({**s, **s["methods"], "prompts": "others"}.get(differing[0]) for s in (had, settings))
+                raise ValueError(
+                    f"{str(folder)!r} was drawn with other settings: {', '.join(differing)}. The first of these was"
+                    f" {old!r} and is now {new!r}. Choose another folder."
+                )
             settings = had | {"methods": methods, "seeds": max(had["seeds"], settings["seeds"])}
         else:
             write(folder / "prompts.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in prompts))

@@ -1,0 +1,326 @@
+"""What a run's pictures are worth: one line a picture and metric, resumable.
+
+    python -m diffusers_tsam.evaluation score runs/sd15 --metrics clip,caption,tifa --questions tifa_questions.json
+
+clip: CLIP-I, the picture against the full prompt and against its parts, the lowest of which is the minimum object.
+caption: CLIP-T, a BLIP caption of it against the prompt. Both as Attend-and-Excite does (Chefer et al. 2023, and its
+metrics/ folder). tifa: TIFA (Hu et al., ICCV 2023, arXiv:2303.11897) and soft TIFA (GenEval 2, arXiv:2512.16853).
+judge: that of the shapes world.
+"""
+
+import json
+import re
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from ..shapes.judge import Judge, verdict
+from .prompts import phrases, things_of_template
+from .runs import Run, write
+
+
+# The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021), which Attend-and-Excite averages over
+_PHOTOS = "bad|low resolution|cropped|bright|dark|close-up|black and white|pixelated|jpeg corrupted|blurry|good".split(
+    "|"
+)
+_ARTS = "a sculpture of|a rendering of|graffiti of|a tattoo of|a drawing of|a painting of|a doodle of|a sketch of"
+_ARTS = [*_ARTS.split("|"), "a rendition of", "art of", "itap of"]
+_KINDS = "hard to see|clean|dirty|cool|large|nice|weird|small".split("|")
+TEMPLATES = [f"a {photo} photo of {article} {{}}." for photo, article in product(_PHOTOS, ("a", "the"))]
+TEMPLATES += [f"{art} {article} {{}}." for art, article in product(_ARTS, ("a", "the"))]
+TEMPLATES += [f"a photo of {article} {kind} {{}}." for kind, article in product(_KINDS, ("a", "the"))]
+TEMPLATES += [
+    f"{a} {stuff} {{}}."
+    for stuff, a in product("embroidered|plastic|origami|toy|cartoon|plushie".split("|"), ("a", "the"))
+]
+TEMPLATES += [
+    "a {} in a video game.",
+    "the {} in a video game.",
+    "a photo of many {}.",
+    "a photo of my {}.",
+    "itap of my {}.",
+]
+TEMPLATES += ["a photo of the {}.", "a photo of one {}.", "a photo of a {}."]
+CAPTION = {"num_beams": 3, "min_length": 10, "max_length": 30}  # LAVIS's, with which Attend-and-Excite captioned
+MAX_ANSWER = 50  # tokens; TIFA's
+READERS = 8  # threads that open pictures
+
+
+def in_template(template, prompt):
+    """The prompt in the place of a template's noun; of "a photo of the a red car" the first article goes."""
+    return (
+        template.format(prompt)
+        if not re.match(r"(an?|the) ", prompt)
+        else re.sub(r"(?:(?:an?|the) )?\{\}", lambda _: prompt, template)
+    )
+
+
+class Clip:
+    """CLIP-I: cosine similarity of the picture and the prompt, whose feature is the mean over TEMPLATES."""
+
+    keys = ("clip_full", "clip_min")
+
+    def __init__(self, model, processor, templates=TEMPLATES):
+        self.model, self.processor, self.templates, self.known = model.eval(), processor, templates, {}
+
+    def features(self, method, **inputs):
+        found = getattr(self.model, method)(**inputs.pop("inputs").to(self.model.device, self.model.dtype))
+        return F.normalize(getattr(found, "pooler_output", found).float(), dim=-1)
+
+    def of_texts(self, texts):
+        """(texts, D), of length 1."""
+        tokens = self.processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return self.features("get_text_features", inputs=tokens)
+
+    def of_images(self, images):
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")
+        return self.features("get_image_features", inputs=pixels)
+
+    def of_prompt(self, text):
+        """(D,): the mean over templates of features of length 1, again of length 1."""
+        if text not in self.known:
+            mean = self.of_texts([in_template(template, text) for template in self.templates]).mean(0)
+            self.known[text] = F.normalize(mean, dim=-1)
+        return self.known[text]
+
+    def __call__(self, images, prompts):
+        rows = []
+        for image, prompt in zip(self.of_images(images), prompts):
+            parts = [float(image @ self.of_prompt(part)) for part in phrases(prompt.text)]
+            full = float(image @ self.of_prompt(prompt.text))
+            rows.append({"clip_full": full, "clip_min": min(parts) if len(parts) > 1 else None})
+        return rows
+
+
+class Caption:
+    """CLIP-T: cosine similarity of a caption of the picture and the prompt, as CLIP reads both."""
+
+    keys = ("clip_text",)
+
+    def __init__(self, clip, model, processor):
+        self.clip, self.model, self.processor = clip, model.eval(), processor
+
+    def __call__(self, images, prompts):
+        pixels = self.processor(images=images, return_tensors="pt").to(self.model.device, self.model.dtype)
+        ids = self.model.generate(**pixels, **CAPTION)
+        captions = [caption.strip() for caption in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        prompts = torch.stack([self.clip.of_prompt(prompt.text) for prompt in prompts])
+        similarities = (self.clip.of_texts(captions) * prompts).sum(-1).tolist()
+        return [{"clip_text": value, "caption": caption} for value, caption in zip(similarities, captions)]
+
+
+class BlipAnswers:
+    """A `BlipForQuestionAnswering`'s free answers, and how probable it finds given ones.
+
+    Questions of one batch are padded; other than its own `generate`, this lets no answer look at the padding.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model.eval(), processor
+
+    def __call__(self, images, questions, answers):
+        """Of n images, questions and expected answers: n free answers, and n probabilities of the expected ones."""
+        model, tokenizer = self.model, self.processor.tokenizer
+        distinct = {id(image): image for image in images}
+        number = {name: k for k, name in enumerate(distinct)}
+        pixels = self.processor.image_processor(images=list(distinct.values()), return_tensors="pt").pixel_values
+        seen = model.vision_model(pixel_values=pixels.to(model.device, model.dtype))[0]
+        seen = seen[[number[id(image)] for image in images]]
+        asked = tokenizer(list(questions), padding=True, return_tensors="pt").to(model.device)
+        state = model.text_encoder(
+            input_ids=asked.input_ids, attention_mask=asked.attention_mask, encoder_hidden_states=seen
+        )[0]
+        given = {"encoder_hidden_states": state, "encoder_attention_mask": asked.attention_mask}
+        config = model.config.text_config
+        ids = model.text_decoder.generate(
+            input_ids=torch.full((len(state), 1), config.bos_token_id, device=model.device),
+            eos_token_id=config.sep_token_id,
+            pad_token_id=config.pad_token_id,
+            max_length=MAX_ANSWER,
+            do_sample=False,
+            **given,
+        )
+        free = [answer.strip() for answer in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        expected = tokenizer(list(answers), padding=True, return_tensors="pt").to(model.device)
+        ids, mask = expected.input_ids, expected.attention_mask
+        inputs = ids.clone()
+        inputs[:, 0] = config.bos_token_id
+        logits = model.text_decoder(input_ids=inputs, attention_mask=mask, **given).logits[:, :-1].float()
+        likely = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return free, (likely * mask[:, 1:]).sum(-1).exp().tolist()
+
+
+class Nearest:
+    """Which choice a free answer means: the one that it is, or that a sentence encoder finds nearest, as in TIFA."""
+
+    def __init__(self, model=None, tokenizer=None):
+        self.model, self.tokenizer = model and model.eval(), tokenizer
+
+    def embed(self, texts):
+        """(texts, D): the mean over a text's own tokens."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+        mask = tokens.attention_mask[..., None]
+        mean = (self.model(**tokens)[0].float() * mask).sum(1) / mask.sum(1)
+        return F.normalize(mean, dim=-1)
+
+    def __call__(self, answer, choices):
+        if answer in choices or self.model is None:
+            return answer
+        embedded = self.embed([answer, *choices])
+        return choices[int((embedded[1:] @ embedded[0]).argmax())]
+
+
+class Tifa:
+    """Share of a prompt's questions that are answered as expected, and the mean probability of the expected answers.
+
+    questions: entries of TIFA's question file, {"caption", "question", "choices", "answer", "element_type"}.
+    """
+
+    keys = ("tifa", "soft_tifa")
+
+    def __init__(self, answers, nearest, questions, prompts):
+        self.answers, self.nearest, self.asked = answers, nearest, defaultdict(list)
+        for entry in questions:
+            self.asked[entry["caption"]].append(entry)
+        without = [prompt.text for prompt in prompts if prompt.text not in self.asked]
+        if without:
+            raise ValueError(
+                f"The questions are for other prompts: {len(without)} of {len(prompts)} have none, the first of them"
+                f" {without[0]!r}. Pass the question file of this run's prompts."
+            )
+
+    def __call__(self, images, prompts):
+        asked = [(image, entry) for image, prompt in zip(images, prompts) for entry in self.asked[prompt.text]]
+        entries = [entry for _, entry in asked]
+        free, likely = self.answers(
+            [image for image, _ in asked], [e["question"] for e in entries], [e["answer"] for e in entries]
+        )
+        rows, first = [], 0
+        for prompt in prompts:
+            own = range(first, first := first + len(self.asked[prompt.text]))
+            right = [self.nearest(free[k], entries[k]["choices"]) == entries[k]["answer"] for k in own]
+            types = defaultdict(lambda: [0, 0])
+            for k, correct in zip(own, right):
+                types[entries[k]["element_type"]][0] += correct
+                types[entries[k]["element_type"]][1] += 1
+            rows.append({"tifa": np.mean(right), "soft_tifa": np.mean([likely[k] for k in own])})
+            rows[-1] |= {"types": types, "answers": [free[k] for k in own]}
+        return rows
+
+
+class Shapes:
+    """The judge of the shapes world: is every solid there in its colour, is every solid there, are colours swapped."""
+
+    keys = ("right", "objects", "swap")
+
+    def __init__(self, prompts):
+        self.judge, other = Judge.from_pretrained(), [p.text for p in prompts if not things_of_template(p.text)]
+        if other:
+            raise ValueError(f"The judge reads coloured solids only, and no pictures of {other[0]!r}.")
+
+    def __call__(self, images, prompts):
+        rows = []
+        for prompt, seen in zip(prompts, self.judge.read(images)):
+            found = verdict([tuple(prompt.text[a:b] for a, b in thing) for thing in prompt.things], seen)
+            row = {"right": found["present"], "objects": found["objects"], "swap": found["swap"]}
+            rows.append({key: int(value) for key, value in row.items()} | {"seen": sorted(map(list, seen))})
+        return rows
+
+
+def pretrained(auto, name, device):
+    """A model on its device, in half precision on a GPU, and its processor."""
+    import transformers
+
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    processor = transformers.AutoProcessor if auto != "AutoModel" else transformers.AutoTokenizer
+    return getattr(transformers, auto).from_pretrained(name, dtype=dtype).to(device), processor.from_pretrained(name)
+
+
+METRICS = {"clip": Clip.keys, "caption": Caption.keys, "tifa": Tifa.keys, "judge": Shapes.keys}
+
+
+def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
+    """A metric's function of (images, prompts), and what its numbers depend on."""
+    if metric == "clip":
+        return Clip(*pretrained("CLIPModel", clip, device)), {"clip": clip}
+    if metric == "caption":
+        reader = Clip(*pretrained("CLIPModel", clip, device))
+        return Caption(reader, *pretrained("BlipForConditionalGeneration", blip, device)), {"clip": clip, "blip": blip}
+    if metric == "judge":
+        return Shapes(run.prompts), {}
+    if questions is None:
+        raise ValueError(
+            "The metric is 'tifa', but there are no questions. Pass --questions with TIFA's question file."
+        )
+    answers = BlipAnswers(*pretrained("BlipForQuestionAnswering", vqa, device))
+    nearest = Nearest() if sentences is None else Nearest(*pretrained("AutoModel", sentences, device))
+    entries = json.loads(Path(questions).read_text(encoding="utf-8"))
+    used = {"vqa": vqa, "sentences": sentences, "questions": len(entries)}
+    return Tifa(answers, nearest, entries, run.prompts), used
+
+
+def opened(path):
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+@torch.no_grad()
+def score(
+    folder,
+    metrics,
+    clip="openai/clip-vit-base-patch16",
+    blip="Salesforce/blip-image-captioning-base",
+    vqa="Salesforce/blip-vqa-base",
+    sentences="sentence-transformers/all-mpnet-base-v2",
+    questions=None,
+    batch=32,
+):
+    """Score what of a run is drawn and not scored yet; returns the `Run`."""
+    state, run = PartialState(), Run(folder)
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"A metric is {metric!r}, but has to be one of {', '.join(METRICS)}.")
+    drawn, present = run.done("drawn"), run.present()
+    if not drawn.any():
+        raise ValueError(f"{str(folder)!r} has no pictures yet. Run `generate` into it first.")
+    lost = np.argwhere(drawn & ~present).tolist()
+    if lost:
+        raise ValueError(
+            f"{len(lost)} pictures are missing, the first of them {run.picture(*lost[0])}. Run `generate` with the same"
+            " arguments, which draws them again."
+        )
+    for metric in metrics:
+        with state.main_process_first():
+            function, used = scorer(metric, run, state.device, clip, blip, vqa, sentences, questions)
+        record = run.folder / f"score-{metric}.json"
+        if record.exists() and json.loads(record.read_text()) != used:
+            raise ValueError(
+                f"{metric!r} was scored with {record.read_text().strip()}, not {json.dumps(used)}. Choose the former, or"
+                f" remove score-{metric}*."
+            )
+        if state.is_main_process:
+            write(record, json.dumps(used) + "\n")
+        todo = np.argwhere(drawn & ~run.done(f"score-{metric}")).tolist()
+        state.wait_for_everyone()
+        with (
+            state.split_between_processes(todo) as own,
+            run.writer(f"score-{metric}", state.process_index) as append,
+            ThreadPoolExecutor(READERS) as readers,
+            tqdm(total=len(own), desc=metric, unit="picture", disable=not state.is_main_process) as progress,
+        ):
+            for k in range(0, len(own), batch):
+                jobs = own[k : k + batch]
+                images = list(readers.map(opened, [run.picture(*job) for job in jobs]))
+                rows = function(images, [run.prompts[prompt] for _, prompt, _ in jobs])
+                append([dict(zip(("method", "prompt", "seed"), job)) | row for job, row in zip(jobs, rows)])
+                progress.update(len(jobs))
+        state.wait_for_everyone()
+    return run

@@ -1,0 +1,315 @@
+"""The baselines' losses beside slow, literal ones, and beside diffusers' own Attend-and-Excite; which words they get."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from diffusers_tsam.evaluation.baselines import (
+    BASELINES,
+    attend_and_excite_loss,
+    compete,
+    conform_loss,
+    focus_loss,
+    syngen_loss,
+    told,
+)
+from diffusers_tsam.evaluation.prompts import Prompt, positions_of, structured, things_of_doc, things_of_template
+from diffusers_tsam.tsam import Syntax, smooth
+
+
+# Two prompts: of a red car and a blue one, whose noun is two tokens; of a thing without a modifier and one with two
+THINGS = [[[[2], [3]], [[6], [7, 8]]], [[[2]], [[4], [5], [7]]]]
+LOSSES = {
+    "attend_and_excite": functools.partial(attend_and_excite_loss, sharpness=None),
+    "attend_and_excite_100": attend_and_excite_loss,
+    "conform": functools.partial(conform_loss, sharpness=None),
+    "conform_100": conform_loss,
+    "syngen": syngen_loss,
+    "focus": focus_loss,
+}
+
+
+@pytest.fixture
+def scene():
+    """Two prompts of ten tokens: <bos>, some of their own, the rest padding."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 11, 5, 4, generator=generator).double().mul(2).softmax(1)
+    content = torch.zeros(2, 11, dtype=torch.bool)
+    content[0, 1:9] = content[1, 1:10] = True
+    return maps, content, THINGS
+
+
+def competing(maps, content, weight):
+    """Literally: at each position weight(A) over the sum of the content tokens', then the 3x3 blur."""
+    result = torch.zeros_like(maps)
+    for b in range(len(maps)):
+        own = content[b].nonzero().flatten().tolist()
+        for y in range(maps.shape[2]):
+            for x in range(maps.shape[3]):
+                total = sum(weight(maps[b, n, y, x]) for n in own)
+                for n in own:
+                    result[b, n, y, x] = weight(maps[b, n, y, x]) / total
+    return smooth(result)
+
+
+def word_of(maps, tokens):
+    return sum(maps[token] for token in tokens) / len(tokens)
+
+
+def cosine(a, b):
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def sharply(attention):
+    return math.exp(100 * attention)
+
+
+def attend_and_excite(maps, content, things, weight=float):
+    maps = competing(maps, content, weight)
+    return [max(1 - float(word_of(own, thing[-1]).max()) for thing in its) for own, its in zip(maps, things)]
+
+
+def conform(maps, content, things, weight=float):
+    maps, result = competing(maps, content, weight), []
+    for own, its in zip(maps, things):
+        words = [(k, word_of(own, word)) for k, thing in enumerate(its) for word in thing]
+        terms = []
+        for j, (thing, anchor) in enumerate(words):
+            near = {p: math.exp(cosine(anchor, word) / 0.5) for p, (_, word) in enumerate(words)}
+            others = sum(near[n] for n, (other, _) in enumerate(words) if other != thing)
+            for p, (other, _) in enumerate(words):
+                if p != j and other == thing:
+                    terms.append(-math.log(near[p] / (near[p] + others)))
+        result.append(sum(terms) / len(terms))
+    return result
+
+
+def divided(values):
+    return values / values.sum()
+
+
+def syngen(maps, content, things):
+    def distance(p, q):
+        return float((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2
+
+    result = []
+    for own, inside, its in zip(maps, content, things):
+        total = 0
+        for *modifiers, noun in its:
+            taken = {token for word in (*modifiers, noun) for token in word}
+            others = [divided(own[n]) for n in inside.nonzero().flatten().tolist() if n not in taken]
+            noun = divided(word_of(own, noun))
+            for modifier in modifiers:
+                modifier = divided(word_of(own, modifier))
+                far = [(distance(modifier, u) + distance(noun, u)) / 2 for u in others]
+                total += distance(modifier, noun) - sum(far) / len(far)
+        result.append(total)
+    return result
+
+
+def focus(maps, content, things):
+    def divergence(maps):
+        """Jensen-Shannon by entropies: that of the mean less the mean of them."""
+        shares = [divided(each**3) for each in maps]
+        mean = sum(shares) / len(shares)
+        entropies = [-float((p * p.log()).sum()) for p in (mean, *shares)]
+        return (entropies[0] - sum(entropies[1:]) / len(shares)) / math.log(len(shares))
+
+    result = []
+    for own, its in zip(smooth(maps), things):
+        words = [[word_of(own, word) for word in thing] for thing in its]
+        near = [divergence(thing) for thing in words if len(thing) > 1]
+        apart = 1 - divergence([sum(thing) / len(thing) for thing in words])
+        result.append((sum(near) / len(near) + apart) / 2)
+    return result
+
+
+LITERAL = {
+    "attend_and_excite": attend_and_excite,
+    "attend_and_excite_100": functools.partial(attend_and_excite, weight=sharply),
+    "conform": conform,
+    "conform_100": functools.partial(conform, weight=sharply),
+    "syngen": syngen,
+    "focus": focus,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_agrees_with_the_literal_one(name, scene):
+    tolerance = 1e-5 if name == "focus" else 1e-7  # its logarithms are of 1e-10 more
+    torch.testing.assert_close(LOSSES[name](*scene).tolist(), LITERAL[name](*scene), rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_images_of_a_batch_are_independent_and_have_gradients(name, scene):
+    maps, content, things = scene
+    maps.requires_grad_()
+    together = LOSSES[name](maps, content, things)
+    alone = torch.cat([LOSSES[name](*(x[b : b + 1] for x in scene)) for b in range(2)])
+    torch.testing.assert_close(together, alone)
+    (gradient,) = torch.autograd.grad(together[0], maps)
+    assert gradient[0].abs().max() > 0 and not gradient[1].any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("things", ([], [[[2], [3]]], [[[2]], [[3]]]), ids=("nothing", "one thing", "nouns alone"))
+def test_what_needs_no_binding_costs_a_finite_loss_with_a_finite_gradient(name, things, scene):
+    maps, content, _ = scene
+    maps.requires_grad_()
+    loss = LOSSES[name](maps, content, [things, THINGS[1]])
+    (gradient,) = torch.autograd.grad(loss.sum(), maps)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert things or (loss[0] == 0 and not gradient[0].any())
+
+
+def test_attend_and_excite_is_that_of_diffusers(scene):
+    module = pytest.importorskip(
+        "diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite.pipeline_stable_diffusion_attend_and_excite"
+    )
+    theirs = module.StableDiffusionAttendAndExcitePipeline
+    maps, content = scene[0].float(), torch.ones_like(scene[1])
+    content[:, [0, -1]] = False  # theirs lets all but the first and the last token compete
+    things = [[[[2], [3]], [[6], [7]]], [[[2]], [[8]]]]  # theirs knows no words of two tokens
+    for b in range(2):
+        nouns = [thing[-1][0] for thing in things[b]]
+        highest = theirs._compute_max_attention_per_index(maps[b].permute(1, 2, 0).clone(), nouns)
+        torch.testing.assert_close(attend_and_excite_loss(maps, content, things)[b], theirs._compute_loss(highest))
+
+
+@pytest.mark.parametrize("sharpness", (100.0, 10.0, None))
+def test_maps_that_compete_share_each_position(scene, sharpness):
+    maps, content, _ = scene
+    shared = compete(maps, content, sharpness)
+    torch.testing.assert_close(shared.sum(1), torch.ones_like(shared[:, 0]))
+    assert not shared[~content].any()
+
+
+def test_shares_without_sharpness_are_parts_of_the_sum(scene):
+    maps, content, _ = scene
+    own = maps[0, 1:9]
+    torch.testing.assert_close(compete(maps, content, None)[0, 1:9], smooth((own / own.sum(0))[None])[0])
+
+
+PAIRS = [[[[2], [3]], [[6], [7]]]]
+
+
+def disjoint(groups):
+    """Maps of one prompt's words, each group with a corner of its own; all others lie everywhere."""
+    maps = torch.full((1, 10, 6, 6), 0.01)
+    for k, group in enumerate(groups):
+        maps[0, group, 2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = 0.9
+    return maps / maps.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("loss", (conform_loss, syngen_loss, focus_loss))
+def test_bound_pairs_cost_less_than_swapped_ones(loss):
+    content = torch.ones(1, 10, dtype=torch.bool)
+    bound, swapped = disjoint([[2, 3], [6, 7]]), disjoint([[2, 7], [6, 3]])
+    assert loss(bound, content, PAIRS) < loss(swapped, content, PAIRS)
+
+
+def test_a_neglected_noun_costs_attend_and_excite():
+    content = torch.ones(1, 10, dtype=torch.bool)
+    assert attend_and_excite_loss(disjoint([[3], [7]]), content, PAIRS) < attend_and_excite_loss(
+        disjoint([[3]]), content, PAIRS
+    )
+
+
+def test_only_pairs_bind_for_syngen_and_nouns_for_the_others():
+    assert {name: baseline.binds([[[2]], [[4]]]) for name, baseline in BASELINES.items()} == {
+        "attend_and_excite": True,
+        "conform": True,
+        "syngen": False,
+        "focus": True,
+    }
+    assert not any(baseline.binds([]) for baseline in BASELINES.values())
+
+
+def words(text, things):
+    return [[text[first:last] for first, last in thing] for thing in things]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a red cube and an orange sphere", [["red", "cube"], ["orange", "sphere"]]),
+        ("a cat with a blue bow", [["cat"], ["blue", "bow"]]),
+        ("the dog and a cat and a pink T-shirt.", [["dog"], ["cat"], ["pink", "T-shirt"]]),
+        ("a dog runs and a cat sleeps on a mat", []),
+        ("surfers", []),
+    ],
+)
+def test_a_template_says_its_things(text, expected):
+    assert words(text, things_of_template(text)) == expected
+
+
+@pytest.mark.parametrize("name, number", [("objects", 66), ("animals-objects", 144), ("animals", 66)])
+def test_structured_sets_are_of_different_prompts_that_their_template_fits(name, number):
+    texts = structured(name)
+    assert len(set(texts)) == number and texts == structured(name)
+    assert all(len(things_of_template(text)) == 2 for text in texts)
+
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        (["a", "black", "back", "pack", "and", "an", "elephant"], [[[1], [2, 3]], [[6]]]),
+        (["a", "black", "backpack", "and"], [[[1], [2]]]),  # cut off by the window
+        (["", "a", "black", "back", "p", "ack", ",", "and", "an", "eleph", "ant"], [[[2], [3, 4, 5]], [[9, 10]]]),
+        (["\N{REPLACEMENT CHARACTER}", "black", "backpack", "and", "an", "elephant"], [[[1], [2]], [[5]]]),
+    ],
+)
+def test_a_word_of_several_tokens_is_one_word(tokens, expected):
+    text = "a Black backpack and an elephant"
+    assert positions_of(things_of_template(text), text, tokens) == expected
+
+
+def test_an_objective_finds_each_images_own_words():
+    prompts = [Prompt("0", text, things_of_template(text)) for text in ("a cat and a red bow", "a blue bow and a dog")]
+    tokens = [["a", "cat", "and", "a", "red", "bow"], ["a", "blue", "bow", "and", "a", "dog"]]
+    content = torch.zeros(2, 8, dtype=torch.bool)
+    content[:, 1:7] = True
+    syntax, maps, seen = Syntax(None, None, content, tokens), torch.ones(2, 8, 2, 2), []
+    for given in (prompts, None):
+        told(lambda maps, content, things: seen.append(things), given)(maps, syntax)
+    assert seen[0] == seen[1] == [[[[2]], [[5], [6]]], [[[2], [3]], [[6]]]]
+
+
+def doc(text, tags, heads, deps):
+    spacy = pytest.importorskip("spacy")
+    words = text.split()
+    return spacy.tokens.Doc(spacy.blank("en").vocab, words=words, pos=tags.split(), heads=heads, deps=deps.split())
+
+
+@pytest.mark.parametrize(
+    "text, tags, heads, deps, expected",
+    [
+        (
+            "a very red car and a dog",
+            "DET ADV ADJ NOUN CCONJ DET NOUN",
+            [3, 2, 3, 3, 3, 6, 3],
+            "det advmod amod ROOT cc det conj",
+            [["very", "red", "car"]],
+        ),
+        (
+            "a red and white metal boat",
+            "DET ADJ CCONJ ADJ NOUN NOUN",
+            [5, 5, 1, 1, 5, 5],
+            "det amod cc conj compound ROOT",
+            [["red", "white", "metal", "boat"]],
+        ),
+        ("the dog is red", "DET NOUN AUX ADJ", [1, 2, 2, 2], "det nsubj ROOT acomp", [["red", "dog"]]),
+        (
+            "a dog that is red",
+            "DET NOUN PRON AUX ADJ",
+            [1, 1, 3, 1, 3],
+            "det ROOT nsubj relcl acomp",
+            [["red", "dog"]],
+        ),
+        ("two men talk", "NUM NOUN VERB", [1, 2, 2], "nummod nsubj ROOT", []),
+    ],
+)
+def test_a_parse_says_which_modifiers_a_noun_has(text, tags, heads, deps, expected):
+    assert words(text, things_of_doc(doc(text, tags, heads, deps))) == expected
