@@ -80,10 +80,9 @@ def rate(args, folder):
 
 def sweep(args):
     """Tune on one set of prompts, report the best setting on another."""
-    from accelerate import PartialState
-
     from . import prompts
     from .report import COLUMNS, Scores, report
+    from .runs import processes
 
     tuning, reported = ({p.text for p in prompts.load(spec)} for spec in (args.prompts, args.report_prompts))
     if tuning & reported:
@@ -99,19 +98,25 @@ def sweep(args):
     best = max(methods, key=lambda name: scores.gain(scores.run.methods.index(name), key)[0])
     run = draw(args, methods=["stock", best], prompts=args.report_prompts, output=output / "test")
     run = rate(args, run.folder)
-    if not PartialState().is_main_process:
-        return []
-    report(output / "tune")
-    text = report(run.folder)
-    return [f"The best on {args.prompts} by {COLUMNS[key].title}: {best}. On {args.report_prompts}:", "", text]
+    texts = [report(folder) for folder in (output / "tune", run.folder) if processes().is_main_process]
+    return said(
+        f"The best on {args.prompts} by {COLUMNS[key].title}: {best}. On {args.report_prompts}:", "", *texts[1:]
+    )
+
+
+def said(*lines):
+    """Once, however many processes there are."""
+    from .runs import processes
+
+    return lines if processes().is_main_process else ()
 
 
 def run(args):
     """The lines that a command prints."""
     if args.command == "generate":
-        return [f"{draw(args).folder}: drawn"]
+        return said(f"{draw(args).folder}: drawn")
     if args.command == "score":
-        return [f"{rate(args, args.run).folder}: scored"]
+        return said(f"{rate(args, args.run).folder}: scored")
     if args.command == "sweep":
         return sweep(args)
     from .report import report

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from ..cli import load as load_pipeline
 from ..shapes import ARGUMENTS, MODELS, TUNED
 from . import prompts as prompt_sets
 from .baselines import BASELINES, told
-from .runs import Run, save
+from .runs import Run, processes, save
 
 
 SEQUENCES = ("refinement_steps", "attention_layers")
@@ -125,7 +124,7 @@ def generate(
     format="png",
 ):
     """Draw what of a run is not drawn yet; returns the `Run`."""
-    state = PartialState()
+    state = processes()
     wanted = prompt_sets.load(prompts, parser)
     path = str(MODELS.get(model, model))
     with state.main_process_first():

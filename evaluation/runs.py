@@ -8,11 +8,22 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import PartialState
 
 from .prompts import Prompt
+
+
+PATIENCE = timedelta(days=7)  # for which processes that are done wait for the others
+
+
+def processes():
+    """Those that share the work, as the launcher made them."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 class Run:

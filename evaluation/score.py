@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
 from ..shapes.judge import Judge, verdict
-from .prompts import phrases, things_of_template
-from .runs import Run, write
+from ..shapes.scenes import words_of_solids
+from .prompts import phrases
+from .runs import Run, processes, write
 
 
 # The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021), which Attend-and-Excite averages over
@@ -71,18 +71,15 @@ class Clip:
     def __init__(self, model, processor, templates=TEMPLATES):
         self.model, self.processor, self.templates, self.known = model.eval(), processor, templates, {}
 
-    def features(self, method, **inputs):
-        found = getattr(self.model, method)(**inputs.pop("inputs").to(self.model.device, self.model.dtype))
-        return F.normalize(getattr(found, "pooler_output", found).float(), dim=-1)
-
     def of_texts(self, texts):
         """(texts, D), of length 1."""
         tokens = self.processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return self.features("get_text_features", inputs=tokens)
+        return F.normalize(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.float(), dim=-1)
 
     def of_images(self, images):
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")
-        return self.features("get_image_features", inputs=pixels)
+        pixels = self.processor.image_processor(images=images, return_tensors="pt").pixel_values
+        found = self.model.get_image_features(pixels.to(self.model.device, self.model.dtype)).pooler_output
+        return F.normalize(found.float(), dim=-1)
 
     def of_prompt(self, text):
         """(D,): the mean over templates of features of length 1, again of length 1."""
@@ -120,7 +117,7 @@ class Caption:
 class BlipAnswers:
     """A `BlipForQuestionAnswering`'s free answers, and how probable it finds given ones.
 
-    Questions of one batch are padded; other than its own `generate`, this lets no answer look at the padding.
+    transformers lets BLIP's answers look at the padding of shorter questions, so those of one length go together.
     """
 
     def __init__(self, model, processor):
@@ -128,32 +125,40 @@ class BlipAnswers:
 
     def __call__(self, images, questions, answers):
         """Of n images, questions and expected answers: n free answers, and n probabilities of the expected ones."""
-        model, tokenizer = self.model, self.processor.tokenizer
         distinct = {id(image): image for image in images}
         number = {name: k for k, name in enumerate(distinct)}
         pixels = self.processor.image_processor(images=list(distinct.values()), return_tensors="pt").pixel_values
-        seen = model.vision_model(pixel_values=pixels.to(model.device, model.dtype))[0]
+        seen = self.model.vision_model(pixel_values=pixels.to(self.model.device, self.model.dtype))[0]
         seen = seen[[number[id(image)] for image in images]]
-        asked = tokenizer(list(questions), padding=True, return_tensors="pt").to(model.device)
-        state = model.text_encoder(
-            input_ids=asked.input_ids, attention_mask=asked.attention_mask, encoder_hidden_states=seen
-        )[0]
-        given = {"encoder_hidden_states": state, "encoder_attention_mask": asked.attention_mask}
-        config = model.config.text_config
-        ids = model.text_decoder.generate(
-            input_ids=torch.full((len(state), 1), config.bos_token_id, device=model.device),
+        ids, lengths = [self.processor.tokenizer(question).input_ids for question in questions], defaultdict(list)
+        for k, tokens in enumerate(ids):
+            lengths[len(tokens)].append(k)
+        free, likely = [""] * len(images), [0.0] * len(images)
+        for own in lengths.values():
+            asked = torch.tensor([ids[k] for k in own], device=self.model.device)
+            found = self.answered(seen[own], asked, [answers[k] for k in own])
+            for k, *result in zip(own, *found):
+                free[k], likely[k] = result
+        return free, likely
+
+    def answered(self, seen, asked, answers):
+        """Free answers and probabilities of the expected ones, of images' features and questions' tokens."""
+        config, decoder = self.model.config.text_config, self.model.text_decoder
+        state = self.model.text_encoder(input_ids=asked, encoder_hidden_states=seen)[0]
+        ids = decoder.generate(
+            input_ids=torch.full((len(state), 1), config.bos_token_id, device=state.device),
             eos_token_id=config.sep_token_id,
             pad_token_id=config.pad_token_id,
             max_length=MAX_ANSWER,
             do_sample=False,
-            **given,
+            encoder_hidden_states=state,
         )
-        free = [answer.strip() for answer in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        expected = tokenizer(list(answers), padding=True, return_tensors="pt").to(model.device)
+        free = [answer.strip() for answer in self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        expected = self.processor.tokenizer(answers, padding=True, return_tensors="pt").to(state.device)
         ids, mask = expected.input_ids, expected.attention_mask
         inputs = ids.clone()
         inputs[:, 0] = config.bos_token_id
-        logits = model.text_decoder(input_ids=inputs, attention_mask=mask, **given).logits[:, :-1].float()
+        logits = decoder(input_ids=inputs, attention_mask=mask, encoder_hidden_states=state).logits[:, :-1].float()
         likely = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return free, (likely * mask[:, 1:]).sum(-1).exp().tolist()
 
@@ -222,14 +227,15 @@ class Shapes:
     keys = ("right", "objects", "swap")
 
     def __init__(self, prompts):
-        self.judge, other = Judge.from_pretrained(), [p.text for p in prompts if not things_of_template(p.text)]
+        self.judge, other = Judge.from_pretrained(), [p.text for p in prompts if not words_of_solids(p.text)]
         if other:
             raise ValueError(f"The judge reads coloured solids only, and no pictures of {other[0]!r}.")
 
     def __call__(self, images, prompts):
         rows = []
         for prompt, seen in zip(prompts, self.judge.read(images)):
-            found = verdict([tuple(prompt.text[a:b] for a, b in thing) for thing in prompt.things], seen)
+            words = prompt.text.split()
+            found = verdict([(words[colour], words[solid]) for colour, solid in words_of_solids(prompt.text)], seen)
             row = {"right": found["present"], "objects": found["objects"], "swap": found["swap"]}
             rows.append({key: int(value) for key, value in row.items()} | {"seen": sorted(map(list, seen))})
         return rows
@@ -284,7 +290,7 @@ def score(
     batch=32,
 ):
     """Score what of a run is drawn and not scored yet; returns the `Run`."""
-    state, run = PartialState(), Run(folder)
+    state, run = processes(), Run(folder)
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"A metric is {metric!r}, but has to be one of {', '.join(METRICS)}.")
