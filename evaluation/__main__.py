@@ -38,7 +38,7 @@ def arguments():
         add("--clip", help="a CLIP (openai/clip-vit-base-patch16)")
         add("--blip", help="a BLIP that captions (Salesforce/blip-image-captioning-base)")
         add("--vqa", help="a BLIP that answers (Salesforce/blip-vqa-base)")
-        add("--sentences", help="finds the choice nearest to an answer (sentence-transformers/all-mpnet-base-v2)")
+        add("--sentences", help="finds the nearest choice, or none (sentence-transformers/all-mpnet-base-v2)")
         add("--score-batch", type=int, help="pictures at once (32)")
 
     command = commands.add_parser("generate", help="draw prompts by methods, on one process or many")
@@ -75,6 +75,8 @@ def rate(args, folder):
 
     names = ("questions", "clip", "blip", "vqa", "sentences")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given.get("sentences") == "none":
+        given["sentences"] = None
     return score(folder, args.metrics, **given, **({"batch": args.score_batch} if args.score_batch else {}))
 
 

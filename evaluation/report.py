@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import math
+import textwrap
 import warnings
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ BLUE, RED = "#1f6fb4", "#b4421f"
 MAP = "RdBu"
 MAX_COLUMNS = 7  # methods on a sheet
 SIDE = 256  # pixels of a sheet's pictures
+LABEL = 40  # characters of a line
 
 
 class Column(NamedTuple):
@@ -159,7 +161,8 @@ def gains_figure(scores):
             colour = GREY if not clear else BLUE if (mean > 0) == column.better else RED
             axes.errorbar(mean, y, xerr=half, fmt="o", capsize=3, color=colour)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set_yticks(range(len(names)), reversed(names), size=8)
+        labels = [textwrap.fill(name.replace(":", " "), LABEL) for name in reversed(names)]
+        axes.set_yticks(range(len(names)), labels, size=8)
         axes.set_xlabel(f"{column.title}, over stock", color=INK, size=9)
         axes.spines[["top", "right"]].set_visible(False)
     return fig

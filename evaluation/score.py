@@ -309,7 +309,7 @@ def score(
         record = run.folder / f"score-{metric}.json"
         if record.exists() and json.loads(record.read_text()) != used:
             raise ValueError(
-                f"{metric!r} was scored with {record.read_text().strip()}, not {json.dumps(used)}. Choose the former, or"
+                f"{metric!r} was scored with {record.read_text().strip()}, not {json.dumps(used)}. Choose those, or"
                 f" remove score-{metric}*."
             )
         if state.is_main_process:

@@ -1,4 +1,4 @@
-"""The baselines' losses beside slow, literal ones, and beside diffusers' own Attend-and-Excite; which words they get."""
+"""The baselines' losses beside slow, literal ones, and diffusers' own Attend-and-Excite; which words they get."""
 
 import functools
 import math
@@ -275,6 +275,15 @@ def test_an_objective_finds_each_images_own_words():
     for given in (prompts, None):
         told(lambda maps, content, things: seen.append(things), given)(maps, syntax)
     assert seen[0] == seen[1] == [[[[2]], [[5], [6]]], [[[2], [3]], [[6]]]]
+
+
+def test_both_pipelines_tokens_are_found_in_the_prompt(pipe):
+    text = "a red cube and a purple sphere"  # the tiny tokenizers know neither "purple" nor all of the others
+    (tokens,) = pipe.get_text_self_attention(text).tokens
+    for thing, found in zip(things_of_template(text), positions_of(things_of_template(text), text, tokens)):
+        for (first, last), word in zip(thing, found):
+            assert "".join(tokens[k].strip() for k in word) == text[first:last]
+    assert len(found) == 2
 
 
 def doc(text, tags, heads, deps):
