@@ -25,6 +25,7 @@ SEQUENCES = ("refinement_steps", "attention_layers")
 WORDS = ("objective", "schedule")
 INTEGERS = ("tsam_steps", "refinement_iterations", "attention_resolution")
 OF_A_LOSS = ("sharpness",)
+STOCK = {"tsam_steps": 0}
 PACKAGES = ("diffusers", "transformers", "torch")
 
 
@@ -44,7 +45,7 @@ def parse_method(text, kind="sd"):
     arguments changed, as "tsam:alpha=20:objective=attainable" or "conform:sharpness=none:refinement_steps=0+10".
     """
     name, *changes = text.split(":")
-    named = {"stock": {"tsam_steps": 0}, "tsam": {}, "tuned": TUNED[kind]}
+    named = {"stock": STOCK, "tsam": {}, "tuned": TUNED[kind]}
     named |= {name: baseline.arguments for name, baseline in BASELINES.items()}
     if name not in named:
         raise ValueError(f"A method is {name!r}, but has to be one of {', '.join(named)}.")
@@ -84,18 +85,18 @@ def identity(model):
 
 
 def plan(prompts, methods, seeds, batch):
-    """All batches, [(method, arguments, jobs)], jobs being (prompt, seed), all methods in turn: what is drawn first can
-    be compared. They depend on nothing but the arguments, so that neither processes nor interruptions change a picture.
+    """All batches, [(method, (arguments, baseline), jobs)], jobs being (prompt, seed); all methods in turn, so that
+    what is drawn first can be compared. They depend on nothing but this function's arguments: neither processes nor
+    interruptions change a picture.
 
-    A baseline's prompts without anything to bind are drawn with stock's arguments.
+    Prompts without anything to bind for a baseline are drawn as by stock.
     """
-    jobs = [(prompt, seed) for seed in range(seeds) for prompt in range(len(prompts))]
-    rounds = []
-    for method, (arguments, baseline) in enumerate(methods.values()):
-        binds = [baseline is None or baseline.binds(prompt.things) for prompt in prompts]
-        parts = ([job for job in jobs if binds[job[0]]], arguments), ([j for j in jobs if not binds[j[0]]], None)
-        own = [(method, use, part[k : k + batch]) for part, use in parts for k in range(0, len(part), batch)]
-        rounds += [(number, batch) for number, batch in enumerate(own)]
+    jobs, rounds = [(prompt, seed) for seed in range(seeds) for prompt in range(len(prompts))], []
+    for method, use in enumerate(methods.values()):
+        binds = [use[1] is None or use[1].binds(prompt.things) for prompt in prompts]
+        for bound, how in ((True, use), (False, (STOCK, None))):
+            part = [job for job in jobs if binds[job[0]] == bound]
+            rounds += [(k, (method, how, part[k : k + batch])) for k in range(0, len(part), batch)]
     return [batch for _, batch in sorted(rounds, key=lambda entry: entry[0])]
 
 
@@ -108,6 +109,20 @@ def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # the same noise on every device
     output = pipe([prompt.text for prompt in prompts], generator=generators, **given, **arguments)
     return output.images, output.losses
+
+
+def described(pipe, kind, model, path, methods, given, **others):
+    """The settings of a run."""
+    return others | {
+        "model": model,
+        "revision": identity(path),
+        "kind": kind,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "scheduler": type(pipe.scheduler).__name__,
+        "arguments": given,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "methods": {name: arguments for name, (arguments, _) in methods.items()},
+    }
 
 
 def generate(
@@ -124,69 +139,44 @@ def generate(
     format="png",
 ):
     """Draw what of a run is not drawn yet; returns the `Run`."""
-    state = processes()
-    wanted = prompt_sets.load(prompts, parser)
-    path = str(MODELS.get(model, model))
+    state, wanted, path = processes(), prompt_sets.load(prompts, parser), str(MODELS.get(model, model))
     with state.main_process_first():
         pipe, kind = load_pipeline(path, device=state.device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # which would count a black picture against a method
+        pipe.safety_checker = None  # whose black pictures would count against a method
     given = {"num_inference_steps": steps} | (ARGUMENTS[kind] if model in MODELS else {})
     if guidance_scale is not None:
         given["guidance_scale"] = guidance_scale
     methods = {name: parse_method(name, kind) for name in methods}
     check_methods(methods, pipe)
-    settings = {
-        "model": model,
-        "revision": identity(path),
-        "kind": kind,
-        "prompt_set": prompts,
-        "parser": parser,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "format": format,
-        "scheduler": type(pipe.scheduler).__name__,
-        "arguments": given,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "methods": {name: arguments for name, (arguments, _) in methods.items()},
-        "seeds": seeds,
-    }
     if state.is_main_process:
+        settings = described(
+            pipe, kind, model, path, methods, given, prompt_set=prompts, parser=parser, format=format, seeds=seeds
+        )
         Run.create(output, settings, wanted)
     state.wait_for_everyone()
     run = Run(output)
     number = [run.methods.index(name) for name in methods]
+    batches = [(number[method], how, jobs) for method, how, jobs in plan(wanted, methods, seeds, batch)]
     done = run.done("drawn") & run.present()
-    batches = [
-        entry
-        for entry in plan(wanted, methods, seeds, batch)
-        if not all(done[number[entry[0]]][job] for job in entry[2])
-    ]
+    batches = [(method, how, jobs) for method, how, jobs in batches if not all(done[method][job] for job in jobs)]
     state.wait_for_everyone()  # until all have read what is done
     with (
         state.split_between_processes(batches) as own,
         run.writer("drawn", state.process_index) as append,
         tqdm(total=sum(len(jobs) for *_, jobs in own), unit="picture", disable=not state.is_main_process) as progress,
     ):
-        for method, arguments, jobs in own:
-            started, baseline = time.perf_counter(), list(methods.values())[method][1]
-            told_nothing = arguments is None
-            images, losses = draw(
-                pipe,
-                [wanted[prompt] for prompt, _ in jobs],
-                [seed for _, seed in jobs],
-                {"tsam_steps": 0} if told_nothing else arguments,
-                None if told_nothing else baseline,
-                **given,
-            )
+        for method, how, jobs in own:
+            started = time.perf_counter()
+            images, losses = draw(pipe, [wanted[p] for p, _ in jobs], [seed for _, seed in jobs], *how, **given)
             seconds, rows = (time.perf_counter() - started) / len(jobs), []
-            for (prompt, seed), image, loss in zip(jobs, images, np.asarray(losses, dtype=float)):
-                if done[number[method], prompt, seed]:
-                    continue  # of a batch that was half done
-                save(image, run.picture(number[method], prompt, seed))
-                ends = [round(float(x), 4) for x in (loss[[0, -1]] if len(loss) else loss)]
-                rows.append({"method": number[method], "prompt": prompt, "seed": seed, "updates": len(loss)})
-                rows[-1] |= {"loss": ends, "seconds": round(seconds, 3)}
+            for job, image, loss in zip(jobs, images, np.asarray(losses, dtype=float)):
+                if not done[method][job]:  # of a batch that may be half done
+                    save(image, run.picture(method, *job))
+                    row = {"method": method, "prompt": job[0], "seed": job[1], "updates": len(loss)}
+                    ends = [round(float(x), 4) for x in (loss[[0, -1]] if len(loss) else loss)]
+                    rows.append(row | {"loss": ends, "seconds": round(seconds, 3)})
             append(rows)
             progress.update(len(jobs))
     state.wait_for_everyone()

@@ -28,27 +28,21 @@ from .runs import Run, processes, write
 
 
 # The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021), which Attend-and-Excite averages over
-_PHOTOS = "bad|low resolution|cropped|bright|dark|close-up|black and white|pixelated|jpeg corrupted|blurry|good".split(
-    "|"
-)
-_ARTS = "a sculpture of|a rendering of|graffiti of|a tattoo of|a drawing of|a painting of|a doodle of|a sketch of"
-_ARTS = [*_ARTS.split("|"), "a rendition of", "art of", "itap of"]
-_KINDS = "hard to see|clean|dirty|cool|large|nice|weird|small".split("|")
-TEMPLATES = [f"a {photo} photo of {article} {{}}." for photo, article in product(_PHOTOS, ("a", "the"))]
-TEMPLATES += [f"{art} {article} {{}}." for art, article in product(_ARTS, ("a", "the"))]
-TEMPLATES += [f"a photo of {article} {kind} {{}}." for kind, article in product(_KINDS, ("a", "the"))]
-TEMPLATES += [
-    f"{a} {stuff} {{}}."
-    for stuff, a in product("embroidered|plastic|origami|toy|cartoon|plushie".split("|"), ("a", "the"))
+_OF_BOTH_ARTICLES = {
+    "a {} photo of {} {{}}.": "bad, low resolution, cropped, bright, dark, close-up, black and white, pixelated,"
+    " blurry, jpeg corrupted, good",
+    "{} of {} {{}}.": "a sculpture, a rendering, graffiti, a tattoo, a drawing, a painting, a doodle, a sketch, art,"
+    " itap, a rendition, a photo",
+    "a photo of {1} {0} {{}}.": "hard to see, clean, dirty, cool, large, nice, weird, small",
+    "{1} {0} {{}}.": "embroidered, plastic, origami, toy, cartoon, plushie",
+    "{1} {{}} {0}.": "in a video game",
+}
+TEMPLATES = [
+    pattern.format(word, article)
+    for pattern, words in _OF_BOTH_ARTICLES.items()
+    for word, article in product(words.split(", "), ("a", "the"))
 ]
-TEMPLATES += [
-    "a {} in a video game.",
-    "the {} in a video game.",
-    "a photo of many {}.",
-    "a photo of my {}.",
-    "itap of my {}.",
-]
-TEMPLATES += ["a photo of the {}.", "a photo of one {}.", "a photo of a {}."]
+TEMPLATES += ["a photo of many {}.", "a photo of one {}.", "a photo of my {}.", "itap of my {}."]
 CAPTION = {"num_beams": 3, "min_length": 10, "max_length": 30}  # LAVIS's, with which Attend-and-Excite captioned
 MAX_ANSWER = 50  # tokens; TIFA's
 READERS = 8  # threads that open pictures
@@ -56,11 +50,8 @@ READERS = 8  # threads that open pictures
 
 def in_template(template, prompt):
     """The prompt in the place of a template's noun; of "a photo of the a red car" the first article goes."""
-    return (
-        template.format(prompt)
-        if not re.match(r"(an?|the) ", prompt)
-        else re.sub(r"(?:(?:an?|the) )?\{\}", lambda _: prompt, template)
-    )
+    own = r"(?:(?:an?|the) )?\{\}" if re.match(r"(an?|the) ", prompt) else r"\{\}"
+    return re.sub(own, lambda _: prompt, template)
 
 
 class Clip:

@@ -198,8 +198,9 @@ def test_every_job_is_in_one_batch_and_what_binds_nothing_is_drawn_as_stock(batc
     jobs = [(method, *job) for method, _, own in batches for job in own]
     assert sorted(jobs) == [(m, p, s) for m in (0, 1) for p in (0, 1) for s in range(5)]
     assert all(len(own) <= batch for *_, own in batches)
-    for method, arguments, own in batches:
-        assert (arguments is None) == (method == 1 and own[0][0] == 0)
+    for method, (arguments, baseline), own in batches:
+        assert (baseline is not None) == (method == 1 and own[0][0] == 1)
+        assert (arguments == {"tsam_steps": 0}) == (baseline is None)
         assert len({prompt for prompt, _ in own}) == 1 or method == 0
 
 
