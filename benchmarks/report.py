@@ -16,22 +16,19 @@ from alignment import RESULTS, confusion, gain, interval, load, paired, parse_se
 from matplotlib.figure import Figure
 
 from diffusers_tsam import FAMILIES
+from diffusers_tsam.evaluation.report import Scores, markdown, table_of
+from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.shapes import TUNED
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs" / "evaluation.md"]
 TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder apart"}
 INK, GREY, BLUE = "#222222", "#777777", "#1f6fb4"
 
 
 def read(name):
     return json.loads((RESULTS / name).read_text())
-
-
-def markdown(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def described(setting):
@@ -188,6 +185,8 @@ def parts():
             found[f"alignment-{kind}-{solids}"] = alignment_table(rows, kind, solids)
             found[f"fates-{kind}-{solids}"] = confusion(own, settings_of(own), described)
         found[f"tuning-{kind}"] = tuning_table(tuning, kind)
+    for run in (RESULTS / "evaluation").iterdir():
+        found[f"evaluation-{run.name}"] = markdown(*table_of(Scores(Run(run))))
     return found
 
 
