@@ -131,7 +131,7 @@ def arguments():
     add("--objective", choices=OBJECTIVES, help="how S is compared with T")
     where = "where words of the prompt are to be: left, top, right, bottom in fractions of the picture; may be repeated"
     add("--region", type=region, action="append", metavar='"WORDS=X0,Y0,X1,Y1"', help=where)
-    add("--region-weight", type=float, help="holds them there harder (1)")
+    add("--region-weight", type=float, help="holds them there harder (10)")
     add("--max-sequence-length", type=int, help="sd: tokens of a long prompt, 300 for instance (77 with truncation)")
     add("--refinement-iterations", type=int, help="how many more updates at a few steps")
     add("--guidance-scale", type=float, help="how closely to follow the prompt")

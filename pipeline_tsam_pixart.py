@@ -205,7 +205,7 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         text_self_attention: TextSelfAttention | None = None,
         output_attentions: bool = False,
         regions: dict | list[dict | None] | None = None,
-        region_weight: float = 1.0,
+        region_weight: float = 10.0,
         **kwargs,
     ) -> PixArtAlphaTSAMPipelineOutput | tuple:
         """Generate, as `PixArtAlphaPipeline.__call__` does, whose arguments these are up to `callback_on_step_end`.
@@ -246,10 +246,10 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 share of each phrase's attention inside its region.
             regions (`dict` or a list of such, one a prompt, *optional*): Where phrases of the prompt are to be:
                 `{"a red cube": (0, 0, 0.5, 1)}`, a box (x0, y0, x1, y1) in fractions of the picture, from its upper
-                left corner, or a mask (h, w) of 0 to 1 (PIL, array or tensor) of the whole picture.
-                It is of the picture before that is cut from a size that the model was trained on to its own.
-            region_weight (`float`, defaults to 1.0): Weight, in the loss, of the attention outside the regions. More
-                puts things where they are asked for, at the cost of the objective; `objective=None` leaves it alone.
+                left corner, or a mask (h, w) of 0 to 1 (PIL, array or tensor) of the whole picture,
+                before that is cut from a size that the model was trained on to its own.
+            region_weight (`float`, defaults to 10.0): Weight, in the loss, of the attention outside the regions. More
+                puts things where they are asked for, until they break. `objective=None` leaves it alone.
 
         Returns:
             [`PixArtAlphaTSAMPipelineOutput`], or with `return_dict=False` a tuple of its three fields: images, losses

@@ -265,7 +265,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         output_attentions: bool = False,
         max_sequence_length: int | None = None,
         regions: dict | list[dict | None] | None = None,
-        region_weight: float = 1.0,
+        region_weight: float = 10.0,
         **kwargs,
     ) -> StableDiffusionTSAMPipelineOutput | tuple:
         """Generate, as `StableDiffusionPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
@@ -307,8 +307,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             regions (`dict` or a list of such, one a prompt, *optional*): Where phrases of the prompt are to be:
                 `{"a red cube": (0, 0, 0.5, 1)}`, a box (x0, y0, x1, y1) in fractions of the picture, from its upper
                 left corner, or a mask (h, w) of 0 to 1 (PIL, array or tensor) of the whole picture.
-            region_weight (`float`, defaults to 1.0): Weight, in the loss, of the attention outside the regions. More
-                puts things where they are asked for, at the cost of the objective; `objective=None` leaves it alone.
+            region_weight (`float`, defaults to 10.0): Weight, in the loss, of the attention outside the regions. More
+                puts things where they are asked for, until they break. `objective=None` leaves it alone.
 
         Returns:
             [`StableDiffusionTSAMPipelineOutput`], or with `return_dict=False` a tuple of its four fields: images, nsfw

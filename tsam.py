@@ -343,7 +343,7 @@ class LatentAlignment:
         num_images_per_prompt=1,
         device=None,
         layout=None,
-        region_weight=1.0,
+        region_weight=10.0,
     ):
         attention, content = (x.to(device).repeat_interleave(num_images_per_prompt, 0) for x in text[:2])
         self.tokens = [tokens for tokens in text.tokens for _ in range(num_images_per_prompt)]
@@ -601,7 +601,7 @@ def _check_number(name, value, remedy):
         raise ValueError(f"`{name}` is {value}, but has to be finite. {remedy}")
 
 
-def check_alignment(alpha, gamma, objective, relative_step=None, regions=None, region_weight=1.0):
+def check_alignment(alpha, gamma, objective, relative_step=None, regions=None, region_weight=10.0):
     """Check the arguments of `LatentAlignment`; regions as `check_regions` returned them."""
     if relative_step is not None:
         remedy = "Pass a share of the input's norm, 0.05 for instance, or None to set `alpha`."
@@ -614,9 +614,9 @@ def check_alignment(alpha, gamma, objective, relative_step=None, regions=None, r
     _check_number("gamma", gamma, "Pass the exponent of T, 2.0 for instance.")
     if gamma <= 0:
         raise ValueError(f"`gamma` is {gamma}, but has to be above 0: at 0, T says nothing. Pass 2.0.")
-    _check_number("region_weight", region_weight, "Pass the weight of the layout's loss, 1.0 for instance.")
+    _check_number("region_weight", region_weight, "Pass the weight of the layout's loss, 10.0 for instance.")
     if region_weight < 0:
-        raise ValueError(f"`region_weight` is {region_weight}, but has to be at least 0. Pass 1.0.")
+        raise ValueError(f"`region_weight` is {region_weight}, but has to be at least 0. Pass 10.0.")
     if objective is None and regions:
         return
     if not callable(objective) and not (isinstance(objective, str) and objective in OBJECTIVES):
@@ -659,10 +659,10 @@ def _region(phrase, region):
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} is {region!r}, which is neither a box (x0, y0, x1, y1) nor a mask (h, w).") from error
     if values.shape == (4,):
-        x0, y0, x1, y1 = box = values.tolist()
+        x0, y0, x1, y1 = box = tuple(values.tolist())
         if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
             raise ValueError(
-                f"{name} is {tuple(box)}, but a box is (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1:"
+                f"{name} is {box}, but a box is (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1:"
                 " fractions of the picture, from its upper left corner. Divide pixels by width and height."
             )
         return box
