@@ -80,8 +80,8 @@ def texts_of(ids, tokenizer):
 def join_windows(text, windows):
     """The `TextSelfAttention` of B prompts from that of their B·K windows, the K of a prompt behind each other."""
     attention, content = (x.unflatten(0, (-1, windows)).flatten(1, 2) for x in text[:2])
-    tokens = [sum(text.tokens[first : first + windows], []) for first in range(0, len(text.tokens), windows)]
-    return TextSelfAttention(attention, content, tokens)
+    of_prompts = range(0, len(text.tokens), windows)
+    return TextSelfAttention(attention, content, [sum(text.tokens[k : k + windows], []) for k in of_prompts])
 
 
 def symmetrize(attention):

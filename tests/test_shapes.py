@@ -39,6 +39,18 @@ def test_a_scene_shows_what_its_caption_says():
         assert scene.masks.sum(0).max() <= 1 + 1e-6  # no two solids cover the same place
 
 
+def test_the_judge_says_where_a_solid_is(judge):
+    """Within two thirds of the smallest solid's half, whose cells are an eighth of the picture."""
+    rng = np.random.default_rng(0)
+    shown = [scenes.random_scene(rng, "test") for _ in range(100)]
+    places = np.stack(np.meshgrid(*[(np.arange(scenes.GRID) + 0.5) / scenes.GRID] * 2))  # x, y
+    for scene, found in zip(shown, judge.locate([scene.image for scene in shown])):
+        assert set(found) == set(scene.solids)
+        for solid, mask in zip(scene.solids, scene.masks):
+            centre = (places * mask).sum((1, 2)) / mask.sum()
+            assert np.abs(centre - found[solid]).max() < 0.11
+
+
 def test_training_never_shows_a_held_out_pair():
     rng = np.random.default_rng(0)
     for _ in range(500):
