@@ -128,7 +128,9 @@ def test_update_with_regions_is_the_oracles(pipe, objective):
 
 def test_alone_it_draws_each_phrase_into_its_region(kind, pipe):
     options = {"num_inference_steps": 4, "tsam_steps": 3, "refinement_steps": (0,), "refinement_iterations": 5}
-    output = run(pipe, regions=REGIONS, objective=None, relative_step=0.1, output_attentions=True, **options)
+    output = run(
+        pipe, regions=REGIONS, region_weight=1.0, objective=None, relative_step=0.1, output_attentions=True, **options
+    )
     (seen,) = output.attentions
     assert output.losses.shape == (1, 8) and output.losses[0, 5] < output.losses[0, 0]
     shares = seen["region_shares"]
@@ -188,7 +190,7 @@ def test_a_phrase_may_lie_in_any_window_of_a_long_prompt():
     prompt = "a red cube on the table. a blue sphere with a dog. a white clock"
     regions = {"a blue sphere": LEFT, "clock": RIGHT}
     options = {**SHORTLY, "relative_step": 0.05, "max_sequence_length": 60, "output_attentions": True}
-    output = run(pipe, prompt, regions=regions, objective=None, **options)
+    output = run(pipe, prompt, regions=regions, region_weight=1.0, objective=None, **options)
     (seen,), loss = output.attentions, 0.0
     for phrase, box in regions.items():
         tokens = [seen["tokens"].index(word) for word in phrase.split()[1:] or [phrase]]
