@@ -1,6 +1,7 @@
 """`tsam "a red cube and a blue sphere"`: what T-SAM changes in a picture, and why, drawn into one PNG."""
 
 import argparse
+import functools
 import importlib
 import inspect
 import io
@@ -17,6 +18,7 @@ from .shapes import ARGUMENTS, MODELS, TUNED
 READ = ("attention_resolution", "attention_layers")  # whose maps are read: one pipeline has the one, one the other
 SETTINGS = ("objective", "schedule", "tsam_steps", "refinement_iterations", "alpha", "relative_step", "gamma")
 SETTINGS += ("guidance_scale", *READ)
+OPTIONAL = ("max_sequence_length", "regions", "region_weight")  # which a note is of only where they are given
 OBJECTIVES = ("l1", "l1_full", "cosine", "attainable")  # those of tsam.py, which `--help` has no time to import
 # Of 0 to 109, stock Stable Diffusion forgets the sphere of "a red cube and a blue sphere" at 74 only (at 30 and 41 it
 # draws something unasked beside); stock PixArt-α forgets nothing at 0 to 59.
@@ -28,20 +30,34 @@ def draw(pipe, prompt, seed=0, **settings):
     """One prompt without and with T-SAM, from one seed; `settings` are arguments of the pipeline.
 
     Returns both pictures, both losses, how many steps were guided, and what `LatentAlignment.attentions` returns, with
-    stock and T-SAM in place of the steps. Losses, maps and S are of the pass that predicts the noise in the last guided
-    step, after its updates.
+    stock and T-SAM in place of the steps; with regions also these, as `figures.figure` draws them. Losses, maps and S
+    are of the pass that predicts the noise in the last guided step, after its updates.
     """
     from .attention_processors import mean_maps, record_cross_attention
-    from .tsam import LatentAlignment
+    from .tsam import LatentAlignment, check_regions, layout_of
 
     defaults = {name: argument.default for name, argument in inspect.signature(pipe.__call__).parameters.items()}
     given = {**defaults, **settings, "prompt": prompt}
     layers = pipe.cross_attention_layers(*(given[name] for name in READ if name in given))
-    how_to_read = given.keys() & inspect.signature(pipe.get_text_self_attention).parameters.keys()
-    text = pipe.get_text_self_attention(**{name: given[name] for name in how_to_read})
+
+    def named(method):
+        """The arguments of `method` that are given."""
+        names = given.keys() & inspect.signature(method).parameters.keys()
+        return functools.partial(method, **{name: given[name] for name in names})
+
+    text = named(pipe.get_text_self_attention)()
     if text.content.sum() < 2:
         raise ValueError(f"T-SAM aligns words with each other: {prompt!r} needs two or more.")
-    alignment = LatentAlignment(text, 0, given["gamma"], given["objective"], device="cpu")
+    layout = layout_of(check_regions(given["regions"], 1), text, named(pipe.words_of))
+    alignment = LatentAlignment(
+        text,
+        0,
+        given["gamma"],
+        given["objective"],
+        device="cpu",
+        layout=layout,
+        region_weight=given["region_weight"],
+    )
 
     def run(name, **changes):
         """The output, and the maps (1, N, H, W) of every step's pass."""
@@ -64,7 +80,23 @@ def draw(pipe, prompt, seed=0, **settings):
     guided = tsam.attentions[0]["steps"]
     alignment.maps = [maps[guided[-1]] for maps in (before, after)]
     losses = [alignment.loss_of(maps).item() for maps in alignment.maps]
-    return [stock.images[0], tsam.images[0]], losses, len(guided), alignment.attentions(["stock", "T-SAM"])[0]
+    seen = alignment.attentions(["stock", "T-SAM"])[0]
+    if layout is not None:
+        words = layout.tokens[0][:, text.content[0]]
+        seen["regions"] = [(region, own.nonzero().flatten().tolist()) for region, own in zip(layout.regions[0], words)]
+    return [stock.images[0], tsam.images[0]], losses, len(guided), seen
+
+
+def region(text):
+    """("a red cube", (0.0, 0.0, 0.5, 1.0)) of "a red cube=0,0,0.5,1"."""
+    phrase, _, numbers = text.rpartition("=")
+    try:
+        box = tuple(map(float, numbers.split(",")))
+    except ValueError:
+        box = ()
+    if not phrase or len(box) != 4:
+        raise argparse.ArgumentTypeError(f'it is {text!r}, but has to be as "a red cube=0,0,0.5,1".')
+    return phrase, box
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,6 +129,10 @@ def arguments():
     add("--relative-step", type=float, help="instead of alpha: the first update, as a share of the input")
     add("--gamma", type=float, help="more keeps only the strongest bonds between words")
     add("--objective", choices=OBJECTIVES, help="how S is compared with T")
+    where = "where words of the prompt are to be: left, top, right, bottom in fractions of the picture; may be repeated"
+    add("--region", type=region, action="append", metavar='"WORDS=X0,Y0,X1,Y1"', help=where)
+    add("--region-weight", type=float, help="holds them there harder (10)")
+    add("--max-sequence-length", type=int, help="sd: tokens of a long prompt, 300 for instance (77 with truncation)")
     add("--refinement-iterations", type=int, help="how many more updates at a few steps")
     add("--guidance-scale", type=float, help="how closely to follow the prompt")
     add("--attention-resolution", type=int, help="sd: side of the grid whose maps are read (16; 24 for 2.1 at 768)")
@@ -213,6 +249,8 @@ def run(args):
     for name in given.keys() - parameters.keys():
         raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
     settings.update(given)
+    optional = {**vars(args), "regions": dict(args.region) if args.region else None}
+    settings.update({name: optional[name] for name in OPTIONAL if optional[name] is not None})
     if "alpha" in given and "relative_step" not in given:
         settings["relative_step"] = None
     pictures, losses, guided, seen = draw(pipe, args.prompt, seed, num_inference_steps=args.steps, **settings)
@@ -227,7 +265,10 @@ def run(args):
         captions = [f"{caption} · the judge sees: {found}" for caption, found in zip(captions, solids)]
         lines.append("the judge sees: stock {}; T-SAM {}".format(*solids))
     notes = [f"maps and S {when}, one scale a word", f"seed {seed}"]
-    notes += [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+    named = (*SETTINGS, "max_sequence_length", "region_weight")
+    notes += [f"{name.replace('_', ' ')} {settings[name]}" for name in named if settings.get(name) is not None]
+    for phrase, (before, after) in seen.get("region_shares", {}).items():
+        lines.append(f"attention of {phrase!r} inside its region: stock {before:.0%}, T-SAM {after:.0%}")
     rows = list(zip(("Stock", "T-SAM, same seed"), captions, pictures, seen["maps"]))
     tables = [("T: what the text encoder reads", seen["text_attention"])]
     if settings["objective"] == "attainable":
@@ -235,7 +276,8 @@ def run(args):
 
         tables.append(("T as S can take it", attainable_target(seen["text_attention"])))
     tables += zip(("S: stock", "S: T-SAM"), seen["similarity"])
-    figures.save(figures.figure(args.prompt, seen["tokens"], rows, tables, " · ".join(notes)), args.output)
+    drawn = figures.figure(args.prompt, seen["tokens"], rows, tables, " · ".join(notes), seen.get("regions", ()))
+    figures.save(drawn, args.output)
     return lines
 
 

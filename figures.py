@@ -6,8 +6,10 @@ import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 
+OUTLINES = ("#00e5ff", "#ffe100", "#ff5fd2", "#7dff6a")  # of regions, in turn
 INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
 MAX_WORDS, WORDS_A_LINE = 14, 7  # two lines of maps that can still be read
 WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: of all, a picture's side, the height of the tables
@@ -17,12 +19,14 @@ NEAREST = 128  # pixels up to which a picture is shown as squares
 TEXT = {"color": INK, "parse_math": False}  # a prompt's $ is no formula
 
 
-def figure(prompt, words, rows, tables, footer=""):
+def figure(prompt, words, rows, tables, footer="", regions=()):
     """Pictures with each word's cross-attention above tables of the words: a matplotlib `Figure`, for `save`.
 
     words: s strings. rows: (name, caption, PIL image, maps (s, H, W)); a word's maps share one scale. tables: (name,
-    lower triangular matrix (s, s)). footer: a line under everything.
+    lower triangular matrix (s, s)). footer: a line under everything. regions: (box (x0, y0, x1, y1) in fractions of the
+    picture or mask (h, w), indices of its words), outlined in the pictures and in these words' maps.
     """
+    outlines = [(outline, OUTLINES[k % len(OUTLINES)], own) for k, (outline, own) in enumerate(regions)]
     shown = words[:MAX_WORDS]
     lines = math.ceil(len(shown) / WORDS_A_LINE)
     columns = max(math.ceil(len(shown) / lines), 3)  # so that a map is no larger than the picture
@@ -37,12 +41,18 @@ def figure(prompt, words, rows, tables, footer=""):
         left, right = part.subfigures(1, 2, width_ratios=(PICTURE, WIDTH - PICTURE))
         left.suptitle(name, x=0.03, ha="left", size=13, weight="bold", **TEXT)
         right.suptitle(caption, x=0.01, ha="left", size=11, **TEXT | {"color": GREY})
-        draw_picture(left.subplots(), picture)
+        axes = left.subplots()
+        draw_picture(axes, picture)
+        for outline, colour, _ in outlines:
+            draw_outline(axes, outline, colour, picture)
         panels = right.subplots(lines, columns, squeeze=False).ravel()
         for i, axes in enumerate(panels):
             if i < len(shown):
                 draw_map(axes, maps[i], scales[i], picture)
                 axes.set_title(shown[i], size=11, pad=3, **TEXT)
+                for outline, colour, own in outlines:
+                    if i in own:
+                        draw_outline(axes, outline, colour, picture)
             else:
                 axes.remove()
     for axes, (name, values) in zip(below.subplots(1, len(tables), squeeze=False)[0], tables):
@@ -66,6 +76,19 @@ def draw_map(axes, attention, scale, picture):
     axes.imshow(
         np.asarray(attention), HEAT, vmin=0, vmax=scale or 1, alpha=0.65, extent=extent, interpolation="bilinear"
     )
+
+
+def draw_outline(axes, region, colour, picture):
+    """The border of a box or mask."""
+    width, height = picture.size
+    if len(region) == 4 and np.ndim(region) == 1:
+        x0, y0, x1, y1 = (at * side for at, side in zip(region, (width, height) * 2))
+        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
+    else:
+        mask = np.pad(np.asarray(region, dtype=float), 1)  # closed at the border
+        down, across = ((np.arange(side) - 0.5) / (side - 2) for side in mask.shape)
+        axes.contour(across * width - 0.5, down * height - 0.5, mask, [0.5], colors=colour, linewidths=2)
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def draw_table(axes, values, words):

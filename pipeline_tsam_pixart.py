@@ -5,6 +5,7 @@ Text Self-Attention Maps", CVPR 2025 (arXiv:2411.15236). The denoising loop is d
 latent moved before the first predictions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,11 +39,14 @@ from .tsam import (
     check_alignment,
     check_integer,
     check_lengths,
+    check_regions,
     check_text_self_attention,
     input_scale,
+    layout_of,
     resolve_schedule,
     symmetrize,
     text_of,
+    texts_of,
     updates_per_timestep,
 )
 
@@ -128,6 +132,11 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         return text._replace(lengths=(position * (input_ids != self.tokenizer.pad_token_id)).amax(-1))
 
+    def words_of(self, phrase: str, clean_caption: bool = False) -> list[str]:
+        """A phrase's tokens, as a `TextSelfAttention` has them."""
+        (phrase,) = self._text_preprocessing(phrase, clean_caption=clean_caption)
+        return texts_of(self.tokenizer(phrase, add_special_tokens=False).input_ids, self.tokenizer)
+
     def align_latents(
         self,
         alignment: LatentAlignment,
@@ -195,6 +204,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         attention_layers: tuple[int, int] = (10, 18),
         text_self_attention: TextSelfAttention | None = None,
         output_attentions: bool = False,
+        regions: dict | list[dict | None] | None = None,
+        region_weight: float = 10.0,
         **kwargs,
     ) -> PixArtAlphaTSAMPipelineOutput | tuple:
         """Generate, as `PixArtAlphaPipeline.__call__` does, whose arguments these are up to `callback_on_step_end`.
@@ -231,7 +242,14 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 0, whose cross-attention is read, with all between.
             text_self_attention (`TextSelfAttention`, *optional*): What `get_text_self_attention` returned, needed
                 with `prompt_embeds` alone.
-            output_attentions (`bool`, defaults to `False`): Also return tokens, T, and per guided step maps and S.
+            output_attentions (`bool`, defaults to `False`): Also return tokens, T, and per guided step maps, S, and the
+                share of each phrase's attention inside its region.
+            regions (`dict` or a list of such, one a prompt, *optional*): Where phrases of the prompt are to be:
+                `{"a red cube": (0, 0, 0.5, 1)}`, a box (x0, y0, x1, y1) in fractions of the picture, from its upper
+                left corner, or a mask (h, w) of 0 to 1 (PIL, array or tensor) of the whole picture,
+                before that is cut from a size that the model was trained on to its own.
+            region_weight (`float`, defaults to 10.0): Weight, in the loss, of the attention outside the regions. More
+                puts things where they are asked for, until they break. `objective=None` leaves it alone.
 
         Returns:
             [`PixArtAlphaTSAMPipelineOutput`], or with `return_dict=False` a tuple of its three fields: images, losses
@@ -280,7 +298,6 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 f"`callback_on_step_end_tensor_inputs` has to be in {tensors}, but is"
                 f" {callback_on_step_end_tensor_inputs}."
             )
-        check_alignment(alpha, gamma, objective, relative_step)
         custom_steps = timesteps if timesteps is not None else sigmas
         tsam_steps, refinement_steps, refinement_iterations = resolve_schedule(
             num_inference_steps if custom_steps is None else len(custom_steps),
@@ -299,6 +316,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         else:
             batch_size = prompt_embeds.shape[0]
 
+        regions = check_regions(regions, batch_size)
+        check_alignment(alpha, gamma, objective, relative_step, regions, region_weight)
         if tsam_steps > 0:
             layers = self.cross_attention_layers(attention_layers)
             num_tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
@@ -332,6 +351,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         alignment = None
         if tsam_steps > 0:
             check_lengths(text_self_attention, prompt_attention_mask[::num_images_per_prompt])
+            words_of = functools.partial(self.words_of, clean_caption=clean_caption)
+            layout = layout_of(regions, text_self_attention, words_of, num_images_per_prompt, device)
             alignment = LatentAlignment(
                 text_self_attention,
                 alpha,
@@ -341,6 +362,8 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
                 output_attentions,
                 num_images_per_prompt,
                 device,
+                layout,
+                region_weight,
             )
 
         # For classifier free guidance, we need to do two forward passes.

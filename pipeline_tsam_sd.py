@@ -6,9 +6,12 @@ latent moved before the first predictions.
 """
 
 import functools
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,12 +39,50 @@ from .tsam import (
     LatentAlignment,
     TextSelfAttention,
     check_alignment,
+    check_integer,
+    check_regions,
     check_text_self_attention,
     input_scale,
+    join_windows,
+    layout_of,
+    logger,
     resolve_schedule,
     text_of,
+    texts_of,
     updates_per_timestep,
 )
+
+
+SENTENCE, CLAUSE = re.compile(r"[.!?…。！？]+[\"'”’)\]]*$"), re.compile(r"[,;:，、；：]$")  # what a word ends with
+WORD = re.compile(
+    r"[^\s。！？，、；：]*[。！？，、；：]+|[^\s。！？，、；：]+"
+)  # Chinese and Japanese have no space behind a stop
+
+
+def split_prompt(prompt, numbers_of, room, limit):
+    """A prompt's windows: texts of at most `room` tokens, of `limit` together; what is behind that is left out.
+
+    As full as may be, but ended at a sentence's end, else behind a comma, else between words. Only a word that is
+    longer than a window is cut, by the tokenizer. numbers_of(words): how many tokens each has.
+    """
+    words = list(WORD.finditer(prompt))
+    totals = [0, *accumulate(numbers_of([word[0] for word in words]) if words else [])]
+    last = bisect_right(totals, limit) - 1
+    if last < len(words):
+        cut = prompt[words[last].start() :]
+        logger.warning("`max_sequence_length` is %s tokens, behind which this of a prompt is left out: %s", limit, cut)
+    if totals[last] <= room:
+        return [prompt[: words[last - 1].end()] if last < len(words) else prompt] if last else [""]
+    windows, first = [], 0
+    while first < last:
+        end = max(min(bisect_right(totals, totals[first] + room) - 1, last), first + 1)
+        if end < last:
+            inside = range(end, first, -1)
+            ends = (k for stop in (SENTENCE, CLAUSE) for k in inside if stop.search(words[k - 1][0]))
+            end = next(ends, end)
+        windows.append(prompt[words[first].start() : words[end - 1].end()])
+        first = end
+    return windows
 
 
 @dataclass
@@ -80,20 +121,83 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             finally:
                 del vars(encoder)["text_model"]
 
+    def windows_of(self, prompt: str | list[str], max_sequence_length: int) -> list[list[str]]:
+        """Each prompt's windows, as texts that the text encoder has room for, of `max_sequence_length` tokens together.
+
+        <bos> and <eos> of each window apart. What is longer is left out, with a warning.
+        """
+        check_integer("max_sequence_length", max_sequence_length, 1, "Pass the number of tokens, 300 for instance.")
+
+        def numbers_of(words):
+            words = self.maybe_convert_prompt(words, self.tokenizer)
+            return [len(ids) for ids in self.tokenizer(words, add_special_tokens=False).input_ids]
+
+        room = self.tokenizer.model_max_length - 2
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return [split_prompt(text, numbers_of, room, max_sequence_length) for text in prompts]
+
+    def encode_windows(
+        self,
+        windows: list[list[str]],
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        max_sequence_length: int = 300,
+        **kwargs,
+    ) -> tuple:
+        """As `encode_prompt`, of B prompts' windows, which `windows_of` returned, behind each other.
+
+        Returns the embeddings (B, K·n, C) of the prompts and of the negative ones, K windows of n tokens, and what is
+        theirs (2B, K·n), the negative ones' first: prompts of fewer windows than K have empty ones, to be masked. None
+        for no mask, and without guidance for the negative ones.
+        """
+        both, batch = windows, len(windows)
+        if do_classifier_free_guidance:
+            negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * batch
+            if len(negative) != batch:
+                raise ValueError(f"`negative_prompt` has {len(negative)} prompts, but `prompt` {batch}. Pass as many.")
+            both = self.windows_of(negative, max_sequence_length) + windows
+        number = max(map(len, both))
+        texts = [text for own in both for text in own + [""] * (number - len(own))]
+        prompts, negative = texts[-batch * number :], texts[: -batch * number] or None
+        embeddings = self.encode_prompt(prompts, device, 1, do_classifier_free_guidance, negative, **kwargs)
+        embeddings = [
+            of_all if of_all is None else of_all.unflatten(0, (batch, number)).flatten(1, 2) for of_all in embeddings
+        ]
+        own = torch.tensor([[k < len(of_prompt) for k in range(number)] for of_prompt in both], device=device)
+        mask = None if own.all() else own.repeat_interleave(embeddings[0].shape[1] // number, 1)
+        return tuple(
+            part if part is None else part.repeat_interleave(num_images_per_prompt, 0) for part in (*embeddings, mask)
+        )
+
     @torch.no_grad()
-    def get_text_self_attention(self, prompt: str | list[str], lora_scale: float | None = None) -> TextSelfAttention:
+    def get_text_self_attention(
+        self, prompt: str | list[str], lora_scale: float | None = None, max_sequence_length: int | None = None
+    ) -> TextSelfAttention:
         """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
 
         It is read while `encode_prompt` encodes them, so it is of the tokens (textual inversion, truncation, padding)
-        and layers (LoRA) that the picture is drawn from.
+        and layers (LoRA) that the picture is drawn from. With `max_sequence_length` it is of their windows.
         """
+        device, windows = self._execution_device, None
         with record_self_attention(self.text_encoder) as recordings:
-            self.encode_prompt(prompt, self._execution_device, 1, False, lora_scale=lora_scale)
-        return self.read_text_self_attention(recordings)
+            if max_sequence_length is None:
+                self.encode_prompt(prompt, device, 1, False, lora_scale=lora_scale)
+            else:
+                windows = self.windows_of(prompt, max_sequence_length)
+                self.encode_windows(windows, device, 1, False, lora_scale=lora_scale)
+        return self.read_text_self_attention(recordings, windows)
 
-    def read_text_self_attention(self, recordings: list) -> TextSelfAttention:
-        """T' of the prompts that were encoded first while `record_self_attention` was open."""
-        return text_of(mean_self_attention(recordings), recordings[0].input_ids, self.tokenizer)
+    def read_text_self_attention(self, recordings: list, windows: list[list[str]] | None = None) -> TextSelfAttention:
+        """T' of the prompts, or of their windows, that were encoded first while `record_self_attention` was open."""
+        text = text_of(mean_self_attention(recordings), recordings[0].input_ids, self.tokenizer)
+        return text if windows is None else join_windows(text, len(text.tokens) // len(windows))
+
+    def words_of(self, phrase: str) -> list[str]:
+        """A phrase's tokens, as a `TextSelfAttention` has them."""
+        phrase = self.maybe_convert_prompt(phrase, self.tokenizer)
+        return texts_of(self.tokenizer(phrase, add_special_tokens=False).input_ids, self.tokenizer)
 
     def align_latents(
         self,
@@ -159,6 +263,9 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         attention_resolution: int = 16,
         text_self_attention: TextSelfAttention | None = None,
         output_attentions: bool = False,
+        max_sequence_length: int | None = None,
+        regions: dict | list[dict | None] | None = None,
+        region_weight: float = 10.0,
         **kwargs,
     ) -> StableDiffusionTSAMPipelineOutput | tuple:
         """Generate, as `StableDiffusionPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
@@ -191,7 +298,17 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                 cross-attention layers are read.
             text_self_attention (`TextSelfAttention`, *optional*): What `get_text_self_attention` returned, needed
                 with `prompt_embeds` alone. Of the same prompts: nothing here can tell.
-            output_attentions (`bool`, defaults to `False`): Also return tokens, T, and per guided step maps and S.
+            output_attentions (`bool`, defaults to `False`): Also return tokens, T, and per guided step maps, S, and the
+                share of each phrase's attention inside its region.
+            max_sequence_length (`int`, *optional*): How many tokens of a prompt are encoded, <bos> and <eos> apart, 300
+                for instance: in windows behind each other, of as many as the text encoder has room for. They end with a
+                sentence, else behind a comma, else between words; words of different windows are not compared. `None`:
+                one window, as in stock.
+            regions (`dict` or a list of such, one a prompt, *optional*): Where phrases of the prompt are to be:
+                `{"a red cube": (0, 0, 0.5, 1)}`, a box (x0, y0, x1, y1) in fractions of the picture, from its upper
+                left corner, or a mask (h, w) of 0 to 1 (PIL, array or tensor) of the whole picture.
+            region_weight (`float`, defaults to 10.0): Weight, in the loss, of the attention outside the regions. More
+                puts things where they are asked for, until they break. `objective=None` leaves it alone.
 
         Returns:
             [`StableDiffusionTSAMPipelineOutput`], or with `return_dict=False` a tuple of its four fields: images, nsfw
@@ -226,7 +343,6 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        check_alignment(alpha, gamma, objective, relative_step)
         custom_steps = timesteps if timesteps is not None else sigmas
         tsam_steps, refinement_steps, refinement_iterations = resolve_schedule(
             num_inference_steps if custom_steps is None else len(custom_steps),
@@ -244,10 +360,22 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         else:
             batch_size = prompt_embeds.shape[0]
 
+        regions = check_regions(regions, batch_size)
+        check_alignment(alpha, gamma, objective, relative_step, regions, region_weight)
+        windows, prompt_mask = None, None
+        if max_sequence_length is not None and prompt is not None:
+            windows = self.windows_of(prompt, max_sequence_length)
+            if negative_prompt_embeds is not None:
+                raise ValueError(
+                    "`max_sequence_length` and `negative_prompt_embeds` do not go together: both prompts need as many"
+                    " windows. Pass `negative_prompt`, or both prompts' embeddings."
+                )
         if tsam_steps > 0:
             layers = self.cross_attention_layers(attention_resolution)
-            num_tokens = self.tokenizer.model_max_length if prompt_embeds is None else prompt_embeds.shape[1]
-            check_text_self_attention(text_self_attention, prompt, batch_size, num_tokens)
+            window = None if self.tokenizer is None else self.tokenizer.model_max_length
+            number = 1 if windows is None else max(map(len, windows))
+            num_tokens = number * window if prompt_embeds is None else prompt_embeds.shape[1]
+            check_text_self_attention(text_self_attention, prompt, batch_size, num_tokens, window)
 
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
@@ -261,21 +389,34 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         lora_scale = self.cross_attention_kwargs.get("scale", None) if self.cross_attention_kwargs is not None else None
         reading = tsam_steps > 0 and text_self_attention is None
         with record_self_attention(self.text_encoder) if reading else nullcontext() as recordings:
-            prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-                prompt,
-                device,
-                num_images_per_prompt,
-                self.do_classifier_free_guidance,
-                negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                lora_scale=lora_scale,
-                clip_skip=self.clip_skip,
-            )
+            if windows is None:
+                prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                    prompt,
+                    device,
+                    num_images_per_prompt,
+                    self.do_classifier_free_guidance,
+                    negative_prompt,
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    lora_scale=lora_scale,
+                    clip_skip=self.clip_skip,
+                )
+            else:
+                prompt_embeds, negative_prompt_embeds, prompt_mask = self.encode_windows(
+                    windows,
+                    device,
+                    num_images_per_prompt,
+                    self.do_classifier_free_guidance,
+                    negative_prompt,
+                    max_sequence_length,
+                    lora_scale=lora_scale,
+                    clip_skip=self.clip_skip,
+                )
         if reading:
-            text_self_attention = self.read_text_self_attention(recordings)
+            text_self_attention = self.read_text_self_attention(recordings, windows)
         alignment = None
         if tsam_steps > 0:
+            layout = layout_of(regions, text_self_attention, self.words_of, num_images_per_prompt, device)
             alignment = LatentAlignment(
                 text_self_attention,
                 alpha,
@@ -285,6 +426,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                 output_attentions,
                 num_images_per_prompt,
                 device,
+                layout,
+                region_weight,
             )
 
         # For classifier free guidance, we need to do two forward passes.
@@ -352,6 +495,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
                     "cross_attention_kwargs": self.cross_attention_kwargs,
                     "added_cond_kwargs": added_cond_kwargs,
                 }
+                if prompt_mask is not None:  # of the conditional half alone where a callback has dropped the other
+                    conditions["encoder_attention_mask"] = prompt_mask[-len(prompt_embeds) :]
                 # T-SAM: move the latents until what the model looks at agrees with the syntax, Eq. (15)
                 if updates[i] > 0:
                     latents = self.align_latents(alignment, latents, t, conditions, layers, updates[i])

@@ -4,19 +4,24 @@
 the authors' code at https://github.com/t-sam-diffusion/code.
 
 Shapes: B images, N tokens, maps of H x W positions. `content` (B, N) marks the prompt's own tokens: not <bos>, nothing
-from the first <eos> on, no padding. How maps are read from a network is no business of this module: they are what a
-function `maps_at(model_input)` returns. (The means of Eq. (2) and (6) are in attention_processors.py.)
+from the first <eos> on, no padding. A prompt that was encoded in K windows of n tokens has N = K·n, and in all
+that is compared each window is a row of its own, (B·K, n). How maps are read from a network is no business of this
+module: they are what a function `maps_at(model_input)` returns. (The means of Eq. (2) and (6) are in
+attention_processors.py.)
 """
 
 import math
 import sys
 from contextlib import nullcontext
+from itertools import islice
 from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
+from torch.nn.utils.rnn import pad_sequence
 
 
 logger = logging.get_logger("diffusers.tsam")  # below its own, so that its verbosity holds here too
@@ -35,7 +40,8 @@ FP16_ATTEMPTS = 6  # the last one scales by 2^-8
 class TextSelfAttention(NamedTuple):
     """A batch of prompts' self-attention.
 
-    attention: T', the mean over all layers and heads, float32 (B, N, N). Eq. (2).
+    attention: T', the mean over all layers and heads, float32 (B, N, N). Eq. (2). Of a prompt in windows of n tokens,
+    which attend to their own window only, (B, N, n).
     content: which tokens are the prompt's own, bool (B, N).
     tokens: those tokens' texts, a list of strings per prompt.
     lengths: how many tokens each prompt has before its padding, (B,); None where nobody has to know.
@@ -61,8 +67,21 @@ def text_of(attention, input_ids, tokenizer):
             " Pass `tsam_steps=0`, or a `TextSelfAttention` of your own as `text_self_attention`."
         )
     content = content_of(input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    tokens = [[tokenizer.decode(token) for token in prompt[own]] for prompt, own in zip(input_ids, content)]
-    return TextSelfAttention(attention, content, tokens)
+    return TextSelfAttention(
+        attention, content, [texts_of(ids[own], tokenizer) for ids, own in zip(input_ids, content)]
+    )
+
+
+def texts_of(ids, tokenizer):
+    """Each token's text."""
+    return [tokenizer.decode(token) for token in ids]
+
+
+def join_windows(text, windows):
+    """The `TextSelfAttention` of B prompts from that of their B·K windows, the K of a prompt behind each other."""
+    attention, content = (x.unflatten(0, (-1, windows)).flatten(1, 2) for x in text[:2])
+    of_prompts = range(0, len(text.tokens), windows)
+    return TextSelfAttention(attention, content, [sum(text.tokens[k : k + windows], []) for k in of_prompts])
 
 
 def symmetrize(attention):
@@ -146,7 +165,7 @@ class Syntax(NamedTuple):
     """What an objective may know of the prompts of B images.
 
     target: T (B, N, N), sharpened and normalised. attention: T' (B, N, N). content: (B, N). tokens: the content tokens'
-    texts, a list of strings per image.
+    texts, a list of strings per image. A prompt's windows are as many rows, (B·K, n, n), the first to the last.
     """
 
     target: torch.Tensor
@@ -204,6 +223,97 @@ OBJECTIVES = {"l1": l1, "l1_full": l1_full, "cosine": cosine, "attainable": atta
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Layout: where phrases are to be
+
+
+class Layout(NamedTuple):
+    """Phrases of the prompts of B images, R of the image that has most, and where they are to be. Not the paper's.
+
+    phrases: a list of strings per image. regions: for each a box (x0, y0, x1, y1) in fractions of the picture or a mask
+    (h, w) of 0 to 1, a list per image. tokens: (B, R, N), which are each phrase's, divided by their number.
+    """
+
+    phrases: list
+    regions: list
+    tokens: torch.Tensor
+
+
+def layout_of(regions, text, words_of, num_images_per_prompt=1, device=None):
+    """The `Layout` of `regions`, which `check_regions` returned, for the prompts of `text`, a `TextSelfAttention`.
+
+    words_of(phrase): the texts of a phrase's tokens, which are looked for among those of `text`. None without regions.
+    ValueError for a phrase that the prompt does not have, or has twice.
+    """
+    if regions is None:
+        return None
+    tokens = torch.zeros(len(regions), max(map(len, regions)), text.content.shape[1])
+    for of_image, content, own, wanted in zip(tokens, text.content, text.tokens, regions):
+        positions = content.nonzero().flatten().tolist()
+        for of_phrase, phrase in zip(of_image, wanted):
+            first, number = _find(phrase, words_of(phrase), own)
+            of_phrase[positions[first : first + number]] = 1 / number
+    tokens = tokens.to(device).repeat_interleave(num_images_per_prompt, 0)
+    regions = [wanted for wanted in regions for _ in range(num_images_per_prompt)]
+    return Layout([[*wanted] for wanted in regions], [[*wanted.values()] for wanted in regions], tokens)
+
+
+def _find(phrase, words, own):
+    """Where a phrase's tokens begin among the prompt's own, and how many they are."""
+    found = [k for k in range(len(own) - len(words) + 1) if words and own[k : k + len(words)] == words]
+    if not found:
+        raise ValueError(
+            f"`regions` has {phrase!r}, but the prompt's tokens are {' '.join(own)!r}. Name words that stand in it, in"
+            " the prompt's order and number; what the text encoder cuts off is not there."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"`regions` has {phrase!r}, which the prompt has {len(found)} times. Take a word before or behind it along"
+            " that only one of them has, or word the prompt otherwise."
+        )
+    return found[0], len(words)
+
+
+def region_on(region, height, width):
+    """How much of each position lies in a box or mask, (H, W), 0 to 1: by area."""
+    if torch.is_tensor(region):
+        return F.adaptive_avg_pool2d(region[None], (height, width))[0]
+    x0, y0, x1, y1 = region
+    return _covered(y0, y1, height)[:, None] * _covered(x0, x1, width)
+
+
+def regions_on(regions, height, width):
+    """A list of boxes and masks per image -> (B, R, H, W), zero where an image has fewer."""
+    grids = [[region_on(region, height, width) for region in own] for own in regions]
+    return pad_sequence([torch.stack(own) if own else torch.empty(0, height, width) for own in grids], True)
+
+
+def _covered(start, end, side):
+    """How much of each of `side` positions lies between two fractions of the side, (side,)."""
+    position = torch.arange(side)
+    return ((position + 1).clamp(max=end * side) - position.clamp(min=start * side)).clamp(min=0)
+
+
+def shares_inside(maps, regions, tokens):
+    """The share of each phrase's attention inside its region: mean over its tokens of Σ_a A_a R_a / Σ_a A_a.
+
+    maps (B, N, H, W), regions (B, R, H, W), tokens (B, R, N) as a `Layout`'s -> (B, R), 0 where an image has fewer.
+    """
+    maps = maps.flatten(2)
+    maps = maps / maps.sum(-1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    return (regions.flatten(2) @ maps.mT * tokens).sum(-1)
+
+
+def layout_loss(maps, regions, tokens):
+    """The share of attention outside, mean over an image's phrases, (B,); 0 without any.
+
+    The idea of BoxDiff (Xie et al., ICCV 2023) and TokenCompose (Wang et al., CVPR 2024).
+    """
+    own = tokens.sum(-1) > 0
+    outside = (1 - shares_inside(maps, regions, tokens)).where(own, 0)
+    return outside.sum(-1) / own.sum(-1).clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The update
 
 
@@ -211,10 +321,12 @@ class LatentAlignment:
     """Moves the latents of B images down the gradient of an objective, and keeps what it saw. Eq. (15).
 
     text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times. alpha, gamma: α, γ. objective:
-    one of OBJECTIVES, or a function of (maps (B, N, H, W), `Syntax`) that returns a loss per image, (B,).
+    one of OBJECTIVES, or a function of (maps (B, N, H, W), `Syntax`) that returns a loss per image, (B,); of prompts in
+    windows it gets these as rows, (B·K, n, H, W), and an image's loss is their sum. None: the layout's loss alone.
     relative_step: instead of alpha, the share of its norm by which an image's first update moves the model's input.
 
-    keep_maps: keep the `maps` (B, N, H, W) before each step's first update. device: the latents'.
+    keep_maps: keep the `maps` (B, N, H, W) before each step's first update. device: the latents'. layout: a `Layout` of
+    the images, whose loss is added `region_weight` times.
 
     num_tokens: N, the columns of maps that are needed. losses: one (B,) tensor an update, each taken before it. moved:
     (B,), which images the last `update` has moved.
@@ -230,13 +342,22 @@ class LatentAlignment:
         keep_maps=False,
         num_images_per_prompt=1,
         device=None,
+        layout=None,
+        region_weight=10.0,
     ):
         attention, content = (x.to(device).repeat_interleave(num_images_per_prompt, 0) for x in text[:2])
-        tokens = [tokens for tokens in text.tokens for _ in range(num_images_per_prompt)]
-        self.num_tokens = max([1 + token for token in content.any(0).nonzero().flatten().tolist()], default=1)
+        self.tokens = [tokens for tokens in text.tokens for _ in range(num_images_per_prompt)]
+        self.windows = content.shape[1] // attention.shape[2]
+        self.num_tokens = content.shape[1]
+        if self.windows == 1:
+            self.num_tokens = max([1 + token for token in content.any(0).nonzero().flatten().tolist()], default=1)
         content, attention = content[:, : self.num_tokens], attention[:, : self.num_tokens, : self.num_tokens]
-        target = normalize_text_attention(attention, content, float(gamma))
+        content, attention = self.split(content), self.split(attention)
+        target, words = normalize_text_attention(attention, content, float(gamma)), map(iter, self.tokens)
+        counts = content.sum(-1).unflatten(0, (-1, self.windows)).tolist()
+        tokens = [list(islice(own, count)) for own, of_image in zip(words, counts) for count in of_image]
         self.text = Syntax(target, attention, content, tokens)
+        self.layout, self.region_weight, self.regions = layout, float(region_weight), None  # these on the maps' grid
         self.objective = OBJECTIVES[objective] if isinstance(objective, str) else objective
         self.alpha: float | torch.Tensor = float(alpha)
         self.keep_maps = keep_maps
@@ -249,7 +370,11 @@ class LatentAlignment:
     def possible(self):
         """Whether there is anything to align: one token alone has only itself to attend to, in objectives of ours."""
         least = 2 if self.objective in OBJECTIVES.values() else 1
-        return bool((self.text.content.sum(-1) >= least).any())
+        return self.layout is not None or bool((self.text.content.sum(-1) >= least).any())
+
+    def split(self, values):
+        """Windows as rows: (B, K·n, ...) -> (B·K, n, ...)."""
+        return values.unflatten(1, (self.windows, -1)).flatten(0, 1)
 
     def update(self, latents, input_scale, maps_at, iterations=1):
         """Move latents (B, ...) `iterations` times: z' = z - α ∇ loss. Eq. (15).
@@ -258,9 +383,9 @@ class LatentAlignment:
         one alpha holds under every scheduler: z' = z - (α/c) ∇_{z_in} loss. `maps_at(model_input)` gives the averaged
         cross-attention maps A (B, N, H, W), float32, of a model input in the latents' dtype. Eq. (6).
         """
-        if len(latents) != len(self.text.content):
+        if len(latents) != len(self.tokens):
             raise ValueError(
-                f"`latents` hold {len(latents)} images, but {len(self.text.content)} are to be aligned: the prompts,"
+                f"`latents` hold {len(latents)} images, but {len(self.tokens)} are to be aligned: the prompts,"
                 " each `num_images_per_prompt` times. Pass as many."
             )
         start = latents
@@ -325,17 +450,29 @@ class LatentAlignment:
         return gradient, loss.detach().float(), seen
 
     def loss_of(self, maps):
-        """The objective's loss per image (B,) of maps (B, N, H, W). ValueError where it has another shape."""
+        """The loss per image (B,) of maps (B, N, H, W): the objective's, whose shape is checked, and the layout's."""
         with full_precision(maps.device.type):
-            loss = self.objective(maps, self.text)
-        if not torch.is_tensor(loss) or loss.shape != maps.shape[:1]:
-            found = tuple(loss.shape) if torch.is_tensor(loss) else loss
-            raise ValueError(f"`objective` returned {found}, but has to return a loss per image, ({len(maps)},).")
-        return loss
+            layout = 0 if self.layout is None else self.region_weight * layout_loss(*self.laid_out(maps))
+            if self.objective is None:
+                return layout
+            windows = self.split(maps)
+            loss = self.objective(windows, self.text)
+            if not torch.is_tensor(loss) or loss.shape != windows.shape[:1]:
+                found = tuple(loss.shape) if torch.is_tensor(loss) else loss
+                raise ValueError(
+                    f"`objective` returned {found}, but has to return a loss per image, ({len(windows)},)."
+                )
+            return loss.unflatten(0, (-1, self.windows)).sum(1) + layout
+
+    def laid_out(self, maps):
+        """What `shares_inside` and `layout_loss` take; the regions on the grid that the maps turn out to have."""
+        if self.regions is None or self.regions.shape[-2:] != maps.shape[-2:]:
+            self.regions = regions_on(self.layout.regions, *maps.shape[-2:]).to(maps)
+        return maps, self.regions, self.layout.tokens[..., : self.num_tokens].to(maps)
 
     def losses_per_image(self):
         """(B, updates) on the CPU."""
-        losses = torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.text.content), 0)
+        losses = torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.tokens), 0)
         if self.lost is not None and self.lost.any():  # asked here, once a call, since it waits for the device
             logger.warning("A gradient was not finite, and its image stayed as it was at that update.")
         return losses
@@ -345,23 +482,37 @@ class LatentAlignment:
 
         tokens (s strings), text_attention T (s, s), steps (G positions in the scheduler's timesteps, the first of
         `steps`), maps (G, s, H, W) and similarity S (G, s, s), both before the step's first update, and None where
-        nothing was guided.
+        nothing was guided. T and S are zero between windows. With a layout also region_shares, {phrase: (G,)}, the
+        shares of attention inside, of the same maps.
         """
-        content = self.text.content
-        kept = [(maps.cpu(), similarity_of(maps, content, self.objective is l1_full).cpu()) for maps in self.maps]
-        result = []
-        for image, own in enumerate(content.cpu()):
-            maps = [maps[image, own] for maps, _ in kept]
-            similarity = [similarity[image][own][:, own] for _, similarity in kept]
-            result.append(
-                {
-                    "tokens": self.text.tokens[image],
-                    "text_attention": self.text.target[image].cpu()[own][:, own],
-                    "steps": steps[: len(kept)],
-                    "maps": torch.stack(maps) if maps else None,
-                    "similarity": torch.stack(similarity) if similarity else None,
+        content = self.text.content.cpu()
+        of_image = content.unflatten(0, (-1, self.windows)).flatten(1)
+
+        def matrix(windows, image):
+            """(s, s) of (B·K, n, n)."""
+            rows = slice(image * self.windows, (image + 1) * self.windows)
+            return torch.block_diag(*(values[own][:, own] for values, own in zip(windows[rows], content[rows])))
+
+        target = self.text.target.cpu()
+        similar = [
+            similarity_of(self.split(maps), self.text.content, self.objective is l1_full).cpu() for maps in self.maps
+        ]
+        shares = [] if self.layout is None else [shares_inside(*self.laid_out(maps)).cpu() for maps in self.maps]
+        kept, result = [maps.cpu() for maps in self.maps], []
+        for image, own in enumerate(of_image):
+            seen = {
+                "tokens": self.tokens[image],
+                "text_attention": matrix(target, image),
+                "steps": steps[: len(kept)],
+                "maps": torch.stack([maps[image, own] for maps in kept]) if kept else None,
+                "similarity": torch.stack([matrix(windows, image) for windows in similar]) if kept else None,
+            }
+            if self.layout is not None:
+                phrases = enumerate(self.layout.phrases[image])
+                seen["region_shares"] = {
+                    name: torch.tensor([share[image, k] for share in shares]) for k, name in phrases
                 }
-            )
+            result.append(seen)
         return result
 
 
@@ -450,8 +601,8 @@ def _check_number(name, value, remedy):
         raise ValueError(f"`{name}` is {value}, but has to be finite. {remedy}")
 
 
-def check_alignment(alpha, gamma, objective, relative_step=None):
-    """Check the arguments of `LatentAlignment`."""
+def check_alignment(alpha, gamma, objective, relative_step=None, regions=None, region_weight=10.0):
+    """Check the arguments of `LatentAlignment`; regions as `check_regions` returned them."""
     if relative_step is not None:
         remedy = "Pass a share of the input's norm, 0.05 for instance, or None to set `alpha`."
         _check_number("relative_step", relative_step, remedy)
@@ -463,9 +614,70 @@ def check_alignment(alpha, gamma, objective, relative_step=None):
     _check_number("gamma", gamma, "Pass the exponent of T, 2.0 for instance.")
     if gamma <= 0:
         raise ValueError(f"`gamma` is {gamma}, but has to be above 0: at 0, T says nothing. Pass 2.0.")
+    _check_number("region_weight", region_weight, "Pass the weight of the layout's loss, 10.0 for instance.")
+    if region_weight < 0:
+        raise ValueError(f"`region_weight` is {region_weight}, but has to be at least 0. Pass 10.0.")
+    if objective is None and regions:
+        return
     if not callable(objective) and not (isinstance(objective, str) and objective in OBJECTIVES):
         names = ", ".join(map(repr, OBJECTIVES))
-        raise ValueError(f"`objective` is {objective!r}, but has to be one of {names}, or a function (maps, text).")
+        known = f"one of {names}, or a function (maps, text)"
+        raise ValueError(f"`objective` is {objective!r}, but has to be {known}; or None with `regions`.")
+
+
+def check_regions(regions, batch_size):
+    """`regions` as a dict {phrase: box or mask (h, w)} per prompt; None where there is none.
+
+    Masks may be PIL images, arrays or tensors. ValueError or TypeError naming the value, the limit and the remedy.
+    """
+    if regions is None:
+        return None
+    own = [regions] if isinstance(regions, dict) else regions
+    if not isinstance(own, (list, tuple)) or not all(isinstance(wanted, (dict, type(None))) for wanted in own):
+        raise TypeError(
+            f"`regions` has to be a dict of phrases and where they are to be, or a list of such, one a prompt, but is"
+            f' {regions!r}. Pass {{"a red cube": (0, 0, 0.5, 1)}}.'
+        )
+    if len(own) != batch_size:
+        raise ValueError(
+            f"`regions` is of {len(own)} prompts, but there are {batch_size}. Pass a list with a dict for each, or None"
+            " for one without."
+        )
+    checked = [{phrase: _region(phrase, region) for phrase, region in (wanted or {}).items()} for wanted in own]
+    return checked if any(checked) else None
+
+
+def _region(phrase, region):
+    """A region, checked: a box as four floats, a mask as a float32 tensor (h, w)."""
+    name = f"`regions[{phrase!r}]`"
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise TypeError(f"`regions` has {phrase!r}, but a phrase has to be words of the prompt. Pass 'a red cube'.")
+    try:
+        if hasattr(region, "convert"):  # PIL's
+            region = np.asarray(region.convert("L")) / 255
+        values = torch.as_tensor(region).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {region!r}, which is neither a box (x0, y0, x1, y1) nor a mask (h, w).") from error
+    if values.shape == (4,):
+        x0, y0, x1, y1 = box = tuple(values.tolist())
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise ValueError(
+                f"{name} is {box}, but a box is (x0, y0, x1, y1) with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1:"
+                " fractions of the picture, from its upper left corner. Divide pixels by width and height."
+            )
+        return box
+    if values.dim() == 3 and len(values) == 1:
+        values = values[0]
+    if values.dim() != 2 or values.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, but a box has four numbers and a mask is (h, w).")
+    if not (values.amin() >= 0 and values.amax() <= 1):
+        raise ValueError(
+            f"{name} is a mask of {values.amin():g} to {values.amax():g}, but has to be of 0 to 1. Divide it by its"
+            " largest value."
+        )
+    if not values.any():
+        raise ValueError(f"{name} is a mask of zeros, so that there is nowhere to be. Leave the phrase out.")
+    return values.float()
 
 
 def resolve_schedule(
@@ -505,8 +717,9 @@ def resolve_schedule(
     return tsam_steps, set(refinement_steps), refinement_iterations
 
 
-def check_text_self_attention(text, prompt, batch_size, num_tokens):
-    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `num_tokens` tokens; text needs none."""
+def check_text_self_attention(text, prompt, batch_size, num_tokens, window=None):
+    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `num_tokens` tokens, which may be windows of
+    `window` tokens each; text needs none."""
     if text is None:
         if prompt is None:
             raise ValueError(
@@ -522,7 +735,8 @@ def check_text_self_attention(text, prompt, batch_size, num_tokens):
             "`text_self_attention` has to hold a tensor of attention and a bool tensor of content tokens, as"
             " `get_text_self_attention` returns them."
         )
-    expected = (batch_size, num_tokens, num_tokens)
+    in_windows = window is not None and num_tokens % window == 0
+    expected = (batch_size, num_tokens, window if in_windows and attention.shape[-1] == window else num_tokens)
     if tuple(attention.shape) != expected or tuple(content.shape) != expected[:2] or len(texts) != batch_size:
         raise ValueError(
             f"`text_self_attention` has attention {tuple(attention.shape)}, content {tuple(content.shape)} and"

@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import layout
 from alignment import RESULTS, confusion, gain, interval, load, paired, parse_setting
 from matplotlib.figure import Figure
 
@@ -155,6 +156,50 @@ def card_sentence(rows, kind):
     )
 
 
+def laid_out(setting):
+    """A setting of `layout.py` in words."""
+    name, *changes = setting.split(",")
+    if name == "stock":
+        return "stock"
+    given = dict(part.split("=") for part in changes)
+    first = "layout alone" if given.pop("objective", "") == "none" else "T-SAM with layout"
+    words = {"region_weight": "weight", "relative_step": "relative step"}
+    return ", ".join([first, *(f"{words.get(key, key)} {value}" for key, value in given.items())])
+
+
+def layout_table(rows, kind):
+    own = [row for row in rows if row["pipeline"] == kind]
+    return layout.table(own, list(dict.fromkeys(row["setting"] for row in own)), laid_out)
+
+
+def long_prompts_table(rows, kind):
+    """How many pictures of several sentences are right, by the form of the captions."""
+    names = {"stock, cut": "stock, cut off behind a window", "stock": "stock", "tuned": "T-SAM"}
+    table = []
+    for form in ("sentences", "filled"):
+        own = [row for row in rows if row["pipeline"] == kind and row["form"] == form]
+        for name in dict.fromkeys(row["setting"] for row in own):
+            pairs = paired(own, name, name)
+            captions, cells = [row["caption"] for row, _ in pairs], [form, f"{names[name]} ({len(pairs)})"]
+            cells += [percent([row[key] for row, _ in pairs], captions) for key in ("present", "objects")]
+            compared = paired(own, name, "stock") if name == "tuned" else []
+            table.append([*cells, "{:+.1f} ± {:.1f}".format(*(100 * x for x in gain(compared))) if compared else ""])
+    return markdown(["captions", "setting (pictures)", "right", "every solid", "points over stock"], table)
+
+
+def long_prompts_cost():
+    """Of the loss and its gradient, without a network."""
+    found = read("long_prompts_cost.json")
+    rows = [
+        [
+            tokens,
+            *(f"{each['ms']} ms, {each['bytes'] / 1e6:.2f} MB" for each in (found[name][tokens] for name in found)),
+        ]
+        for tokens in found["windows"]
+    ]
+    return markdown(["tokens", "in windows of 75", "in one window"], rows)
+
+
 def gains_figure(rows, solids=3):
     """Points over stock by setting, a panel a pipeline, with 95 % intervals."""
     fig = Figure((9, 3.6), dpi=120, layout="constrained")
@@ -179,12 +224,16 @@ def parts():
     """{name: Markdown} of everything that a document may hold."""
     rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
     found = {"operations": operations_table(), "loss": loss_sentence(), "anatomy": anatomy_tables()}
+    found["long-cost"] = long_prompts_cost()
     for kind in FAMILIES:
         for solids in sorted({row["solids"] for row in rows if row["pipeline"] == kind}):
             own = chosen(rows, kind, solids)
             found[f"alignment-{kind}-{solids}"] = alignment_table(rows, kind, solids)
             found[f"fates-{kind}-{solids}"] = confusion(own, settings_of(own), described)
         found[f"tuning-{kind}"] = tuning_table(tuning, kind)
+        for name in ("layout", "layout_tuning"):
+            found[f"{name.replace('_', '-')}-{kind}"] = layout_table(layout.read(RESULTS / f"{name}.jsonl"), kind)
+        found[f"long-{kind}"] = long_prompts_table(load(RESULTS / "long_prompts.jsonl"), kind)
     for run in (RESULTS / "evaluation").iterdir():
         found[f"evaluation-{run.name}"] = markdown(*table_of(Scores(Run(run))))
     return found

@@ -27,7 +27,11 @@ class Judge(nn.Module):
 
     def forward(self, images):
         """images (B, 3, H, W) in -1 to 1 -> logits (B, 48), ordered as `scenes.PAIRS`."""
-        return self.head(self.body(images)).amax((2, 3))
+        return self.logits(images).amax((2, 3))
+
+    def logits(self, images):
+        """The same at every place, (B, 48, H / 8, W / 8)."""
+        return self.head(self.body(images))
 
     @classmethod
     def from_pretrained(cls, path=WEIGHTS):
@@ -38,9 +42,20 @@ class Judge(nn.Module):
     @torch.no_grad()
     def read(self, images):
         """Pictures (PIL or a (B, H, W, 3) uint8 array) -> for each, the set of (colour, solid) seen in it."""
+        return [set(places) for places in self.locate(images)]
+
+    @torch.no_grad()
+    def locate(self, images):
+        """As `read`, {(colour, solid): (x, y)}: where it is seen most surely, in fractions of the picture."""
         batch = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        logits = self(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        return [{PAIRS[k] for k in row.nonzero().flatten().tolist()} for row in (logits > 0)]
+        logits = self.logits(batch.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        height, width = logits.shape[2:]
+        highest, place = logits.flatten(2).max(-1)
+        found = []
+        for seen, places in zip(highest > 0, place.tolist()):
+            cells = {PAIRS[k]: divmod(places[k], width) for k in seen.nonzero().flatten().tolist()}
+            found.append({pair: ((x + 0.5) / width, (y + 0.5) / height) for pair, (y, x) in cells.items()})
+        return found
 
 
 def verdict(wanted, seen):

@@ -122,6 +122,48 @@ def loss(text, images, objective):
     return total
 
 
+def covered(start, end, first):
+    """How much of the position from `first` to `first + 1` lies between two places."""
+    return max(0.0, min(end, first + 1) - max(start, first))
+
+
+def box_on(box, height, width):
+    """How much of each position lies in a box of fractions (x0, y0, x1, y1), rows of the grid."""
+    x0, y0, x1, y1 = box
+    across = [covered(x0 * width, x1 * width, w) for w in range(width)]
+    down = [covered(y0 * height, y1 * height, h) for h in range(height)]
+    return [[part * other for other in across] for part in down]
+
+
+def mask_on(mask, height, width):
+    """The mean of a mask (rows of numbers) over each position, of which it holds a whole number."""
+    tall, wide = len(mask) // height, len(mask[0]) // width
+    return [
+        [
+            sum(mask[h * tall + y][w * wide + x] for y in range(tall) for x in range(wide)) / tall / wide
+            for w in range(width)
+        ]
+        for h in range(height)
+    ]
+
+
+def share_inside(image, region):
+    """Σ_a A_a R_a / Σ_a A_a of one map and one region on its grid."""
+    inside, total = 0.0, 0.0
+    for row, own in zip(image, region):
+        for value, part in zip(row, own):
+            inside, total = inside + value * part, total + value
+    return inside / total
+
+
+def layout(phrases):
+    """mean over phrases (maps of its tokens, region) of mean over tokens of 1 - Σ_a A_a R_a / Σ_a A_a."""
+    total = 0.0
+    for images, region in phrases:
+        total = total + sum(1 - share_inside(image, region) for image in images) / len(images)
+    return total / len(phrases) if phrases else 0.0
+
+
 def probabilities(query, key, heads, scale=None, bias=None):
     """softmax(scale·q kᵀ + bias), a matrix (P, N) a head; query (P, heads·d), key (N, heads·d).
 
@@ -273,18 +315,24 @@ def double(model):
     return copy.deepcopy(model).double().requires_grad_(False)
 
 
-def loss_at(model, model_input, given, names, own, text, grid, objective):
+def loss_at(model, model_input, given, names, windows, grid, objective, phrases=(), weight=0.0):
     """The loss of one image (C, h, w) at the input of a float64 UNet or transformer, its maps on the grid (H, W).
 
     given: what the model is called with beside the input, by name, a batch of one. names: the layers that are read.
+    windows: (positions of the content tokens, T) each; their losses are summed. phrases: (positions of its tokens,
+    region on the grid) each, whose layout is added with a weight.
     """
     modules = dict(model.named_modules())
     with captured_inputs(model) as inputs:
         model(model_input[None], **given)
     mask = given["encoder_attention_mask"][0] if "encoder_attention_mask" in given else None
     maps = mean_cross_attention({name: modules[name] for name in names}, inputs, mask)
-    images = [[[maps[h * grid[1] + w, token] for w in range(grid[1])] for h in range(grid[0])] for token in own]
-    return loss(text, images, objective)
+
+    def images(own):
+        return [[[maps[h * grid[1] + w, token] for w in range(grid[1])] for h in range(grid[0])] for token in own]
+
+    total = sum(loss(text, images(own), objective) for own, text in windows) if objective else 0.0
+    return total + weight * layout([(images(own), region) for own, region in phrases])
 
 
 def update(model, latents, scale, alpha, *where):

@@ -50,6 +50,32 @@ def test_alignment_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert "conform,alpha=4: 2 pictures" in run("tuned", "conform,alpha=4")
 
 
+def test_layout_and_long_prompts_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
+    def run(script, *arguments):
+        results = tmp_path / f"{script}.jsonl"
+        few = ["--prompts", "2", "--steps", "2", "--output", str(results)]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *few, *arguments])
+        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
+        return capsys.readouterr().out, results.read_text()
+
+    first, lines = run("layout", "--setting", "tuned")
+    assert "stock: 2 pictures" in first and "tuned: 2 pictures" in first and "| tuned (2) |" in first
+    again = run("layout", "--setting", "tuned")
+    assert again[1] == lines and "pictures," not in again[0] and "| tuned (2) |" in again[0]
+    first, lines = run("long_prompts")
+    assert "filled, stock, cut: " in first and "filled, tuned: " in first and lines.count("\n") == 10
+    assert run("long_prompts")[1] == lines
+
+
+@pytest.mark.parametrize("place, there", [((0.2, 0.2), True), ((0.5, 0.2), False), ((0.2, 0.7), False)])
+def test_a_solid_is_where_it_was_asked_for_if_it_is_seen_inside(place, there):
+    import layout
+
+    row = {"regions": {"red cube": (0.0, 0.0, 0.5, 0.5), "blue ring": (0.5, 0.5, 1.0, 1.0)}}
+    judged = layout.judged(row | {"places": [["red", "cube", *place], ["white", "star", 0.7, 0.7]]})
+    assert (judged["seen"], judged["placed"], judged["all"]) == (0.5, 0.5 * there, False)
+
+
 def test_the_documents_say_what_the_data_say():
     import report
 

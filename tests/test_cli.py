@@ -124,6 +124,37 @@ def test_losses_maps_and_s_are_those_of_the_last_guided_step_after_its_updates(k
     torch.testing.assert_close(attentions["text_attention"], watched["text_attention"])
 
 
+def test_regions_are_those_of_the_last_guided_step_after_its_updates_and_outlined(kind, pipe):
+    regions = {"black car": (0.0, 0.0, 0.5, 1.0), "a white clock": (0.5, 0.0, 1.0, 1.0)}
+    settings = {**kind.call, "num_inference_steps": 1, "objective": None, "alpha": 0.1 * kind.alpha, "regions": regions}
+    _, (before, after), _, seen = cli.draw(pipe, PROMPT, refinement_iterations=0, **settings)
+    assert seen["regions"] == [((0.0, 0.0, 0.5, 1.0), [1, 2]), ((0.5, 0.0, 1.0, 1.0), [4, 5, 6])]
+    shares = torch.stack([*seen["region_shares"].values()])
+    assert [*seen["region_shares"]] == [*regions] and after < before
+    torch.testing.assert_close(10 * (1 - shares.mean(0)), torch.tensor([before, after]))
+
+
+def test_it_takes_regions_and_long_prompts(tsam, capsys, folder):
+    regions = "--region", "car=0,0,0.5,1", "--region", "white clock=0.5,0,1,1"
+    tsam(PROMPT, *regions, "--region-weight", "5", "--max-sequence-length", "150")
+    _, _, car, clock = capsys.readouterr().out.splitlines()
+    assert car.startswith("attention of 'car' inside its region: stock ") and "%, T-SAM " in clock
+
+
+@pytest.mark.parametrize(
+    "region, reason",
+    [
+        ("car", "it is 'car', but has to be as \"a red cube=0,0,0.5,1\"."),
+        ("car=0,0,left,1", "it is 'car=0,0,left,1', but has to be as"),
+        ("=0,0,1,1", "it is '=0,0,1,1', but has to be as"),
+        ("car=0,0,64,64", "fractions of the picture"),
+        ("dog=0,0,1,1", "`regions` has 'dog', but the prompt's tokens are 'a black car and a white clock'"),
+    ],
+)
+def test_a_region_that_is_none_is_refused_in_one_line(folder, refused, region, reason):
+    assert reason in refused([PROMPT, "--model", folder, "--region", region])
+
+
 def test_one_guided_step_shows_what_its_update_has_changed(kind, pipe):
     settings = {**kind.call, "num_inference_steps": 1, "alpha": 0.1 * kind.alpha, "refinement_iterations": 0}
     _, (before, after), guided, _ = cli.draw(pipe, PROMPT, **settings)

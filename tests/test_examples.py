@@ -115,3 +115,19 @@ def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run):
     assert judge.read(defined["own"].images) == [right, right]
     losses = defined["own"].losses
     assert (losses[:, -1] < losses[:, 0]).all()
+
+
+def test_solids_are_drawn_where_they_are_asked_for_and_where_they_are_not_when_asked_otherwise(run):
+    from diffusers_tsam.shapes.judge import Judge
+
+    defined, judge = run("layout"), Judge.from_pretrained()
+    cube, sphere = ("red", "cube"), ("blue", "sphere")
+    one, other = judge.locate([output.images[0] for output in defined["outputs"]])
+    assert one[cube][0] < 0.5 < one[sphere][0] and other[sphere][0] < 0.5 < other[cube][0]
+
+
+def test_a_long_prompt_is_cut_by_stock_alone(run):
+    defined = run("long_prompt", "--steps", 10)
+    assert len(defined["windows"]) == 2 and defined["seen"]["maps"].shape[1] == len(defined["seen"]["tokens"]) > 30
+    assert differ(defined["cut"].images[0], defined["whole"].images[0]) > 20
+    assert differ(defined["whole"].images[0], defined["tsam"].images[0]) > 0

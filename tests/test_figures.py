@@ -90,6 +90,23 @@ def test_a_words_maps_share_one_scale():
     assert scales == [(0, 0.5), (0, 0.25)] * 2
 
 
+def test_regions_are_outlined_in_every_picture_and_in_the_maps_of_their_words():
+    size, mask = (64, 32), np.zeros((8, 8))
+    mask[2:6, 4:] = 1
+    picture, maps = Image.new("RGB", size), np.ones((3, 4, 4))
+    regions = [((0.25, 0.5, 0.75, 1.0), [1]), (mask, [1, 2])]
+    rows = [("", "", picture, maps)] * 2
+    fig = figures.figure("a b c", ["a", "b", "c"], rows, [("T", np.eye(3))], regions=regions)
+    *shown, _ = fig.axes
+    boxes = [[patch.get_bbox().bounds for patch in axes.patches] for axes in shown]
+    assert boxes == [[(15.5, 15.5, 32, 16)], [], [(15.5, 15.5, 32, 16)], []] * 2
+    contours = [[c for c in axes.collections if c.get_paths()] for axes in shown]
+    assert [len(each) for each in contours] == [1, 0, 1, 1] * 2
+    (outline,) = contours[0][0].get_paths()
+    assert outline.vertices.min(0).tolist() == pytest.approx([31.5, 7.5], abs=2)  # right of the middle, from a quarter
+    assert all(axes.get_xlim() == (-0.5, 63.5) and axes.get_ylim() == (31.5, -0.5) for axes in shown)
+
+
 def test_a_table_shows_its_lower_triangle_with_two_digits():
     values = np.array([[1.0, 9.0], [0.256, 0.744]])
     fig = figures.figure("a b", ["a", "b"], [("", "", Image.new("RGB", (64, 64)), np.ones((2, 4, 4)))], [("T", values)])

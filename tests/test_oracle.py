@@ -250,7 +250,7 @@ class Scene:
         tokenizer = self.pipe.tokenizer
         own = oracle.content(inputs["input_ids"][0].tolist(), tokenizer.bos_token_id, tokenizer.eos_token_id)
         text = oracle.text_attention(self_attention(self.pipe, **inputs)[0].tolist(), own, GAMMA)
-        return self.given(images, torch.float64), self.names, own, text, self.grid, objective
+        return self.given(images, torch.float64), self.names, [(own, text)], self.grid, objective
 
 
 @pytest.fixture

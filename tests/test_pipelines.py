@@ -30,8 +30,9 @@ from kinds import (
 
 DEFAULTS = {"tsam_steps": None, "refinement_steps": None, "refinement_iterations": None, "schedule": "paper"}
 DEFAULTS |= {"objective": "l1", "relative_step": None, "text_self_attention": None, "output_attentions": False}
+DEFAULTS |= {"regions": None, "region_weight": 10.0}
 OWN_DEFAULTS = {
-    "sd": {"alpha": 10.0, "gamma": 2.0, "attention_resolution": 16},
+    "sd": {"alpha": 10.0, "gamma": 2.0, "attention_resolution": 16, "max_sequence_length": None},
     "pixart": {"alpha": 15.0, "gamma": 4.0, "attention_layers": (10, 18)},
 }
 

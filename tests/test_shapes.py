@@ -39,6 +39,20 @@ def test_a_scene_shows_what_its_caption_says():
         assert scene.masks.sum(0).max() <= 1 + 1e-6  # no two solids cover the same place
 
 
+def test_the_judge_says_where_a_solid_is(judge):
+    rng = np.random.default_rng(0)
+    shown = [scenes.random_scene(rng, "test") for _ in range(100)]
+    places = np.stack(np.meshgrid(*[(np.arange(scenes.GRID) + 0.5) / scenes.GRID] * 2))  # x, y
+    distances = []
+    for scene, found in zip(shown, judge.locate([scene.image for scene in shown])):
+        assert set(found) == set(scene.solids)
+        for solid, mask in zip(scene.solids, scene.masks):
+            distances.append(found[solid] - (places * mask).sum((1, 2)) / mask.sum())
+    half, cell = max(scenes.SPRITE_SIZES) / 2 / scenes.SIZE, 1 / 8  # the judge looks at every eighth pixel
+    assert np.abs(distances).max() < half + cell / 2  # on the solid, if not in its middle
+    assert np.abs(np.mean(distances, 0)).max() < 0.05
+
+
 def test_training_never_shows_a_held_out_pair():
     rng = np.random.default_rng(0)
     for _ in range(500):

@@ -1,0 +1,259 @@
+"""Phrases that are held to regions of the picture."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_oracle import GAMMA, PROMPTS, Scaling, Scene, distance
+
+import oracle
+from diffusers_tsam import LatentAlignment, TextSelfAttention, tsam
+from kinds import KINDS, PROMPT, SHORT, calls_of, denoiser_of, embeddings, generators, make, refused, run
+from tiny import tiny_components
+
+
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+REGIONS = {"black car": (0.1, 0.2, 0.55, 0.9), "white clock": np.tri(8)[:, ::-1].copy()}
+SHORTLY = {"num_inference_steps": 2, "tsam_steps": 2, "refinement_steps": ()}
+EXACT = {"rel": 1e-5, "abs": 1e-6}
+
+
+def layout_of(regions, tokens):
+    """The `Layout` of prompts that are nothing but these words, behind a token that is not theirs."""
+    length = max(map(len, tokens))
+    content = torch.tensor([[0 < k <= len(own) for k in range(length + 1)] for own in tokens])
+    text = TextSelfAttention(torch.ones(len(tokens), length + 1, length + 1), content, tokens)
+    return tsam.layout_of(tsam.check_regions(regions, len(tokens)), text, str.split)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations
+
+
+@pytest.mark.parametrize("grid", [(4, 3), (1, 1), (16, 16)])
+@pytest.mark.parametrize("box", [LEFT, (0.1, 0.2, 0.55, 0.9), (0.4, 0.4, 0.41, 0.42), (0, 0, 1, 1)])
+def test_a_box_covers_of_each_position_the_part_that_lies_in_it(box, grid):
+    found = tsam.region_on(box, *grid)
+    torch.testing.assert_close(found.double(), torch.tensor(oracle.box_on(box, *grid)).double(), rtol=1e-5, atol=1e-6)
+    assert found.sum().item() == pytest.approx((box[2] - box[0]) * (box[3] - box[1]) * grid[0] * grid[1], rel=1e-4)
+
+
+def test_a_mask_is_averaged_over_each_position():
+    mask = torch.rand(12, 8)
+    for grid in ((4, 2), (12, 8), (1, 1)):
+        expected = torch.tensor(oracle.mask_on(mask.tolist(), *grid))
+        torch.testing.assert_close(tsam.region_on(mask, *grid), expected)
+
+
+def test_a_box_and_its_mask_are_one():
+    mask = torch.zeros(30, 20)
+    mask[6:24, 5:15] = 1
+    torch.testing.assert_close(tsam.region_on(mask, 10, 4), tsam.region_on((0.25, 0.2, 0.75, 0.8), 10, 4))
+
+
+def test_a_mask_may_be_a_picture_an_array_or_a_tensor():
+    array = np.zeros((8, 8), dtype=bool)
+    array[2:5, 1:7] = True
+    masks = [array, array.astype(np.float64), torch.tensor(array)[None], Image.fromarray(array)]
+    masks += [Image.fromarray(array.astype(np.uint8) * 255), array.tolist()]
+    checked = [tsam.check_regions({"car": mask}, 1)[0]["car"] for mask in masks]
+    assert all(torch.equal(mask, torch.tensor(array).float()) for mask in checked)
+
+
+def test_the_loss_is_the_mean_over_phrases_and_words_of_the_attention_outside():
+    tokens = ["a black car and a white clock".split(), "a red cube".split(), "a dog".split()]
+    mask = torch.rand(8, 6)
+    regions = [{"black car": LEFT, "a white clock": mask}, {"cube": (0.2, 0.2, 0.7, 0.6)}, None]
+    layout, maps, grid = layout_of(regions, tokens), torch.rand(3, 8, 4, 3), (4, 3)
+    on_grid = tsam.regions_on(layout.regions, *grid)
+    shares, loss = (f(maps, on_grid, layout.tokens) for f in (tsam.shares_inside, tsam.layout_loss))
+    own = maps.double().tolist()
+    expected = [
+        [([own[0][k] for k in (2, 3)], oracle.box_on(LEFT, *grid))],
+        [([own[1][3]], oracle.box_on((0.2, 0.2, 0.7, 0.6), *grid))],
+        [],
+    ]
+    expected[0].append(([own[0][k] for k in (5, 6, 7)], oracle.mask_on(mask.tolist(), *grid)))
+    assert loss.tolist() == pytest.approx([oracle.layout(phrases) for phrases in expected], **EXACT)
+    for image, phrases in enumerate(expected):
+        each = [1 - oracle.layout([phrase]) for phrase in phrases]
+        assert shares[image].tolist() == pytest.approx(each + [0] * (2 - len(each)), **EXACT)
+
+
+def test_attention_that_lies_inside_and_attention_on_nothing_costs_nothing_to_speak_of():
+    maps, layout = torch.zeros(1, 3, 4, 4), layout_of([{"cube": LEFT}], [["red", "cube"]])
+    on_grid = tsam.regions_on(layout.regions, 4, 4)
+    maps[0, 2, :, 0] = 0.3
+    assert tsam.layout_loss(maps, on_grid, layout.tokens).item() == pytest.approx(0)
+    assert tsam.layout_loss(torch.zeros_like(maps), on_grid, layout.tokens).isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["l1", "attainable", None])
+def test_update_with_regions_is_the_oracles(pipe, objective):
+    """Of two phrases, of a mask, and of a prompt without regions, which nothing but T moves."""
+    scene, weight = Scene(pipe), 0.7
+    mask = torch.rand(8, 12)
+    regions = [{"a black car": (0.1, 0.3, 0.8, 1)}, {"red cube": mask, "sphere": RIGHT}, None]
+    phrases = [
+        [([0, 1, 2], oracle.box_on((0.1, 0.3, 0.8, 1), *scene.grid))],
+        [([1, 2], oracle.mask_on(mask.tolist(), *scene.grid)), ([6], oracle.box_on(RIGHT, *scene.grid))],
+        [],
+    ]
+    checked = tsam.check_regions(regions, len(PROMPTS))
+    alignment = LatentAlignment(
+        scene.text,
+        scene.kind.alpha,
+        GAMMA,
+        objective,
+        layout=tsam.layout_of(checked, scene.text, pipe.words_of),
+        region_weight=weight,
+    )
+    pipe.scheduler, model = Scaling(1.0), oracle.double(scene.model)
+    with torch.no_grad():
+        moved = pipe.align_latents(alignment, scene.latents, scene.t, scene.conditions, scene.layers)
+    for image, latents in enumerate(scene.latents):
+        of_image = [([scene.kind.first + k for k in own], region) for own, region in phrases[image]]
+        if objective is None and not of_image:
+            assert torch.equal(moved[image], latents) and alignment.losses[0][image] == 0
+            continue
+        where = *scene.where(image, objective), of_image, weight
+        expected, loss = oracle.update(model, latents.double(), 1.0, scene.kind.alpha, *where)
+        assert distance(moved[image] - latents, expected - latents) < 2e-5
+        assert alignment.losses[0][image].item() == pytest.approx(loss, **EXACT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pipelines
+
+
+def test_alone_it_draws_each_phrase_into_its_region(kind, pipe):
+    options = {"num_inference_steps": 4, "tsam_steps": 3, "refinement_steps": (0,), "refinement_iterations": 5}
+    output = run(
+        pipe, regions=REGIONS, region_weight=1.0, objective=None, relative_step=0.1, output_attentions=True, **options
+    )
+    (seen,) = output.attentions
+    assert output.losses.shape == (1, 8) and output.losses[0, 5] < output.losses[0, 0]
+    shares = seen["region_shares"]
+    assert [*shares] == [*REGIONS] and all(share.shape == (3,) for share in shares.values())
+    assert all(share[-1] > share[0] for share in shares.values())
+    assert output.losses[0, 0].item() == pytest.approx(1 - sum(share[0].item() for share in shares.values()) / 2)
+    # as they are in the maps
+    height, width = seen["maps"].shape[-2:]
+    tokens = seen["tokens"].index("black"), seen["tokens"].index("car")
+    region = oracle.box_on(REGIONS["black car"], height, width)
+    expected = 1 - oracle.layout([([seen["maps"][0, k].tolist() for k in tokens], region)])
+    assert shares["black car"][0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_regions_of_no_weight_change_nothing_and_of_weight_do(kind, pipe):
+    plain, weightless, weighted = (
+        run(pipe, alpha=kind.alpha, **SHORTLY, **layout)
+        for layout in ({}, {"regions": REGIONS, "region_weight": 0.0}, {"regions": REGIONS, "region_weight": 5.0})
+    )
+    torch.testing.assert_close(weightless.images, plain.images)
+    assert not torch.equal(weighted.images, plain.images)
+    assert "region_shares" not in run(pipe, output_attentions=True, **SHORTLY).attentions[0]
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 48, "width": 80}], ids=["default", "oblong"])
+def test_an_image_of_a_batch_is_the_same_alone_with_its_regions(kind, pipe, size):
+    prompts, regions = [PROMPT, SHORT, "a dog"], [REGIONS, None, {"dog": (0.2, 0.2, 0.9, 0.4)}]
+    options = {**SHORTLY, **size, "alpha": kind.alpha, "region_weight": 3.0}
+    together = run(pipe, prompts, regions=regions, generator=generators(3), **options)
+    for image, (prompt, own) in enumerate(zip(prompts, regions)):
+        alone = run(pipe, prompt, regions=own, generator=generators(3)[image], **options)
+        if alone.losses.shape[1]:
+            torch.testing.assert_close(together.losses[image], alone.losses[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(together.images[image], alone.images[0], rtol=1e-2, atol=1e-2)
+
+
+def test_every_image_of_a_prompt_has_its_regions(kind, pipe):
+    regions = [REGIONS, {"cube": LEFT}]
+    each = run(pipe, [PROMPT, SHORT], regions=regions, num_images_per_prompt=2, generator=generators(4), **SHORTLY)
+    twice = [own for own in regions for _ in range(2)]
+    prompts = [PROMPT, PROMPT, SHORT, SHORT]
+    expected = run(pipe, prompts, regions=twice, generator=generators(4), **SHORTLY)
+    torch.testing.assert_close(each.losses, expected.losses)
+
+
+def test_a_prompt_of_one_word_can_be_held_to_a_region(pipe):
+    output = run(pipe, "dog", regions={"dog": LEFT}, objective=None, relative_step=0.1, **SHORTLY)
+    assert output.losses.shape == (1, 2) and (output.losses > 0).all()
+
+
+def test_without_updates_regions_are_without_effect(stock, pipe):
+    assert torch.equal(run(pipe, regions=REGIONS, tsam_steps=0).images, run(stock).images)
+
+
+def test_a_phrase_may_lie_in_any_window_of_a_long_prompt():
+    pipe = make(KINDS["sd"].tsam, tiny_components(12))
+    prompt = "a red cube on the table. a blue sphere with a dog. a white clock"
+    regions = {"a blue sphere": LEFT, "clock": RIGHT}
+    options = {**SHORTLY, "relative_step": 0.05, "max_sequence_length": 60, "output_attentions": True}
+    output = run(pipe, prompt, regions=regions, region_weight=1.0, objective=None, **options)
+    (seen,), loss = output.attentions, 0.0
+    for phrase, box in regions.items():
+        tokens = [seen["tokens"].index(word) for word in phrase.split()[1:] or [phrase]]
+        tokens += [tokens[0] - 1] if len(phrase.split()) > 1 else []
+        maps = [seen["maps"][0, k].tolist() for k in tokens]
+        loss += oracle.layout([(maps, oracle.box_on(box, *seen["maps"].shape[-2:]))]) / 2
+    assert output.losses[0, 0].item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(kind, pipe):
+    options = {**SHORTLY, "regions": REGIONS}
+    text = pipe.get_text_self_attention(PROMPT)
+    output = run(pipe, None, text_self_attention=text, **embeddings(pipe, PROMPT), **options)
+    torch.testing.assert_close(output.losses, run(pipe, **options).losses, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"regions": 3}, TypeError, "`regions` has to be a dict of phrases .* but is 3. Pass {"),
+        ({"regions": [LEFT]}, TypeError, "`regions` has to be a dict of phrases"),
+        (
+            {"regions": [REGIONS, None]},
+            ValueError,
+            "is of 2 prompts, but there are 1. Pass a list with a dict for each",
+        ),
+        ({"regions": {3: LEFT}}, TypeError, "`regions` has 3, but a phrase has to be words"),
+        ({"regions": {"": LEFT}}, TypeError, "`regions` has '', but a phrase has to be words"),
+        ({"regions": {"car": (0, 0, 64, 64)}}, ValueError, "fractions of the picture.* Divide pixels by width"),
+        ({"regions": {"car": (0.5, 0, 0.5, 1)}}, ValueError, "0 <= x0 < x1 <= 1"),
+        ({"regions": {"car": (float("nan"), 0, 1, 1)}}, ValueError, "0 <= x0 < x1 <= 1"),
+        ({"regions": {"car": (0, 0, 1)}}, ValueError, r"has shape \(3,\), but a box has four numbers"),
+        ({"regions": {"car": "left"}}, TypeError, r"is 'left', which is neither a box \(x0, y0, x1, y1\) nor a mask"),
+        ({"regions": {"car": None}}, TypeError, "is None, which is neither a box"),
+        ({"regions": {"car": np.full((4, 4), 255)}}, ValueError, "a mask of 255 to 255.* Divide it"),
+        ({"regions": {"car": np.zeros((4, 4))}}, ValueError, "a mask of zeros.* Leave the phrase out"),
+        ({"regions": {"car": torch.ones(3, 4, 4)}}, ValueError, r"has shape \(3, 4, 4\)"),
+        ({"region_weight": -1.0}, ValueError, "`region_weight` is -1.0, but has to be at least 0"),
+        ({"region_weight": "1"}, TypeError, "`region_weight` has to be a number but is '1'"),
+        ({"objective": None}, ValueError, "`objective` is None, but .* or None with `regions`"),
+        ({"objective": None, "regions": {}}, ValueError, "`objective` is None"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_refused_before_any_network_runs(pipe, arguments, error, message):
+    with refused(pipe, error, message):
+        run(pipe, **arguments)
+
+
+@pytest.mark.parametrize(
+    "phrase, message",
+    [
+        ("dog", "has 'dog', but the prompt's tokens are 'a black car and a white clock'. Name words that stand in it"),
+        ("black clock", "has 'black clock', but the prompt's tokens are"),
+        ("a", "has 'a', which the prompt has 2 times. Take a word before or behind it along"),
+    ],
+)
+def test_a_phrase_that_the_prompt_has_not_or_twice_is_refused_and_the_remedy_works(pipe, phrase, message):
+    with calls_of(denoiser_of(pipe)) as denoised, pytest.raises(ValueError, match=message):
+        run(pipe, regions={phrase: LEFT}, **SHORTLY)
+    assert not denoised
+    assert run(pipe, regions={"a black": LEFT, "A  BLACK car": RIGHT}, **SHORTLY).losses.isfinite().all()
