@@ -32,9 +32,12 @@ FAMILIES = {
     ),
 }
 
+MODULAR = ("StableDiffusionXLTSAMBlocks", "StableDiffusion3TSAMBlocks", "FluxTSAMBlocks")  # the last two experimental
+
 _MODULES = {"LatentAlignment": "tsam", "Syntax": "tsam", "TextSelfAttention": "tsam"}
 for _family in FAMILIES.values():
     _MODULES |= {_family.pipeline: _family.module, f"{_family.pipeline}Output": _family.module}
+_MODULES |= dict.fromkeys(MODULAR, "modular_tsam")
 __all__ = ["FAMILIES", *_MODULES]
 
 
