@@ -58,8 +58,6 @@ CODE = ("modular_tsam.py", "attention_processors.py", "tsam.py")
 TSAM_STEPS = InputParam("tsam_steps", description="How many of the first steps are guided. 0: off, the stock picture.")
 TSAM_INPUTS = [  # as of our other pipelines, where they are explained
     TSAM_STEPS,
-    InputParam("alpha", default=10.0, description="α, the size of an update."),
-    InputParam("gamma", default=2.0, description="γ, the exponent of the text's self-attention."),
     InputParam("refinement_steps", description="Guided steps with more updates."),
     InputParam("refinement_iterations", description="How many more."),
     InputParam("schedule", default="paper", description='"paper", "fast" or "light": what is None above.'),
@@ -68,6 +66,7 @@ TSAM_INPUTS = [  # as of our other pipelines, where they are explained
     InputParam("text_self_attention", description="What the text step returns, where that step does not run."),
     InputParam("output_attentions", default=False, description="Also return tokens, T, and per guided step maps, S."),
 ]
+ALPHA, GAMMA = "α, the size of an update.", "γ, the exponent of the text's self-attention."
 TEXT_SELF_ATTENTION = OutputParam("text_self_attention", description="`TextSelfAttention` of the prompts.")
 TSAM_OUTPUTS = [
     OutputParam("losses", description="(images, updates) float32, each taken before its update."),
@@ -325,9 +324,9 @@ class UNetLoop(AlignedLoop):
 
     denoiser = "unet"
     own_inputs = [
-        InputParam(
-            "attention_resolution", description="Side of the grid that is read. None: a quarter of the latent's."
-        )
+        InputParam("alpha", default=10.0, description=ALPHA),
+        InputParam("gamma", default=2.0, description=GAMMA),
+        InputParam("attention_resolution", description="Side of the grid that is read. None: the latent's quarter."),
     ]
 
     def layers(self, model, block_state):
@@ -345,6 +344,8 @@ class JointLoop(AlignedLoop):
     """SD3 and FLUX: image rows and text columns of joint attention; over which keys and in which blocks, a choice."""
 
     own_inputs = [
+        InputParam("alpha", default=15.0, description=ALPHA),  # PixArt-α's, whose T is T5's, too
+        InputParam("gamma", default=4.0, description=GAMMA),
         InputParam("attention_layers", description="First and last block that are read. None: 10/28 to 18/28 of all."),
         InputParam("attention_keys", default="text", description='"text": a softmax over the text\'s keys, or "all".'),
     ]
