@@ -4,6 +4,9 @@ pipelines."""
 import dataclasses
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
 
 import diffusers
 import pytest
@@ -11,7 +14,10 @@ import torch
 from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
 
 import diffusers_tsam
-from kinds import PROMPT, SHORT, generators
+import oracle
+from attached import attached
+from kinds import KINDS, PROMPT, SHORT, generators, use
+from kinds import make as make_classic
 from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components
 
 
@@ -121,10 +127,290 @@ def test_the_loss_falls_and_the_picture_moves(family, stock, pipe):
     assert not torch.allclose(state.get("latents"), run(family, stock).get("latents"), atol=0.01)
 
 
-def test_a_batch_is_its_pictures_alone(family, stock, pipe):
-    options = {"alpha": family.alpha, "num_images_per_prompt": 2}
-    together = run(family, pipe, [PROMPT, SHORT], **options)
-    for index, prompt in enumerate([PROMPT, PROMPT, SHORT, SHORT]):
-        alone = run(family, pipe, prompt, alpha=family.alpha, generator=generators(4)[index])
-        for name in ("latents", "losses"):
-            torch.testing.assert_close(together.get(name)[index], alone.get(name)[0], rtol=1e-3, atol=2e-3)
+def test_a_batch_is_its_pictures_alone(family, pipe):
+    """But for several pictures each of several prompts, where stock SDXL mixes up their pooled embeddings."""
+    both, number = ([PROMPT, SHORT], 1 if family.denoiser == "unet" else 2), 2
+    for prompts, number in (both, (PROMPT, 2)):
+        together = run(family, pipe, prompts, alpha=family.alpha, num_images_per_prompt=number)
+        drawn = [prompt for prompt in ([prompts] if prompts is PROMPT else prompts) for _ in range(number)]
+        for index, prompt in enumerate(drawn):
+            alone = run(family, pipe, prompt, alpha=family.alpha, generator=generators(4)[index])
+            for name in ("latents", "losses"):
+                torch.testing.assert_close(together.get(name)[index], alone.get(name)[0], rtol=1e-3, atol=2e-3)
+
+
+def state_of(pipe):
+    """All that a call must leave as it found it."""
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    modules = [(key, name, module) for key, model in models.items() for name, module in model.named_modules()]
+    return [
+        [(key, name, len(module._forward_hooks), len(module._forward_pre_hooks)) for key, name, module in modules],
+        [(key, name, id(getattr(module, "processor", None))) for key, name, module in modules],
+        [
+            (name, value.requires_grad, value.grad)
+            for model in models.values()
+            for name, value in model.named_parameters()
+        ],
+        sorted(vars(pipe.scheduler).keys()),
+    ]
+
+
+def test_all_is_as_it_was_after_success_and_after_failure(family, pipe):
+    def failing(maps, text):
+        raise ZeroDivisionError
+
+    run(family, pipe)  # a scheduler keeps its place
+    before = state_of(pipe)
+    expected = run(family, pipe).get("latents")
+    with pytest.raises(ZeroDivisionError):
+        run(family, pipe, objective=failing)
+    assert state_of(pipe) == before
+    assert torch.equal(run(family, pipe).get("latents"), expected)
+    assert state_of(pipe) == before
+
+
+def test_attentions_are_what_was_aligned(family, pipe):
+    state = run(family, pipe, [PROMPT, SHORT], alpha=0, output_attentions=True)
+    first, second = state.get("attentions")
+    assert (first["tokens"], second["tokens"]) == (PROMPT.split(), SHORT.split())
+    assert first["maps"].shape == (2, 7, 8, 8) and first["steps"] == [0, 1]
+    gamma = next(param.default for param in pipe.blocks.inputs if param.name == "gamma")
+    (target, _), _ = texts_of(state.get("text_self_attention"), gamma)
+    torch.testing.assert_close(first["text_attention"].double(), target, rtol=1e-4, atol=1e-5)
+    loss = oracle.loss(target.tolist(), [map.tolist() for map in first["maps"][0]], "l1")
+    expected = oracle.loss([row[: i + 1] for i, row in enumerate(target.tolist())], first["maps"][0].tolist(), "l1")
+    assert abs(state.get("losses")[0, 0] - expected) < 1e-3 and loss == expected
+
+
+def test_a_relative_step_moves_the_input_by_its_share(family, pipe):
+    """Of FLUX a packed latent, (B, S, C)."""
+    call = {"relative_step": 0.05, "schedule": "light", "num_inference_steps": 1}
+    with moves_of(family.components[family.denoiser]) as inputs:
+        run(family, pipe, **call)
+    before, after = inputs[0], inputs[-1][: len(inputs[0])]
+    assert abs((after - before).norm() / before.norm() - 0.05) < 1e-4
+
+
+@contextmanager
+def moves_of(model):
+    """The inputs of every call of a denoiser."""
+    inputs = []
+
+    def hook(module, args, kwargs):
+        inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def test_a_guided_pass_ends_at_the_last_map(family, pipe):
+    model = family.components[family.denoiser]
+    ends = []
+    handle = model.register_forward_hook(lambda *_: ends.append(1))
+    with moves_of(model) as inputs:
+        run(family, pipe, num_inference_steps=2, refinement_iterations=3)
+    handle.remove()
+    predictions = (
+        2 if "flux" in family.classic.lower() else 4
+    )  # of two steps, with and without classifier-free guidance
+    assert len(inputs) == 4 + predictions and len(ends) == predictions
+
+
+def test_it_guides_under_inference_mode_and_in_half_precision_with_losses_in_float32(family, stock, pipe):
+    expected = run(family, pipe, alpha=family.alpha)
+    with torch.inference_mode():
+        state = run(family, pipe, alpha=family.alpha)
+    assert torch.equal(state.get("latents"), expected.get("latents"))
+    components = family.build()
+    for model in components.values():
+        if isinstance(model, torch.nn.Module):
+            model.to(torch.float16)
+    half = make(family.tsam, components)
+    state = run(family, half, alpha=family.alpha)
+    assert state.get("latents").dtype == torch.float16 and state.get("latents").isfinite().all()
+    assert state.get("losses").dtype == torch.float32
+    torch.testing.assert_close(state.get("losses")[0, 0], expected.get("losses")[0, 0], rtol=0.05, atol=0.05)
+    off = run(family, half, tsam_steps=0).get("latents")
+    assert torch.equal(off, run(family, make(family.stock, components)).get("latents"))
+
+
+def test_two_threads_draw_what_each_draws_alone(family):
+    pipes = [make(family.tsam, family.components) for _ in range(2)]
+    prompts = [PROMPT, SHORT]
+
+    def draw(k):
+        return run(family, pipes[k], prompts[k], alpha=family.alpha, generator=generators(2)[k]).get("latents")
+
+    expected = [draw(k) for k in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for ours, alone in zip(pool.map(draw, range(2)), expected):
+            torch.testing.assert_close(ours, alone, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps"),
+        ({"alpha": -1}, ValueError, "`alpha` is -1, but has to be at least 0"),
+        ({"gamma": 0}, ValueError, "`gamma` is 0, but has to be above 0"),
+        ({"schedule": "quick"}, ValueError, "`schedule` is 'quick', but has to be one of 'paper'"),
+        ({"objective": "l3"}, ValueError, "`objective` is 'l3', but has to be one of 'l1'"),
+        ({"relative_step": 2}, ValueError, "`relative_step` is 2, but has to be between 0 and 1"),
+        ({"refinement_steps": [3]}, ValueError, "`refinement_steps` has 3, but only steps 0 to 1 are guided"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_denoiser_runs(family, pipe, options, error, message):
+    with moves_of(family.components[family.denoiser]) as inputs, pytest.raises(error, match=message):
+        run(family, pipe, **options)
+    assert not inputs
+
+
+@pytest.mark.parametrize(
+    "name, options, error, message",
+    [
+        ("sdxl", {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
+        ("sdxl", {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
+        (
+            "sd3",
+            {"attention_layers": (2, 4)},
+            ValueError,
+            r"is \(2, 4\), but there are 4 blocks, 0 to 3. Pass .*\(1, 2\)",
+        ),
+        ("flux", {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
+        ("flux", {"attention_keys": "image"}, ValueError, "`attention_keys` is 'image', but has to be 'text' or 'all'"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(name, options, error, message):
+    family = FAMILIES[name]
+    with moves_of(family.components[family.denoiser]) as inputs, pytest.raises(error, match=message):
+        run(family, make(family.tsam, family.components), **options)
+    assert not inputs
+
+
+def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(family):
+    blocks = family.tsam().get_workflow("text2image")
+    text_step = blocks.sub_blocks.pop("text_encoder")
+    pipe, encoder = blocks.init_pipeline(), text_step.init_pipeline()
+    scheduler = copy(family.components["scheduler"])
+    pipe.update_components(**{name: family.components[name] for name in (family.denoiser, "vae")}, scheduler=scheduler)
+    encoder.update_components(**{n: c for n, c in family.components.items() if "text" in n or "token" in n})
+    names = {"prompt", "negative_prompt", "max_sequence_length"} & set(encoder.blocks.input_names)
+    found = encoder(
+        **{**{name: family.call[name] for name in names - {"prompt"} if name in family.call}, "prompt": PROMPT}
+    )
+    embeds = {name: value for name, value in found.values.items() if name.endswith("embeds") and value is not None}
+    call = {"generator": generators(1), "alpha": family.alpha, **embeds}
+    state = run(family, pipe, None, text_self_attention=found.get("text_self_attention"), **call)
+    assert torch.equal(
+        state.get("latents"), run(family, make(family.tsam, family.components), alpha=family.alpha).get("latents")
+    )
+    with pytest.raises(ValueError, match="T is not known, since no text step of T-SAM ran"):
+        run(family, pipe, None, **call)
+    run(family, pipe, None, tsam_steps=0, **call)
+
+
+def test_stocks_own_blocks_stay_stocks(family):
+    """SD3 and FLUX share block instances among all their pipelines."""
+    make(family.tsam, family.components)
+    assert "alpha" not in make(family.stock, family.components).blocks.input_names
+
+
+def test_sd3s_t_is_t5s_behind_clips_columns_and_without_t5_clips():
+    family = FAMILIES["sd3"]
+    with_t5 = run(family, make(family.tsam, family.components)).get("text_self_attention")
+    assert with_t5.content[0].nonzero().flatten().tolist() == list(range(77, 77 + 7))
+    pipe = make(family.tsam, {**family.components, "text_encoder_3": None, "tokenizer_3": None})
+    state = run(family, pipe)
+    text = state.get("text_self_attention")
+    assert text.content[0].nonzero().flatten().tolist() == list(range(1, 8)) and text.attention.shape == (1, 93, 93)
+    assert state.get("losses")[0, 2] < state.get("losses")[0, 0]
+    ids = family.components["tokenizer"](PROMPT, padding="max_length", return_tensors="pt").input_ids[0]
+    clips = [oracle.clip_self_attention(family.components[f"text_encoder{name}"], ids) for name in ("", "_2")]
+    torch.testing.assert_close(text.attention[0, :77, :77].double(), sum(clips) / 2, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against a second implementation, attached to classic pipelines
+
+
+UPDATES = [3, 1, 0, 0]
+
+
+def texts_of(text, gamma):
+    """Each prompt's T by the oracle, and where its tokens are."""
+    found = []
+    for attention, content in zip(text.attention.tolist(), text.content):
+        own = content.nonzero().flatten().tolist()
+        rows = [row + [0.0] * (len(own) - len(row)) for row in oracle.text_attention(attention, own, gamma)]
+        found.append((torch.tensor(rows, dtype=torch.float64), own))
+    return found
+
+
+PLACES = {  # where the second implementation looks; SD3's text is CLIP's 77 columns and T5's 16, FLUX's 16 come first
+    "sdxl": lambda model: {
+        "layers": [model.down_blocks[2].attentions[0].transformer_blocks[0].attn2]
+        + [model.mid_block.attentions[0].transformer_blocks[0].attn2]
+        + [layer.transformer_blocks[0].attn2 for layer in model.up_blocks[0].attentions],
+        "grid": (8, 8),
+    },
+    "sd3": lambda model: {
+        "layers": [block.attn for block in model.transformer_blocks[1:3]],
+        "grid": (8, 8),
+        "rows": slice(0, 64),
+        "columns": slice(64, None),
+        "keys": slice(64, None),
+    },
+    "flux": lambda model: {
+        "layers": [model.transformer_blocks[1].attn, *(block.attn for block in model.single_transformer_blocks[:2])],
+        "grid": (8, 8),
+        "rows": slice(16, None),
+        "columns": slice(0, 16),
+        "keys": slice(0, 16),
+    },
+}
+
+
+@pytest.mark.parametrize("keys", ["text", "all"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_draw_what_the_same_updates_behind_a_classic_pipelines_back_draw(name, keys):
+    family = FAMILIES[name]
+    places, options = PLACES[name](family.components[family.denoiser]), {"gamma": 3.0, "alpha": family.alpha}
+    if name != "sdxl":
+        options |= {"attention_keys": keys, "attention_layers": (1, 2) if name == "sd3" else (1, 3)}
+        places |= {"keys": None} if keys == "all" else {}
+    elif keys == "all":
+        pytest.skip("cross-attention has no other keys")
+    prompts = [PROMPT, SHORT]
+    pipe = make(family.tsam, family.components)
+    state = run(family, pipe, prompts, refinement_steps=[0], **options)
+    classic = getattr(diffusers, family.classic)(**{**family.components, "scheduler": copy(pipe.scheduler)})
+    classic.set_progress_bar_config(disable=True)
+    call = {"guidance_scale": pipe.guider.guidance_scale} if name != "flux" else {}
+    call |= {**family.call, "num_inference_steps": 4, "output_type": "latent", "generator": generators(2)}
+    model, texts = family.components[family.denoiser], texts_of(state.get("text_self_attention"), 3.0)
+    with attached(classic, model, texts=texts, alpha=family.alpha, updates=UPDATES, **places) as losses:
+        expected = classic(prompts, **call).images
+    ours = state.get("latents")
+    if name == "flux":
+        expected = classic._unpack_latents(expected, 32, 32, classic.vae_scale_factor)
+    torch.testing.assert_close(state.get("losses").double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_our_classic_loop_draws_what_the_second_implementation_draws(scheduler):
+    kind = KINDS["sd"]
+    ours, theirs = (make_classic(cls, kind.components) for cls in (kind.tsam, kind.stock))
+    use(getattr(diffusers, scheduler), ours, theirs)
+    text = ours.get_text_self_attention([PROMPT, SHORT])
+    layers = ours.cross_attention_layers()
+    call = {"num_inference_steps": 4, "output_type": "latent"}
+    options = {"alpha": 10.0, "gamma": 3.0, "refinement_steps": [0], "refinement_iterations": 2}
+    output = ours([PROMPT, SHORT], **call, **options, generator=generators(2))
+    with attached(theirs, theirs.unet, layers, texts_of(text, 3.0), 10.0, UPDATES, (16, 16)) as losses:
+        expected = theirs([PROMPT, SHORT], **call, generator=generators(2)).images
+    torch.testing.assert_close(output.losses.double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.images, expected, rtol=2e-3, atol=2e-3)
