@@ -7,16 +7,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
+from itertools import product
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import diffusers_tsam
 import oracle
 from attached import attached
-from kinds import KINDS, PROMPT, SHORT, generators, use
+from diffusers_tsam.attention_processors import record_joint_attention
+from kinds import KINDS, PROMPT, SCHEDULERS, SHORT, generators, use
 from kinds import make as make_classic
 from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components
 
@@ -414,3 +419,263 @@ def test_our_classic_loop_draws_what_the_second_implementation_draws(scheduler):
         expected = theirs([PROMPT, SHORT], **call, generator=generators(2)).images
     torch.testing.assert_close(output.losses.double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.images, expected, rtol=2e-3, atol=2e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SDXL: guiders, workflows, adapters
+
+
+SDXL = FAMILIES["sdxl"]
+ONE_LAYER = {"fqn": "mid_block.attentions.0.transformer_blocks", "indices": [0]}
+GUIDERS = {
+    "no guidance": lambda: diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
+    "from the second step on": lambda: diffusers.ClassifierFreeGuidance(guidance_scale=4.0, start=0.3),
+    "APG": lambda: diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0),
+    "APG mix": lambda: diffusers.AdaptiveProjectedMixGuidance(guidance_scale=4.0),
+    "zero star": lambda: diffusers.ClassifierFreeZeroStarGuidance(guidance_scale=4.0, zero_init_steps=1),
+    "tangential": lambda: diffusers.TangentialClassifierFreeGuidance(guidance_scale=4.0),
+    "skipped layer": lambda: diffusers.SkipLayerGuidance(
+        skip_layer_config=diffusers.LayerSkipConfig(**ONE_LAYER),
+        skip_layer_guidance_start=0,
+        skip_layer_guidance_stop=1.0,
+    ),
+    "auto": lambda: diffusers.AutoGuidance(auto_guidance_config=diffusers.LayerSkipConfig(**ONE_LAYER)),
+    "PAG": lambda: diffusers.PerturbedAttentionGuidance(
+        perturbed_guidance_config=diffusers.LayerSkipConfig(**ONE_LAYER),
+        perturbed_guidance_start=0.0,
+        perturbed_guidance_stop=1.0,
+    ),
+}
+
+
+def holds(theirs, ours, **options):
+    """The guided state: off it is stock's to the bit, guidance acts, and the models are left as they were."""
+    expected = run(SDXL, theirs, **options).get("latents")
+    before = state_of(ours)[:3]
+    assert torch.equal(run(SDXL, ours, tsam_steps=0, **options).get("latents"), expected)
+    state = run(SDXL, ours, alpha=10.0, **options)
+    assert state.get("losses")[0, 2] < state.get("losses")[0, 0]
+    assert state.get("latents").isfinite().all()
+    assert not torch.allclose(state.get("latents"), expected, rtol=0.01, atol=0.01)
+    assert state_of(ours)[:3] == before
+    return state
+
+
+def pair(components, workflow="text2image", build=None):
+    return [make(blocks, components, workflow) for blocks in (SDXL.stock, SDXL.tsam)]
+
+
+@pytest.mark.parametrize("guider", GUIDERS)
+def test_every_guider_goes_with_guidance(guider):
+    """Their first call, the conditional one, is what is read: the losses are those of classifier-free guidance."""
+    pipes = pair(SDXL.components)
+    plain = run(SDXL, pipes[1], alpha=10.0)
+    for pipe in pipes:
+        pipe.update_components(guider=GUIDERS[guider]())
+    state = holds(*pipes, num_inference_steps=2)
+    torch.testing.assert_close(state.get("losses")[0, :3], plain.get("losses")[0, :3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.__name__)
+def test_one_alpha_guides_under_every_scheduler(scheduler):
+    if "dummy" in scheduler.__module__:
+        pytest.skip(f"{scheduler.__name__} needs a package that is not installed")
+    kwargs = {"noise_sampler_seed": 0} if scheduler.__name__ == "DPMSolverSDEScheduler" else {}
+    latents = []
+    for options in ({"alpha": 0}, {"tsam_steps": 0}, {"alpha": 30.0, "refinement_steps": [0]}):
+        pipe = make(SDXL.tsam, SDXL.components)  # a guider keeps its step between calls of stock, which then may fail
+        pipe.update_components(scheduler=scheduler.from_config(pipe.scheduler.config, **kwargs))
+        state = run(SDXL, pipe, **options)
+        latents.append(state.get("latents"))
+    assert torch.equal(*latents[:2])
+    losses = state.get("losses")[0]
+    assert len(losses) == 4 and losses[2] < losses[0] and latents[2].isfinite().all()
+
+
+PICTURE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+MASK = torch.zeros(1, 1, 64, 64)
+MASK[..., 32:] = 1
+
+
+def test_an_image_is_changed_and_only_the_steps_that_are_left_count():
+    state = holds(*pair(SDXL.components, "image2image"), image=PICTURE, strength=0.6, num_inference_steps=10)
+    assert state.get("losses").shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
+    empty = run(SDXL, make(SDXL.tsam, SDXL.components, "image2image"), image=PICTURE, strength=0.5, tsam_steps=0)
+    assert empty.get("losses").shape == (1, 0)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting_goes_with_guidance_by_either_kind_of_unet(channels):
+    components = SDXL.components if channels == 4 else tiny_sdxl_components(in_channels=9)
+    pipes = pair(components, "inpainting")
+    state = holds(*pipes, image=PICTURE, mask_image=MASK, strength=0.9)
+    if channels == 4:  # outside of the mask the picture's own latents remain
+        expected = run(SDXL, pipes[0], image=PICTURE, mask_image=MASK, strength=0.9).get("latents")
+        assert torch.equal(state.get("latents")[..., :16], expected[..., :16])
+
+
+def test_a_controlnet_holds_guided_pictures_too():
+    torch.manual_seed(1)
+    controlnet = diffusers.ControlNetModel.from_unet(
+        SDXL.components["unet"], conditioning_embedding_out_channels=(8, 8)
+    ).eval()
+    for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    pipes = pair({**SDXL.components, "controlnet": controlnet}, "controlnet_text2image")
+    options = {"control_image": PICTURE / 2 + 0.5}
+    state = holds(*pipes, **options)
+    other = run(SDXL, pipes[1], alpha=10.0, **options, controlnet_conditioning_scale=0.1)
+    assert (state.get("losses") - other.get("losses")).abs().max() > 1e-3  # what is read is under its influence
+
+
+def lora_of(unet, rank=2):
+    state = {}
+    for name, module in unet.named_modules():
+        if name.endswith(("to_q", "to_k")):
+            state[f"unet.{name}.lora_A.weight"] = torch.randn(rank, module.in_features)
+            state[f"unet.{name}.lora_B.weight"] = torch.randn(module.out_features, rank) / 4
+    return state
+
+
+def test_a_lora_acts_at_its_scale_and_unloaded_as_if_it_never_was():
+    pytest.importorskip("peft")
+    components = SDXL.build()
+    pipes = pair(components)
+    plain = run(SDXL, pipes[1], alpha=10.0)
+    pipes[1].load_lora_weights(lora_of(components["unet"]), adapter_name="one")
+    full = holds(*pipes)
+    assert (full.get("losses") - plain.get("losses")).abs().max() > 1e-3
+    none = run(SDXL, pipes[1], alpha=10.0, cross_attention_kwargs={"scale": 0.0})
+    torch.testing.assert_close(none.get("losses"), plain.get("losses"), rtol=1e-3, atol=1e-3)
+    pipes[1].unload_lora_weights()
+    assert torch.equal(run(SDXL, pipes[1], alpha=10.0).get("latents"), plain.get("latents"))
+
+
+def test_an_ip_adapter_acts_with_guidance_on_as_in_stock_without():
+    components = SDXL.build()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**vision, image_size=16, patch_size=8, projection_dim=12)
+    components["image_encoder"] = CLIPVisionModelWithProjection(config).eval()
+    pipes, weights = pair(components, "ip_adapter_text2image"), {}
+    for pipe in pipes:
+        pipe.feature_extractor = CLIPImageProcessor(size=16, crop_size=16)
+    for place, layer in enumerate(
+        layer for name, layer in components["unet"].named_modules() if name.endswith("attn2")
+    ):
+        for which in ("k", "v"):
+            weights[f"{2 * place + 1}.to_{which}_ip.weight"] = torch.randn_like(getattr(layer, f"to_{which}").weight)
+    projection = {"proj.weight": torch.randn(4 * 40, 12), "proj.bias": torch.zeros(4 * 40)}
+    projection |= {"norm.weight": torch.ones(40), "norm.bias": torch.zeros(40)}
+    plain = run(SDXL, make(SDXL.tsam, components), alpha=10.0)
+    pipes[1].load_ip_adapter({"image_proj": projection, "ip_adapter": weights}, subfolder="", weight_name="")
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    state = holds(*pipes, ip_adapter_image=Image.fromarray(image))
+    assert (state.get("losses") - plain.get("losses")).abs().max() > 1e-3
+
+
+SWITCHES = {
+    "gradient checkpointing": lambda model: model.enable_gradient_checkpointing(),
+    "attention backend": lambda model: model.set_attention_backend("native"),
+    "compiled": lambda model: model.compile(backend="eager"),
+    "group offload": lambda model: model.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_only_computes_in_another_way_guides_to_the_same(name, switch):
+    """Stock FLUX fails when it is compiled in place."""
+    family = FAMILIES[name]
+    if (name, switch) == ("flux", "compiled"):
+        pytest.skip("stock FLUX fails")
+    components = family.build()
+    expected = run(family, make(family.tsam, components), alpha=family.alpha)
+    SWITCHES[switch](components[family.denoiser])
+    state = run(family, make(family.tsam, components), alpha=family.alpha)
+    for key in ("losses", "latents"):
+        torch.testing.assert_close(state.get(key), expected.get(key), rtol=5e-3, atol=5e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Joint attention, one number at a time
+
+
+@pytest.mark.parametrize("all_keys", [False, True], ids=["text", "all"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_joint_attention_is_read_as_it_is_defined(name, all_keys):
+    """Against the weights, one head at a time: SD3's queries and keys are normalised, FLUX has two kinds of block."""
+    torch.manual_seed(2)
+    components = tiny_sd3_components(qk_norm="rms_norm") if name == "sd3" else tiny_flux_components()
+    model = components["transformer"].double()
+    for parameter in (value for key, value in model.named_parameters() if "norm_" in key and "linear" not in key):
+        torch.nn.init.normal_(parameter, 1.0, 0.2)
+    blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
+    number, side, width = 5, 6, 24
+    given = {"encoder_hidden_states": torch.randn(1, number, width).double()}
+    given |= {"pooled_projections": torch.randn(1, width if name == "sd3" else 16).double(), "return_dict": False}
+    if name == "sd3":
+        given |= {"hidden_states": torch.randn(1, 4, 2 * side, 2 * side).double(), "timestep": torch.tensor([500.0])}
+    else:
+        grid = torch.stack(torch.meshgrid(torch.zeros(1), *[torch.arange(float(side))] * 2, indexing="ij"), -1)
+        given |= {"hidden_states": torch.randn(1, side**2, 16).double(), "timestep": torch.tensor([0.5]).double()}
+        given |= {"img_ids": grid.reshape(-1, 3), "txt_ids": torch.zeros(number, 3)}
+    inputs = {}
+
+    def keep(attn, args, kwargs):
+        inputs[attn] = kwargs
+
+    layers = [block.attn for block in blocks]
+    for layer in layers:
+        layer.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad(), record_joint_attention(layers, 3, number, all_keys) as maps:
+        model(**given)
+    assert sorted(maps) == list(range(len(layers))) and not any(len(layer._forward_pre_hooks) > 1 for layer in layers)
+    for index, layer in enumerate(layers):
+        expected = joint_by_hand(layer, inputs[layer], number, all_keys)[:, :3]
+        assert maps[index].dtype == torch.float32 and maps[index].shape == (1, side**2, 3)
+        torch.testing.assert_close(maps[index][0].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def joint_by_hand(attn, given, number, all_keys):
+    """(P, number) of the one image: mean over heads of softmax over the text's keys or all."""
+    hidden, text = given["hidden_states"][0], given.get("encoder_hidden_states")
+    text_first = given.get("image_rotary_emb") is not None  # FLUX
+
+    def normed(x, norm):
+        return x if norm is None else x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+    def project(which):
+        own = oracle.linear(hidden, getattr(attn, f"to_{which}")).unflatten(-1, (attn.heads, -1))
+        own = normed(own, getattr(attn, f"norm_{which}"))
+        if text is None:
+            return own
+        added = oracle.linear(text[0], getattr(attn, f"add_{which}_proj")).unflatten(-1, (attn.heads, -1))
+        added = normed(added, getattr(attn, f"norm_added_{which}"))
+        return torch.cat([added, own] if text_first else [own, added])
+
+    query, key = project("q"), project("k")
+    if text_first:
+        cosine, sine = given["image_rotary_emb"]
+
+        def turned(x):
+            y = x.clone()
+            for place, head, pair in product(range(x.shape[0]), range(x.shape[1]), range(x.shape[2] // 2)):
+                a, b = x[place, head, 2 * pair], x[place, head, 2 * pair + 1]
+                c, s = cosine[place, 2 * pair], sine[place, 2 * pair]
+                y[place, head, 2 * pair], y[place, head, 2 * pair + 1] = a * c - b * s, b * c + a * s
+            return y
+
+        query, key = turned(query), turned(key)
+    total = len(query)
+    columns = range(number) if text_first else range(total - number, total)
+    rows = range(number, total) if text_first else range(total - number)
+    summed = torch.zeros(len(rows), number, dtype=torch.float64)
+    for head in range(attn.heads):
+        scores = (query[:, head] @ key[:, head].T / query.shape[-1] ** 0.5)[list(rows)]
+        weights = scores.exp()
+        among = weights if all_keys else weights[:, list(columns)]
+        summed += weights[:, list(columns)] / among.sum(-1, keepdim=True)
+    return summed / attn.heads
