@@ -21,8 +21,10 @@ import diffusers_tsam
 import oracle
 from attached import attached
 from diffusers_tsam.attention_processors import record_joint_attention
+from diffusers_tsam.modular_tsam import CODE
 from kinds import KINDS, PROMPT, SCHEDULERS, SHORT, generators, use
 from kinds import make as make_classic
+from test_loading import NOTHING_INSTALLED, one_thread, run_fresh  # noqa: F401
 from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components
 
 
@@ -576,7 +578,9 @@ def test_an_ip_adapter_acts_with_guidance_on_as_in_stock_without():
 SWITCHES = {
     "gradient checkpointing": lambda model: model.enable_gradient_checkpointing(),
     "attention backend": lambda model: model.set_attention_backend("native"),
-    "compiled": lambda model: model.compile(backend="eager"),
+    "compiled": lambda model: (model.compile_repeated_blocks if model._repeated_blocks else model.compile)(
+        backend="eager"
+    ),
     "group offload": lambda model: model.enable_group_offload(
         onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
     ),
@@ -586,10 +590,7 @@ SWITCHES = {
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_only_computes_in_another_way_guides_to_the_same(name, switch):
-    """Stock FLUX fails when it is compiled in place."""
     family = FAMILIES[name]
-    if (name, switch) == ("flux", "compiled"):
-        pytest.skip("stock FLUX fails")
     components = family.build()
     expected = run(family, make(family.tsam, components), alpha=family.alpha)
     SWITCHES[switch](components[family.denoiser])
@@ -679,3 +680,64 @@ def joint_by_hand(attn, given, number, all_keys):
         among = weights if all_keys else weights[:, list(columns)]
         summed += weights[:, list(columns)] / among.sum(-1, keepdim=True)
     return summed / attn.heads
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+LOAD = """
+import torch
+from diffusers import ModularPipelineBlocks
+
+code, weights, call = {arguments!r}
+try:
+    ModularPipelineBlocks.from_pretrained(code)
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error)
+else:
+    raise AssertionError("ran code that is not trusted")
+blocks = ModularPipelineBlocks.from_pretrained(code, trust_remote_code=True)
+pipe = blocks.get_workflow("text2image").init_pipeline(weights)
+pipe.load_components(dtype=torch.float32)
+state = pipe(generator=torch.Generator().manual_seed(0), **call)
+torch.save([state.get("latents"), state.get("losses")], "drawn.pt")
+"""
+
+
+def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed_the_same(family, tmp_path):
+    pipe = make(family.tsam, family.components)
+    pipe.save_pretrained(str(tmp_path / "weights"), overwrite_modular_index=True)
+    pipe.blocks.save_pretrained(tmp_path / "code")
+    assert {path.name for path in (tmp_path / "code").iterdir()} == {*CODE, "modular_config.json"}
+    call = {**family.call, "prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent"}
+    arguments = str(tmp_path / "code"), str(tmp_path / "weights"), call
+    run_fresh(tmp_path, NOTHING_INSTALLED + LOAD.format(arguments=arguments))
+    state = pipe(generator=torch.Generator().manual_seed(0), **call)
+    latents, losses = torch.load(tmp_path / "drawn.pt")
+    assert torch.equal(latents, state.get("latents")) and torch.equal(losses, state.get("losses"))
+
+
+def test_a_folder_that_would_lose_t_sam_says_so_and_with_the_code_it_does_not(family, tmp_path, warnings_seen):
+    folder = str(tmp_path / "saved")
+    pipe = make(family.tsam, family.components)
+    pipe.save_pretrained(folder, overwrite_modular_index=True)
+    assert f"has no code of T-SAM: loaded as it is, it draws without. Load it by `{family.ours}()" in warnings_seen.text
+    again = diffusers.ModularPipeline.from_pretrained(folder)
+    assert type(again) is type(make(family.stock, family.components)) and "alpha" not in again.blocks.input_names
+    again = family.tsam().init_pipeline(folder)
+    again.load_components(names=[family.denoiser])
+    assert "alpha" in again.blocks.input_names and getattr(again, family.denoiser) is not None
+    pipe.blocks.save_pretrained(folder)
+    again = diffusers.ModularPipeline.from_pretrained(folder, trust_remote_code=True, workflow="text2image")
+    assert type(again.blocks).__name__ == family.ours and "alpha" in again.blocks.input_names
+
+
+def test_a_pipeline_that_the_blocks_did_not_make_says_so_after_its_first_picture(tmp_path, warnings_seen):
+    """As those that `ModularPipeline.from_pretrained` makes of a repository's blocks."""
+    pipe = diffusers.StableDiffusionXLModularPipeline(blocks=SDXL.tsam().get_workflow("text2image"))
+    pipe.update_components(**SDXL.components)
+    pipe.set_progress_bar_config(disable=True)
+    run(SDXL, pipe, num_inference_steps=1)
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    assert "has no code of T-SAM" in warnings_seen.text
