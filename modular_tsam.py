@@ -341,12 +341,17 @@ class UNetLoop(AlignedLoop):
 
 
 class JointLoop(AlignedLoop):
-    """SD3 and FLUX: image rows and text columns of joint attention; over which keys and in which blocks, a choice."""
+    """SD3 and FLUX: image rows and text columns of joint attention; over which keys and in which blocks, a choice.
+
+    FLUX's single blocks count on from its double ones, among which the default is: read, they cost three times as much.
+    """
 
     own_inputs = [
         InputParam("alpha", default=15.0, description=ALPHA),  # PixArt-α's, whose T is T5's, too
         InputParam("gamma", default=4.0, description=GAMMA),
-        InputParam("attention_layers", description="First and last block that are read. None: 10/28 to 18/28 of all."),
+        InputParam(
+            "attention_layers", description="First and last block that are read. None: those at 10/28 to 18/28."
+        ),
         InputParam("attention_keys", default="text", description='"text": a softmax over the text\'s keys, or "all".'),
     ]
 
@@ -355,7 +360,7 @@ class JointLoop(AlignedLoop):
             raise ValueError(f"`attention_keys` is {block_state.attention_keys!r}, but has to be 'text' or 'all'.")
         blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
         depth, given = len(blocks), block_state.attention_layers
-        usual = 10 * depth // 28, 18 * depth // 28  # where PixArt-α's are
+        usual = tuple(share * len(model.transformer_blocks) // 28 for share in (10, 18))  # where PixArt-α's are
         remedy = f"Pass the first and the last block to read, {usual} for instance, or `tsam_steps=0`."
         given = usual if given is None else given
         if not isinstance(given, (tuple, list)) or len(given) != 2:

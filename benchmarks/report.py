@@ -15,7 +15,7 @@ from pathlib import Path
 from alignment import RESULTS, confusion, gain, interval, load, paired, parse_setting
 from matplotlib.figure import Figure
 
-from diffusers_tsam import FAMILIES
+from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.shapes import TUNED
 
 
@@ -109,11 +109,11 @@ def tuning_table(rows, kind):
     return markdown([*head, "gain ± one standard error"], table)
 
 
-def operations_table():
+def operations_table(part, names):
     rows = []
-    for kind, found in read("cost.json")["operations"].items():
+    for kind, found in read("cost.json")[part].items():
         plain, guided = found["plain_step_flop"], found["guided_pass_flop"]
-        cells = [TABLE[kind], f"{guided / 1e9:.0f} of {plain / 1e9:.0f} GFLOP, {guided / plain:.2f}x"]
+        cells = [names[kind], f"{guided / 1e9:.0f} of {plain / 1e9:.0f} GFLOP, {guided / plain:.2f}x"]
         cells += [f"{1 + n * guided / plain / found['steps']:.2f}x ({n} passes)" for n in found["passes"].values()]
         rows.append([*cells, f"{found['guided_peak_bytes'] / found['plain_peak_bytes']:.2f}x"])
     head = ["", "a guided pass beside a plain step", *(f'a picture, `"{name}"`' for name in found["passes"])]
@@ -181,7 +181,8 @@ def gains_figure(rows, solids=3):
 def parts():
     """{name: Markdown} of everything that a document may hold."""
     rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
-    found = {"operations": operations_table(), "loss": loss_sentence(), "anatomy": anatomy_tables()}
+    found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
+    found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
     for kind in FAMILIES:
         for solids in sorted({row["solids"] for row in rows if row["pipeline"] == kind}):
             own = chosen(rows, kind, solids)
