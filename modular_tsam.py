@@ -26,6 +26,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 from diffusers.modular_pipelines.stable_diffusion_3.encoders import StableDiffusion3TextEncoderStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
 from diffusers.utils import logging
+from transformers import T5EncoderModel
 
 from .attention_processors import (
     frozen,
@@ -44,6 +45,7 @@ from .tsam import (
     check_alignment,
     check_integer,
     check_text_self_attention,
+    content_of,
     input_scale,
     resolve_schedule,
     symmetrize,
@@ -78,6 +80,23 @@ TSAM_OUTPUTS = [
 # T: text steps
 
 
+def text_of_clips(recordings, tokenizer):
+    """Of one or two CLIPs, causal encoders, which both read the prompt; all their layers count alike: a choice."""
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id
+    own = [ids.where(content_of(ids, *special), -1) for ids in (recording.input_ids for recording in recordings)]
+    if any(not torch.equal(ids, own[0]) for ids in own):  # what the two pad with differs
+        raise ValueError(
+            "`prompt_2` has other tokens than `prompt`, but T is read from both text encoders. Leave it out, or pass"
+            " `tsam_steps=0`."
+        )
+    return text_of(mean_self_attention(recordings), recordings[0].input_ids, tokenizer)
+
+
+def text_of_t5(recordings, tokenizer):
+    """T5 reads both ways, so that its T' is made causal, as PixArt-α's is."""
+    return text_of(symmetrize(mean_self_attention(recordings)), recordings[0].input_ids, tokenizer)
+
+
 class TextStep:
     """Before a stock text encoder step: reads T' while that one encodes."""
 
@@ -98,68 +117,45 @@ class TextStep:
         remind(components)
         if state.get("tsam_steps") == 0:
             return super().__call__(components, state)
-        names = self.read(components)
-        encoders = dict.fromkeys(getattr(components, f"text_encoder{name}") for name in names)
-        with record_self_attention(*encoders) as recordings:
+        names = self.encoders(components)
+        with record_self_attention(*dict.fromkeys(getattr(components, f"text_{name}") for name in names)) as recordings:
             components, state = super().__call__(components, state)
-        tokenizer = getattr(components, f"tokenizer{names[0]}")
-        text = text_of(self.attention(recordings), recordings[0].input_ids, tokenizer)
-        state.set("text_self_attention", self.placed(text, names, state.get("prompt_embeds").shape[1]))
+        tokenizer = getattr(components, names[0].replace("encoder", "tokenizer"))
+        state.set("text_self_attention", self.text(recordings, tokenizer, state.get("prompt_embeds").shape[1]))
         return components, state
-
-    def read(self, components):
-        """Which text encoders T' is of, by what their components' names end with."""
-        raise NotImplementedError
-
-    def attention(self, recordings):
-        """T' (B, N, N). CLIP's causal encoders, all their layers alike: a choice."""
-        same = recordings[0].input_ids
-        for recording in recordings[1:]:  # what they pad with may differ
-            eos = (same == recordings[0].encoder.config.eos_token_id).cumsum(-1) > 0
-            other = recording.input_ids
-            if same.shape != other.shape or (same != other).where(~eos, False).any():
-                raise ValueError(
-                    "`prompt_2` has other tokens than `prompt`, but T is read from both text encoders. Leave it out, or"
-                    " pass `tsam_steps=0`."
-                )
-        return mean_self_attention(recordings)
-
-    def placed(self, text, names, length):
-        """The text among the `length` columns that the denoiser sees."""
-        return text
 
 
 class SDXLTextStep(TextStep, StableDiffusionXLTextEncoderStep):
     """Both CLIPs, or the one that a refiner has."""
 
-    def read(self, components):
-        return ["", "_2"] if components.text_encoder is not None else ["_2"]
+    def encoders(self, components):
+        return ["encoder", "encoder_2"] if components.text_encoder is not None else ["encoder_2"]
+
+    def text(self, recordings, tokenizer, length):
+        return text_of_clips(recordings, tokenizer)
 
 
-class T5TextStep(TextStep):
-    def attention(self, recordings):
-        """T5 is bidirectional, so that its T' is made causal as for PixArt-α."""
-        return symmetrize(mean_self_attention(recordings))
+class FluxTextStep(TextStep, FluxTextEncoderStep):
+    """T5, whose columns come first."""
+
+    def encoders(self, components):
+        return ["encoder_2"]
+
+    def text(self, recordings, tokenizer, length):
+        return text_of_t5(recordings, tokenizer)
 
 
-class FluxTextStep(T5TextStep, FluxTextEncoderStep):
-    def read(self, components):
-        return ["_2"]
+class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
+    """T5, whose columns are behind CLIP's; without it both CLIPs, before as many columns of zeros."""
 
+    def encoders(self, components):
+        return ["encoder_3"] if components.text_encoder_3 is not None else ["encoder", "encoder_2"]
 
-class SD3TextStep(T5TextStep, StableDiffusion3TextEncoderStep):
-    """T5, whose columns are behind CLIP's; without it both CLIPs."""
-
-    def read(self, components):
-        return ["_3"] if components.text_encoder_3 is not None else ["", "_2"]
-
-    def attention(self, recordings):
-        clip = hasattr(recordings[0].encoder.config, "max_position_embeddings")
-        return TextStep.attention(self, recordings) if clip else super().attention(recordings)
-
-    def placed(self, text, names, length):
-        before = length - text.content.shape[1] if names == ["_3"] else 0
-        columns = before, length - text.content.shape[1] - before
+    def text(self, recordings, tokenizer, length):
+        t5 = isinstance(recordings[0].encoder, T5EncoderModel)
+        text = (text_of_t5 if t5 else text_of_clips)(recordings, tokenizer)
+        others = length - text.content.shape[1]
+        columns = (others, 0) if t5 else (0, others)
         return text._replace(attention=F.pad(text.attention, columns * 2), content=F.pad(text.content, columns))
 
 
@@ -199,10 +195,6 @@ class AlignedLoop:
 
     denoiser = "transformer"
     own_inputs: list = []
-
-    @property
-    def description(self):
-        return f"{super().description}\nT-SAM moves the latents of its first steps before they are denoised."
 
     @property
     def loop_inputs(self):

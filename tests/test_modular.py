@@ -25,7 +25,7 @@ from diffusers_tsam.modular_tsam import CODE
 from kinds import KINDS, PROMPT, SCHEDULERS, SHORT, generators, use
 from kinds import make as make_classic
 from test_loading import NOTHING_INSTALLED, one_thread, run_fresh  # noqa: F401
-from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components
+from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components, tiny_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +78,9 @@ FAMILIES = {
         {**SIZE, "max_sequence_length": 16},
     ),
 }
+
+
+SDXL = FAMILIES["sdxl"]
 
 
 def make(blocks, components, workflow="text2image"):
@@ -279,6 +282,7 @@ def test_what_cannot_be_is_refused_before_the_denoiser_runs(family, pipe, option
     "name, options, error, message",
     [
         ("sdxl", {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
+        ("sdxl", {"prompt_2": f"{PROMPT} on the table"}, ValueError, "`prompt_2` has other tokens than `prompt`"),
         ("sdxl", {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
         (
             "sd3",
@@ -323,6 +327,31 @@ def test_stocks_own_blocks_stay_stocks(family):
     """SD3 and FLUX share block instances among all their pipelines."""
     make(family.tsam, family.components)
     assert "alpha" not in make(family.stock, family.components).blocks.input_names
+
+
+def test_sdxls_t_is_the_mean_over_both_encoders_as_they_are_published():
+    """Whose second tokenizer pads with another token, and whose configs name another <eos> than the tokenizers'."""
+    components = SDXL.build()
+    tokenizer = components["tokenizer_2"] = tiny_tokenizer()
+    tokenizer.pad_token = "!"
+    for encoder in (components["text_encoder"], components["text_encoder_2"]):
+        encoder.config.eos_token_id = 2
+    text = run(SDXL, make(SDXL.tsam, components)).get("text_self_attention")
+    assert text.tokens == [PROMPT.split()]
+    expected = 0
+    for name in ("", "_2"):
+        ids = components[f"tokenizer{name}"](PROMPT, padding="max_length", return_tensors="pt").input_ids[0]
+        expected = expected + oracle.clip_self_attention(components[f"text_encoder{name}"], ids) / 2
+    own = text.content[0]
+    torch.testing.assert_close(text.attention[0][own][:, own].double(), expected[own][:, own], rtol=1e-4, atol=1e-5)
+
+
+def test_a_refiner_has_one_text_encoder():
+    components = {**SDXL.build(), "text_encoder": None, "tokenizer": None}
+    blocks = SDXL.tsam()
+    step = blocks.sub_blocks["text_encoder"].init_pipeline()
+    step.update_components(**{name: value for name, value in components.items() if "_2" in name or "text" in name})
+    assert step(prompt=SHORT).get("text_self_attention").tokens == [SHORT.split()]
 
 
 def test_sd3s_t_is_t5s_behind_clips_columns_and_without_t5_clips():
@@ -427,7 +456,6 @@ def test_our_classic_loop_draws_what_the_second_implementation_draws(scheduler):
 # SDXL: guiders, workflows, adapters
 
 
-SDXL = FAMILIES["sdxl"]
 ONE_LAYER = {"fqn": "mid_block.attentions.0.transformer_blocks", "indices": [0]}
 GUIDERS = {
     "no guidance": lambda: diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
