@@ -18,6 +18,7 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.utils import logging
 
 from diffusers_tsam import StableDiffusion3TSAMBlocks
+from diffusers_tsam.shapes import JOINT_MODEL
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts
 from diffusers_tsam.shapes.train import SD3_TOKENS
@@ -52,7 +53,7 @@ def load_pipeline(model, guidance_scale):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="the small SD3's folder")
+    parser.add_argument("--model", type=Path, default=JOINT_MODEL, help="folder of another small SD3")
     parser.add_argument("--split", default="tune", choices=("tune", "test", "train"))
     parser.add_argument("--solids", type=int, default=2, choices=(1, 2, 3))
     parser.add_argument("--prompts", type=int, default=24)

@@ -522,6 +522,52 @@ def test_one_alpha_guides_under_every_scheduler(scheduler):
     assert len(losses) == 4 and losses[2] < losses[0] and latents[2].isfinite().all()
 
 
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    "name, scheduler, options",
+    [
+        ("sd3", "FlowMatchHeunDiscreteScheduler", {}),
+        ("sd3", "UniPCMultistepScheduler", FLOW),
+        ("sd3", "DPMSolverMultistepScheduler", FLOW),
+        ("flux", "UniPCMultistepScheduler", FLOW),  # stock FLUX fails with the others
+    ],
+)
+def test_one_alpha_guides_under_schedulers_of_flows(name, scheduler, options):
+    family, latents = FAMILIES[name], []
+    for call in ({"alpha": 0}, {"tsam_steps": 0}, {"alpha": family.alpha, "refinement_steps": [0]}):
+        pipe = make(family.tsam, family.components)
+        pipe.update_components(scheduler=getattr(diffusers, scheduler)(**options))
+        state = run(family, pipe, **call)
+        latents.append(state.get("latents"))
+    assert torch.equal(*latents[:2]) and state.get("losses")[0, 2] < state.get("losses")[0, 0]
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [
+        lambda: diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0),
+        lambda: diffusers.SkipLayerGuidance(
+            guidance_scale=4.0,
+            skip_layer_guidance_layers=[1],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        ),
+    ],
+    ids=["APG", "skipped layer"],
+)
+def test_sd3s_guiders_go_with_guidance(guider):
+    family = FAMILIES["sd3"]
+    stock, pipe = (make(blocks, family.components) for blocks in (family.stock, family.tsam))
+    plain = run(family, pipe, alpha=family.alpha)
+    for each in (stock, pipe):
+        each.update_components(guider=guider())
+    assert torch.equal(run(family, pipe, tsam_steps=0).get("latents"), run(family, stock).get("latents"))
+    losses = run(family, pipe, alpha=family.alpha).get("losses")
+    torch.testing.assert_close(losses[0, :3], plain.get("losses")[0, :3], rtol=1e-4, atol=1e-4)
+
+
 PICTURE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
 MASK = torch.zeros(1, 1, 64, 64)
 MASK[..., 32:] = 1
@@ -532,6 +578,18 @@ def test_an_image_is_changed_and_only_the_steps_that_are_left_count():
     assert state.get("losses").shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
     empty = run(SDXL, make(SDXL.tsam, SDXL.components, "image2image"), image=PICTURE, strength=0.5, tsam_steps=0)
     assert empty.get("losses").shape == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_image_is_changed_by_joint_transformers_too(name):
+    family = FAMILIES[name]
+    stock, pipe = (make(blocks, family.components, "image2image") for blocks in (family.stock, family.tsam))
+    options = {"image": PICTURE[..., :32, :32] / 2 + 0.5, "strength": 0.6, "num_inference_steps": 10}
+    expected = run(family, stock, **options).get("latents")
+    assert torch.equal(run(family, pipe, tsam_steps=0, **options).get("latents"), expected)
+    state = run(family, pipe, alpha=family.alpha, **options)
+    assert state.get("losses").shape == (1, 3 + 2 * 3) and state.get("losses")[0, 2] < state.get("losses")[0, 0]
+    assert not torch.allclose(state.get("latents"), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("channels", [4, 9])
