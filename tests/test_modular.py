@@ -544,25 +544,13 @@ def test_one_alpha_guides_under_schedulers_of_flows(name, scheduler, options):
     assert torch.equal(*latents[:2]) and state.get("losses")[0, 2] < state.get("losses")[0, 0]
 
 
-@pytest.mark.parametrize(
-    "guider",
-    [
-        lambda: diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0),
-        lambda: diffusers.SkipLayerGuidance(
-            guidance_scale=4.0,
-            skip_layer_guidance_layers=[1],
-            skip_layer_guidance_start=0.0,
-            skip_layer_guidance_stop=1.0,
-        ),
-    ],
-    ids=["APG", "skipped layer"],
-)
-def test_sd3s_guiders_go_with_guidance(guider):
+def test_sd3s_projected_guidance_goes_with_ours():
+    """With skipped layers and perturbed attention stock SD3 fails."""
     family = FAMILIES["sd3"]
     stock, pipe = (make(blocks, family.components) for blocks in (family.stock, family.tsam))
     plain = run(family, pipe, alpha=family.alpha)
     for each in (stock, pipe):
-        each.update_components(guider=guider())
+        each.update_components(guider=diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0))
     assert torch.equal(run(family, pipe, tsam_steps=0).get("latents"), run(family, stock).get("latents"))
     losses = run(family, pipe, alpha=family.alpha).get("losses")
     torch.testing.assert_close(losses[0, :3], plain.get("losses")[0, :3], rtol=1e-4, atol=1e-4)
