@@ -447,7 +447,8 @@ def train_pixart(args, vae):
 
 def train_sd3(args):
     """SD3: joint transformer, one CLIP in both places, and the small PixArt-α's T5, trained on without its mask."""
-    vae = AutoencoderKL.from_pretrained(MODELS["sd"] / "vae", dtype=torch.float32).to(args.device)
+    vae = build_vae().to(args.device)  # not loaded as it is: it would keep its folder's name
+    vae.load_state_dict(AutoencoderKL.from_pretrained(MODELS["sd"] / "vae", dtype=torch.float32).state_dict())
     vae.register_to_config(shift_factor=0.0)
     clip_tokenizer, tokenizer = build_clip_tokenizer(SD3_TOKENS), build_t5_tokenizer()
     clip = build_clip(clip_tokenizer, CLIPTextModelWithProjection, width=64)
