@@ -27,14 +27,22 @@ from diffusers_tsam.shapes.train import SD3_TOKENS
 BASE = {"objective": "attainable", "gamma": 4.0, "relative_step": 0.05}  # as the small PixArt-α's
 
 
+def anywhere(maps, text):
+    """A control: an objective that moves as far, but to where chance says."""
+    noise = torch.randn(maps.shape, generator=torch.Generator().manual_seed(0))
+    return (maps * noise.to(maps)).sum((1, 2, 3))
+
+
 def parse(text):
-    """The arguments of "stock", or of a schedule and changes, as "light,attention_layers=2+4,attention_keys=all"."""
+    """The arguments of "stock", or of a schedule and changes, as "light,attention_layers=2+4,attention_keys=all";
+    objective=anywhere is the control."""
     schedule, *changes = text.split(",")
     if schedule == "stock":
         return {"tsam_steps": 0}
     own = {key: value for key, value in (change.split("=") for change in changes) if key == "attention_keys"}
     others = [change for change in changes if not change.startswith("attention_keys")]
-    return {**BASE, "schedule": schedule, **own, **(parse_setting(",".join(["paper", *others])) if others else {})}
+    arguments = {**BASE, "schedule": schedule, **own, **parse_setting(",".join(["paper", *others]))}
+    return arguments | ({"objective": anywhere} if arguments["objective"] == "anywhere" else {})
 
 
 def load_pipeline(model, guidance_scale):
