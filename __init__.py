@@ -32,10 +32,26 @@ FAMILIES = {
     ),
 }
 
+
+class Blocks(NamedTuple):
+    """A kind of model that modular blocks of ours guide. blocks: their class; experimental: on no model of its size."""
+
+    name: str
+    blocks: str
+    experimental: bool
+
+
+MODULAR = {
+    "sdxl": Blocks("Stable Diffusion XL", "StableDiffusionXLTSAMBlocks", False),
+    "sd3": Blocks("Stable Diffusion 3", "StableDiffusion3TSAMBlocks", True),
+    "flux": Blocks("FLUX.1", "FluxTSAMBlocks", True),
+}
+
 _MODULES = {"LatentAlignment": "tsam", "Syntax": "tsam", "TextSelfAttention": "tsam"}
 for _family in FAMILIES.values():
     _MODULES |= {_family.pipeline: _family.module, f"{_family.pipeline}Output": _family.module}
-__all__ = ["FAMILIES", *_MODULES]
+_MODULES |= {_family.blocks: "modular_tsam" for _family in MODULAR.values()}
+__all__ = ["FAMILIES", "MODULAR", *_MODULES]
 
 
 def __getattr__(name):

@@ -13,6 +13,7 @@ from threading import Lock, RLock, get_ident
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
@@ -207,6 +208,58 @@ def record_cross_attention(layers, num_tokens, stop=False):
             last = stop and layer is layers[-1]
             processor = TSAMAttnProcessor(layer.processor, maps, index, num_tokens, last)
             stack.enter_context(shadowed(layer, "processor", processor))
+        yield maps
+
+
+def joint_attention_probabilities(attn, hidden_states, encoder_hidden_states, num_text, rotary=None, all_keys=False):
+    """softmax(q kᵀ/√d) of image rows and text columns of one joint attention, float32 (B, heads, P, num_text).
+
+    hidden_states (B, P, C) and encoder_hidden_states (B, num_text, C), or None where the one holds both, text first.
+    rotary: cosines and sines of the positions, text first. The softmax is over the text's keys, or over all.
+    """
+    both = encoder_hidden_states is None
+    text = hidden_states[:, :num_text] if both else encoder_hidden_states
+    image = hidden_states[:, num_text:] if both else hidden_states
+
+    def project(x, linear, norm, positions):
+        x = linear(x).unflatten(-1, (attn.heads, -1))
+        x = x if norm is None else norm(x)
+        if rotary is not None:
+            x = apply_rotary_emb(x, [part[positions] for part in rotary], sequence_dim=1)
+        return x.transpose(1, 2)
+
+    of_text, of_image = slice(0, num_text), slice(num_text, None)
+    query = project(image, attn.to_q, attn.norm_q, of_image)
+    linear, norm = (attn.to_k, attn.norm_k) if both else (attn.add_k_proj, attn.norm_added_k)
+    key = project(text, linear, norm, of_text)
+    if all_keys:
+        key = torch.cat([key, project(image, attn.to_k, attn.norm_k, of_image)], 2)
+    return attention_probabilities(query, key)[..., :num_text]
+
+
+@contextmanager
+def record_joint_attention(layers, num_tokens, num_text, all_keys=False, stop=False):
+    """As `record_cross_attention`, of the joint attention `layers` of SD3 or FLUX: what image rows give to the first
+    `num_tokens` of `num_text` text columns, over the text's keys alone, or over all.
+
+    By hooks: their processors come in too many kinds to stand before.
+    """
+    maps, thread = {}, get_ident()
+
+    def record(index, attn, args, kwargs):
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if get_ident() != thread and not hidden_states.requires_grad:  # as in `TSAMAttnProcessor`
+            return
+        context, rotary = kwargs.get("encoder_hidden_states"), kwargs.get("image_rotary_emb")
+        probabilities = joint_attention_probabilities(attn, hidden_states, context, num_text, rotary, all_keys)
+        maps[index] = probabilities.mean(1)[..., :num_tokens]
+        if stop and attn is layers[-1]:
+            raise LastMapRecorded
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            hook = functools.partial(record, index)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield maps
 
 

@@ -3,9 +3,10 @@
     python benchmarks/cost.py                          # a CPU: small pictures, few steps, minutes
     python benchmarks/cost.py --size 512 --steps 50    # a GPU
 
-The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), with random weights; T5-XXL
-is replaced by one narrow layer. Operations and memory of the first table are counted by torch on tensors without data,
-so they are exact at every size; those of the others are counted while the pictures are drawn.
+The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), and for the modular blocks
+the denoisers of SDXL, SD3 and FLUX.1 (1024), with random weights; T5-XXL is replaced by one narrow layer. Operations
+and memory of the first tables are counted by torch on tensors without data, so they are exact at every size; those of
+the others are counted while the pictures are drawn.
 
 What it finds goes to results/cost.json, part by part; `report.py` makes the documents' tables of it.
 """
@@ -17,16 +18,20 @@ import time
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusionAttendAndExcitePipeline,
     UNet2DConditionModel,
 )
+from diffusers.modular_pipelines import BlockState
 from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import diffusers_tsam
-from diffusers_tsam import FAMILIES, LatentAlignment, TextSelfAttention
+from diffusers_tsam import FAMILIES, MODULAR, LatentAlignment, TextSelfAttention
 from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
@@ -200,6 +205,93 @@ def simulate(kind, size, device):
     return operations, peaks
 
 
+def build_modular(kind, size):
+    """The published denoiser of blocks with random weights, and what its loop finds in its state for one image."""
+    side = size // 8
+    if kind == "flux":
+        model = FluxTransformer2DModel(guidance_embeds=True)
+        state = {"latents": torch.empty(1, side**2 // 4, 64), "prompt_embeds": torch.empty(1, 512, 4096)}
+        state |= {"pooled_prompt_embeds": torch.empty(1, 768), "guidance": torch.empty(1)}
+        state |= {"txt_ids": torch.empty(512, 3), "img_ids": torch.empty(side**2 // 4, 3)}
+        return model, state
+    if kind == "sd3":
+        sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+        model = SD3Transformer2DModel(pos_embed_max_size=192, **sizes)
+        model.pos_embed.pos_embed = model.pos_embed.pos_embed.to(torch.empty(0).device)  # comes from numpy
+        latents, embeds, pooled = (1, 16, side, side), (1, 77 + 256, 4096), (1, 2048)
+    else:
+        model = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        latents, embeds, pooled = (1, 4, side, side), (1, 77, 2048), (1, 1280)
+    state = {"latents": torch.empty(latents)}
+    for name in ("", "negative_"):
+        state |= {f"{name}prompt_embeds": torch.empty(embeds), f"{name}pooled_prompt_embeds": torch.empty(pooled)}
+        state |= {f"{name}add_time_ids": torch.empty(1, 6)}
+    return model, state
+
+
+def simulate_modular(kind, size, device):
+    """As `simulate`, of modular blocks' loop: operations and peak bytes of (its plain step, a guided pass)."""
+    blocks = getattr(diffusers_tsam, MODULAR[kind].blocks)().get_workflow("text2image")
+    loop = blocks.sub_blocks["denoise.denoise"]
+    defaults = {param.name: param.default for param in loop.inputs if param.name}
+    columns, first = {"sdxl": (77, 1), "sd3": (77 + 256, 77), "flux": (512, 0)}[kind]
+    content = torch.zeros(1, columns, dtype=torch.bool)
+    content[:, first : first + 9] = True
+    text = TextSelfAttention(torch.ones(1, columns, columns), content, [["word"] * 9])
+    alignment = LatentAlignment(text, alpha=1.0, gamma=1.0)
+    alignment.text = Syntax(*(x.to(device) for x in alignment.text[:3]), alignment.text.tokens)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext()
+    with torch.device(device), mode, default_dtype(torch.bfloat16), torch.no_grad():
+        model, given = build_modular(kind, size)
+        state = BlockState(**{**defaults, **given, "num_inference_steps": 50, "updates": [1]})
+        state.alignment = alignment
+        state.layers = loop.layers(model, state)
+        loop.grid = lambda _: (size // 16,) * 2 if kind == "flux" else state.latents.shape[-2:]
+        scheduler = SimpleNamespace(scale_model_input=lambda sample, t: sample)
+        components = SimpleNamespace(scheduler=scheduler, num_channels_unet=4, **{loop.denoiser: model})
+        components.guider, t = diffusers.ClassifierFreeGuidance(guidance_scale=5.0), torch.tensor(1.0)
+        counted = []
+        for call in (
+            lambda: loop.sub_blocks["denoiser"](components, state, i=0, t=t),
+            lambda: loop.align(components, state, 0, t),
+        ):
+            state.scaled_latents = state.latents
+            memory = PeakMemory(SimpleNamespace(components={"denoiser": model}))
+            with Operations() as counter, memory:
+                call()
+            counted.append((counter.get_total_flops(), memory.peak))
+    return zip(*counted)
+
+
+def modular_operations(size, steps):
+    found = {}
+    for kind in MODULAR:
+        (plain, guided), _ = simulate_modular(kind, size, "meta")
+        _, (step, guidance) = simulate_modular(kind, size, "cpu")
+        found[kind] = {
+            "size": size,
+            "steps": steps,
+            "plain_step_flop": plain,
+            "guided_pass_flop": guided,
+            "plain_peak_bytes": step,
+            "guided_peak_bytes": guidance,
+            "passes": {name: number_of_updates(kind, name, steps) for name in SCHEDULES},
+        }
+    return found
+
+
 def operations(size, steps):
     """What one guided pass costs beside a plain step, and the schedules' passes: by pipeline."""
     found = {}
@@ -329,8 +421,8 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["operations", "loss", "sd", "pixart", "compiled"],
-        help="operations, loss, the pipelines whose pictures are drawn (sd, pixart), compiled",
+        default=["operations", "modular", "loss", "sd", "pixart", "compiled"],
+        help="operations, modular, loss, the pipelines whose pictures are drawn (sd, pixart), compiled",
     )
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -341,6 +433,7 @@ def main():
             found[part] = pictures(part, device, getattr(torch, args.dtype), args.size, args.steps)
         else:
             calls = {"operations": lambda: operations(512, 50), "loss": lambda: loss_alone(device)}
+            calls |= {"modular": lambda: modular_operations(1024, 50)}
             found[part] = {**calls, "compiled": lambda: compiled(device)}[part]()
         print(part, json.dumps(found[part]), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)

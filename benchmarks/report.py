@@ -16,7 +16,7 @@ import layout
 from alignment import RESULTS, confusion, gain, interval, load, paired, parse_setting
 from matplotlib.figure import Figure
 
-from diffusers_tsam import FAMILIES
+from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import Scores, markdown, table_of
 from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.shapes import TUNED
@@ -62,26 +62,39 @@ def settings_of(rows):
     return sorted(right, key=lambda name: (name != "stock", -sum(right[name]) / len(right[name])))
 
 
+def compared(rows, name, words):
+    """A setting's cells: how many pictures are right, and what it makes of stock's wrong and right ones."""
+    pairs = paired(rows, name, "stock")
+    own, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
+    cells = [f"{words} ({len(own)})", percent([row["present"] for row in own], captions)]
+    if name == "stock":
+        return [*cells, "", "", ""]
+    mean, half = gain(pairs)
+    fixed = [row["present"] for row, stock in pairs if not stock["present"]]
+    kept = [row["present"] for row, stock in pairs if stock["present"]]
+    cells += [f"{100 * mean:+.1f} ± {100 * half:.1f}"]
+    return cells + [f"{100 * sum(some) / len(some):.0f} % of {len(some)}" if some else "-" for some in (fixed, kept)]
+
+
+COMPARED = ["setting (pictures)", "right", "points over stock", "fixes", "keeps"]
+
+
 def alignment_table(rows, kind, solids):
-    """How many pictures are right, and what a setting makes of stock's wrong and right ones."""
     rows, table = chosen(rows, kind, solids), []
     cost = read("cost.json")["operations"][kind]
     ratio = cost["guided_pass_flop"] / cost["plain_step_flop"]
     for name in settings_of(rows):
-        pairs = paired(rows, name, "stock")
-        own, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
-        cells = [f"{described(name)} ({len(own)})", percent([row["present"] for row in own], captions)]
-        if name == "stock":
-            table.append([*cells, "", "", "", "1x"])
-            continue
-        mean, half = gain(pairs)
-        fixed = [row["present"] for row, stock in pairs if not stock["present"]]
-        kept = [row["present"] for row, stock in pairs if stock["present"]]
-        cells += [f"{100 * mean:+.1f} ± {100 * half:.1f}"]
-        cells += [f"{100 * sum(some) / len(some):.0f} % of {len(some)}" if some else "-" for some in (fixed, kept)]
-        table.append([*cells, f"{1 + ratio * own[0]['updates'] / own[0]['steps']:.2f}x"])
-    head = ["setting (pictures)", "right", "points over stock", "fixes", "keeps", "operations"]
-    return markdown(head, table)
+        own = next(row for row in rows if row["setting"] == name)
+        passes = 1 + ratio * own["updates"] / own["steps"]
+        table.append([*compared(rows, name, described(name)), "1x" if name == "stock" else f"{passes:.2f}x"])
+    return markdown([*COMPARED, "operations"], table)
+
+
+def joint_table(rows, split, solids):
+    """The small SD3's, whose settings are changes of the small PixArt-α's."""
+    rows = [row for row in rows if (row["split"], row["solids"]) == (split, solids)]
+    names = {name: name if name == "stock" else f"`{name.replace(',', ', ')}`" for name in settings_of(rows)}
+    return markdown(COMPARED, [compared(rows, name, words) for name, words in names.items()])
 
 
 def tuning_table(rows, kind):
@@ -107,11 +120,11 @@ def tuning_table(rows, kind):
     return markdown([*head, "gain ± one standard error"], table)
 
 
-def operations_table():
+def operations_table(part, names):
     rows = []
-    for kind, found in read("cost.json")["operations"].items():
+    for kind, found in read("cost.json")[part].items():
         plain, guided = found["plain_step_flop"], found["guided_pass_flop"]
-        cells = [TABLE[kind], f"{guided / 1e9:.0f} of {plain / 1e9:.0f} GFLOP, {guided / plain:.2f}x"]
+        cells = [names[kind], f"{guided / 1e9:.0f} of {plain / 1e9:.0f} GFLOP, {guided / plain:.2f}x"]
         cells += [f"{1 + n * guided / plain / found['steps']:.2f}x ({n} passes)" for n in found["passes"].values()]
         rows.append([*cells, f"{found['guided_peak_bytes'] / found['plain_peak_bytes']:.2f}x"])
     head = ["", "a guided pass beside a plain step", *(f'a picture, `"{name}"`' for name in found["passes"])]
@@ -223,8 +236,12 @@ def gains_figure(rows, solids=3):
 def parts():
     """{name: Markdown} of everything that a document may hold."""
     rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
-    found = {"operations": operations_table(), "loss": loss_sentence(), "anatomy": anatomy_tables()}
+    found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
     found["long-cost"] = long_prompts_cost()
+    found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
+    joint = load(RESULTS / "joint.jsonl")
+    for split, solids in {(row["split"], row["solids"]) for row in joint}:
+        found[f"joint-{split}-{solids}"] = joint_table(joint, split, solids)
     for kind in FAMILIES:
         for solids in sorted({row["solids"] for row in rows if row["pipeline"] == kind}):
             own = chosen(rows, kind, solids)

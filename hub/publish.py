@@ -1,9 +1,9 @@
-"""Publish T-SAM on the Hugging Face Hub: each pipeline's code, and each small model with that code.
+"""Publish T-SAM on the Hugging Face Hub: each pipeline's code, each small model with that code, and modular blocks.
 
     python hub/publish.py ORG --dry-run
     hf auth login && python hub/publish.py ORG
 
-A dry run writes and lists the four repositories, and needs no token and no network.
+A dry run writes and lists the seven repositories, and needs no token and no network.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from string import Template
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from diffusers_tsam import FAMILIES
+import diffusers_tsam
+from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.shapes import ARGUMENTS, TUNED
 
 
@@ -28,12 +29,34 @@ FACTS = {  # what the cards say beside what FAMILIES does
     "pixart": {"weights": "shapes-tsam-pixart", "base_model": "PixArt-alpha/PixArt-XL-2-1024-MS", "seed": 0},
 }
 
+WEIGHTS_OF = {  # the official ones that blocks point at
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+}
+
 
 def measured(kind):
     """What the benchmarks found on a small model, in a card's words."""
     path = ROOT / "benchmarks" / "results" / "summary.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("card", {}) if path.is_file() else {}
     return found.get(kind, "How often T-SAM helps it was not measured.")
+
+
+def build_blocks(folder, org, kind):
+    """Write blocks, and where the text-to-image workflow finds its components; nothing is loaded for it."""
+    blocks = getattr(diffusers_tsam, MODULAR[kind].blocks)()
+    blocks.save_pretrained(folder)
+    pipe = blocks.get_workflow("text2image").init_pipeline()
+    pipe.save_config(folder)
+    index = json.loads((folder / pipe.config_name).read_text())
+    for name in pipe.pretrained_component_names:
+        index[name][2] |= {"pretrained_model_name_or_path": WEIGHTS_OF[kind], "subfolder": name}
+    (folder / pipe.config_name).write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copy(ROOT / "LICENSE", folder)
+    note = "Experimental: which layers to read, and how, is a guess." if MODULAR[kind].experimental else ""
+    values = MODULAR[kind]._asdict() | {"org": org, "kind": kind, "base_model": WEIGHTS_OF[kind], "note": note}
+    write_card(folder, "blocks", values)
 
 
 def build(folder, org, kind, card):
@@ -55,6 +78,10 @@ def build(folder, org, kind, card):
         shutil.copy(ROOT / file, folder)
     tuned = ", ".join(f"{name}={value!r}" for name, value in (TUNED[kind] | ARGUMENTS[kind]).items()).replace("'", '"')
     values = family._asdict() | FACTS[kind] | {"org": org, "kind": kind, "tuned": tuned, "measured": measured(kind)}
+    write_card(folder, card, values)
+
+
+def write_card(folder, card, values):
     text = Template((ROOT / "hub" / f"{card}.md").read_text(encoding="utf-8")).substitute(values)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -67,7 +94,8 @@ def check(api, org, repositories):
         raise ValueError(f"ORG is {org!r}, neither you nor an organization of yours. Pass one of {', '.join(own)}.")
     for name, (kind, _) in repositories.items():
         files = set(api.list_repo_files(name)) - {".gitattributes"} if api.repo_exists(name) else set()
-        if files and f"{FAMILIES[kind].module}.py" not in files:
+        module = FAMILIES[kind].module if kind in FAMILIES else "modular_tsam"
+        if files and f"{module}.py" not in files:
             raise ValueError(f"{name} exists, and its {len(files)} files are not T-SAM's. Rename it on the Hub first.")
 
 
@@ -80,11 +108,12 @@ def publish(org, folder, dry_run=False, private=False):
         raise ValueError(f"--output is {str(folder)!r}: {error.strerror}. Pass a new folder.") from None
     repositories = {f"{org}/tsam-{kind}": (kind, "code") for kind in FAMILIES}
     repositories |= {f"{org}/{FACTS[kind]['weights']}": (kind, "weights") for kind in FAMILIES}
+    repositories |= {f"{org}/tsam-{kind}": (kind, "blocks") for kind in MODULAR}
     api = HfApi()
     if not dry_run:
         check(api, org, repositories)
     for name, (kind, card) in repositories.items():
-        build(folder / name, org, kind, card)
+        build_blocks(folder / name, org, kind) if card == "blocks" else build(folder / name, org, kind, card)
         for file in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
             print(f"{file.stat().st_size:>12,}  {file.relative_to(folder).as_posix()}")
     for name in () if dry_run else repositories:

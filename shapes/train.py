@@ -2,6 +2,7 @@
 
     python -m diffusers_tsam.shapes.train --output shapes                       # about 70 minutes on two cores
     python -m diffusers_tsam.shapes.train --output shapes --stages vae,pixart   # its transformer twin, about 75
+    python -m diffusers_tsam.shapes.train --output shapes --stages sd3   # a small SD3, of the others' VAE and T5
 
 Every stage is seeded, saves a checkpoint every few minutes and resumes from it when started again.
 """
@@ -18,23 +19,36 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+from . import MODELS
 from .judge import Judge
 from .scenes import COLOURS, GRID, PAIRS, SIZE, SOLIDS, random_scene, words_of_solids
 
 
-STAGES = ("judge", "vae", "sd", "pixart")
-STEPS = {"sd": 2_300, "pixart": 4_500}
+STAGES = ("judge", "vae", "sd", "pixart", "sd3")
+STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000}
 MAX_TOKENS = 32
+SD3_TOKENS = 13  # of CLIP and of T5: SD3 attends to padding, so that the number has to be the same in every call
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
 GROUNDING = 0.03  # weight of the share of a word's map that lies off its solid (TokenCompose, Wang et al. 2024)
@@ -44,7 +58,7 @@ DECODER_NOISE = 0.05  # what a sampler leaves in a latent
 CHECKPOINT_SECONDS = 120
 
 
-def build_clip_tokenizer():
+def build_clip_tokenizer(max_tokens=MAX_TOKENS):
     """A CLIPTokenizer of the captions' words, one token each; anything else falls apart into bytes."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -57,7 +71,7 @@ def build_clip_tokenizer():
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     tokens += [a + b for a, b in merges if a + b not in tokens] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 
 def build_t5_tokenizer():
@@ -81,16 +95,16 @@ def build_vae():
     )
 
 
-def build_clip(tokenizer):
-    return CLIPTextModel(
+def build_clip(tokenizer, cls=CLIPTextModel, width=128):
+    return cls(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
+            hidden_size=width,
+            intermediate_size=4 * width,
             num_hidden_layers=3,
             num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=128,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -145,6 +159,31 @@ def build_transformer():
     for block in transformer.transformer_blocks:
         nn.init.zeros_(block.attn2.to_out[0].weight)
     nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
+
+
+def build_joint_transformer():
+    """As SD 3.5's, small; every block starts as an identity (adaLN-Zero, Peebles and Xie 2023)."""
+    transformer = SD3Transformer2DModel(
+        sample_size=GRID,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=8,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        joint_attention_dim=128,
+        caption_projection_dim=96,
+        pooled_projection_dim=128,
+        pos_embed_max_size=GRID,
+        qk_norm="rms_norm",
+    )
+    modulations = [transformer.norm_out.linear, transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        modulations += [block.norm1.linear, block.norm1_context.linear]
+    for linear in modulations:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
     return transformer
 
 
@@ -227,6 +266,10 @@ class Run:
             module.eval().requires_grad_(False)
 
 
+def autocast(args):
+    return torch.autocast(args.device, torch.bfloat16, enabled=not args.float32)
+
+
 def to_tensor(images, args):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in -1 to 1."""
     images = torch.from_numpy(np.stack(images)).to(args.device).permute(0, 3, 1, 2)
@@ -245,7 +288,7 @@ def train_judge(args):
         if rng.random() < 0.5:  # what a decoder blurs
             images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
         targets = torch.tensor([[float(pair in scene.solids) for pair in PAIRS] for scene in scenes])
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args):
             logits = judge(images)
         return F.binary_cross_entropy_with_logits(logits.float(), targets.to(args.device), reduction="sum") / 64, {}
 
@@ -259,7 +302,7 @@ def train_vae(args):
 
     def loss_of(rng, generator):
         images = to_tensor([random_scene(rng).image for _ in range(32)], args)
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args):
             posterior = vae.encode(images).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(args.device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
@@ -280,7 +323,7 @@ def train_decoder(args, vae):
 
     def loss_of(rng, generator):
         images = to_tensor([random_scene(rng).image for _ in range(32)], args)
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args):
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.mean
             noise = torch.randn(latents.shape, generator=generator).to(args.device)
@@ -313,6 +356,29 @@ class GroundedAttnProcessor:
         return attn.to_out[0]((probabilities @ v).transpose(1, 2).flatten(2))
 
 
+class GroundedJointAttnProcessor:
+    """SD3's joint attention, likewise; of it, what image rows give to T5's columns, and to the same words' of CLIP."""
+
+    def __init__(self, maps):
+        self.maps = maps
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        def heads(x, norm=None):
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return x if norm is None else norm(x)
+
+        image, text = hidden_states, encoder_hidden_states
+        q = torch.cat([heads(attn.to_q(image), attn.norm_q), heads(attn.add_q_proj(text), attn.norm_added_q)], 2)
+        k = torch.cat([heads(attn.to_k(image), attn.norm_k), heads(attn.add_k_proj(text), attn.norm_added_k)], 2)
+        v = torch.cat([heads(attn.to_v(image)), heads(attn.add_v_proj(text))], 2)
+        probabilities = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)
+        positions = image.shape[1]
+        words = probabilities[:, :, :positions, positions:].mean(1)
+        self.maps += [words[..., SD3_TOKENS:], words[..., 1:SD3_TOKENS]]  # CLIP's begin behind its <bos>
+        image, text = (probabilities @ v).transpose(1, 2).flatten(2).split([positions, text.shape[1]], 1)
+        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
 def grounding_loss(maps, masks, words):
     """Share of a colour's or noun's attention that lies off its solid.
 
@@ -339,7 +405,7 @@ def latents_of(args, vae, number):
     latents, masks, captions = [], [], []
     for _ in range(number // 100):
         scenes = [random_scene(rng) for _ in range(100)]
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+        with torch.no_grad(), autocast(args):
             mean = vae.encode(to_tensor([scene.image for scene in scenes], args)).latent_dist.mean
         latents.append(mean.float().cpu())
         masks.append(torch.from_numpy(np.stack([scene.masks for scene in scenes])).half())
@@ -359,7 +425,7 @@ def train_sd(args, vae):
     def predict(noisy, timesteps, tokens):
         return unet(noisy, timesteps, text_encoder(tokens)[0]).sample
 
-    train_diffusion("sd", args, vae, unet, text_encoder, scheduler, tokenizer, MAX_TOKENS, predict)
+    train_diffusion("sd", args, vae, unet, [text_encoder], scheduler, [(tokenizer, MAX_TOKENS)], predict)
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
@@ -375,26 +441,69 @@ def train_pixart(args, vae):
         states = text_encoder(tokens, attention_mask=attended)[0]
         return transformer(noisy, states, timesteps, encoder_attention_mask=attended.float()).sample
 
-    train_diffusion("pixart", args, vae, transformer, text_encoder, scheduler, tokenizer, 12, predict)
+    train_diffusion("pixart", args, vae, transformer, [text_encoder], scheduler, [(tokenizer, 12)], predict)
     return PixArtAlphaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
 
 
-def train_diffusion(name, args, vae, denoiser, text_encoder, scheduler, tokenizer, length, predict):
-    """Train denoiser and text encoder together on captions of `length` tokens; predict(noisy, timesteps, tokens)."""
+def train_sd3(args):
+    """SD3: joint transformer, one CLIP in both places, and the small PixArt-α's T5, trained on without its mask."""
+    vae = build_vae().to(args.device)  # not loaded as it is: it would keep its folder's name
+    vae.load_state_dict(AutoencoderKL.from_pretrained(MODELS["sd"] / "vae", dtype=torch.float32).state_dict())
+    vae.register_to_config(shift_factor=0.0)
+    clip_tokenizer, tokenizer = build_clip_tokenizer(SD3_TOKENS), build_t5_tokenizer()
+    clip = build_clip(clip_tokenizer, CLIPTextModelWithProjection, width=64)
+    t5 = T5EncoderModel.from_pretrained(MODELS["pixart"] / "text_encoder", dtype=torch.float32)
+    transformer, scheduler = build_joint_transformer(), FlowMatchEulerDiscreteScheduler()
+
+    def predict(noisy, timesteps, tokens):
+        tokens, clip_tokens = tokens.split(SD3_TOKENS, 1)
+        output = clip(clip_tokens, output_hidden_states=True)
+        words, pooled = output.hidden_states[-2].repeat(1, 1, 2), output.text_embeds.repeat(1, 2)
+        return transformer(noisy, torch.cat([words, t5(tokens)[0]], 1), pooled, timesteps).sample
+
+    tokenizers = [(tokenizer, SD3_TOKENS), (clip_tokenizer, SD3_TOKENS)]
+    train_diffusion("sd3", args, vae, transformer, [t5, clip], scheduler, tokenizers, predict)
+    return StableDiffusion3Pipeline(
+        transformer, scheduler, vae, clip, clip_tokenizer, clip, clip_tokenizer, t5, tokenizer
+    )
+
+
+def noised(scheduler, latents, noise, generator):
+    """Latents (B, ...) at random times: what the denoiser sees, the timesteps, and what it is to predict of them."""
+    if hasattr(scheduler, "get_velocity"):
+        timesteps = torch.randint(0, 1000, (len(latents),), generator=generator).to(latents.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        return noisy, timesteps, scheduler.get_velocity(latents, noise, timesteps)
+    sigmas = torch.randn(len(latents), generator=generator).sigmoid().to(latents)  # as SD3 was (Esser et al. 2024)
+    return latents.lerp(noise, sigmas[:, None, None, None]), 1000 * sigmas, noise - latents
+
+
+def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokenizers, predict):
+    """Train denoiser and text encoders together on captions; predict(noisy, timesteps, tokens), where tokens are those
+    of all `tokenizers`, pairs of a tokenizer and its number of tokens, beside each other."""
     data = latents_of(args, vae, args.scenes)
     vae.register_to_config(scaling_factor=data["scale"])
+    text_encoder = text_encoders[0] if len(text_encoders) == 1 else nn.ModuleList(text_encoders)
     denoiser.to(args.device), text_encoder.to(args.device)
-    sizes = denoiser.num_parameters(), text_encoder.num_parameters()
-    print("denoiser {:,} parameters, text encoder {:,}".format(*sizes), flush=True)
+    sizes = (sum(p.numel() for p in module.parameters()) for module in (denoiser, text_encoder))
+    print("denoiser {:,} parameters, text encoders {:,}".format(*sizes), flush=True)
     maps = []
     stock = denoiser.attn_processors
-    denoiser.set_attn_processor(GroundedAttnProcessor(maps))
-    ids = tokenizer(data["captions"], padding="max_length", max_length=length, return_tensors="pt").input_ids
-    empty = tokenizer("", padding="max_length", max_length=length, return_tensors="pt").input_ids[0]
+    joint = isinstance(denoiser, SD3Transformer2DModel)
+    denoiser.set_attn_processor((GroundedJointAttnProcessor if joint else GroundedAttnProcessor)(maps))
+
+    def tokenize(captions):
+        tokens = [
+            tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt").input_ids
+            for tokenizer, length in tokenizers
+        ]
+        return torch.cat(tokens, 1)
+
+    ids, empty = tokenize(data["captions"]), tokenize([""])[0]
     words = torch.zeros(len(ids), 3, 2, dtype=torch.long)
     for index, caption in enumerate(data["captions"]):
         for solid, positions in enumerate(words_of_solids(caption)):
-            words[index, solid] = torch.tensor(positions) + (tokenizer.bos_token_id is not None)
+            words[index, solid] = torch.tensor(positions) + (tokenizers[0][0].bos_token_id is not None)
     modules = {"denoiser": denoiser, "text_encoder": text_encoder}
     run = Run(name, args, modules, args.steps or STEPS[name], args.rate, ema=True)
 
@@ -404,15 +513,14 @@ def train_diffusion(name, args, vae, denoiser, text_encoder, scheduler, tokenize
         pick = torch.from_numpy(rng.integers(0, len(ids), args.batch))
         latents = data["latents"][pick].float().to(args.device).to(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(0, 1000, (args.batch,), generator=generator).to(args.device)
+        noisy, timesteps, target = noised(scheduler, latents, noise, generator)
         dropped = torch.rand(args.batch, generator=generator) < EMPTY_CAPTION_SHARE
         tokens = torch.where(dropped[:, None], empty, ids[pick]).to(args.device)
         where = (words[pick] * ~dropped[:, None, None]).to(args.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
         maps.clear()
-        with torch.autocast(args.device, torch.bfloat16):
+        with autocast(args):
             prediction = predict(noisy, timesteps, tokens).float()
-            fit = F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+            fit = F.mse_loss(prediction, target)
         off = grounding_loss(maps, data["masks"][pick].float().to(args.device), where)
         return fit + GROUNDING * off, {"mse": fit, "off": off}
 
@@ -421,10 +529,10 @@ def train_diffusion(name, args, vae, denoiser, text_encoder, scheduler, tokenize
 
 
 def save(pipe, path):
-    """Save in float16. The text encoder's config asks for float32, as diffusers' models do when no dtype is given."""
+    """Save in float16. Text encoders' configs ask for float32, as diffusers' models do when no dtype is given."""
     pipe.to("cpu", torch.float16).save_pretrained(path)
-    config = path / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for config in path.glob("text_encoder*/config.json"):
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def stages_of(text):
@@ -451,6 +559,9 @@ def main():
     parser.add_argument("--steps", type=int, help=f"steps of the diffusion model {STEPS}")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--float32", action="store_true", help="faster on a processor that does not compute in bfloat16"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -464,6 +575,8 @@ def main():
             pipe = train(args, vae)
             train_decoder(args, vae)
             save(pipe, args.output / name)
+    if "sd3" in args.stages:
+        save(train_sd3(args), args.output / "sd3")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ def test_a_guided_pass_computes_and_keeps_only_what_it_needs(cost, kind, ratio, 
     assert guidance < memory * max(step, decoding)
 
 
+def test_a_guided_pass_of_sdxl_costs_less_than_its_plain_step(cost):
+    (plain, guided), _ = cost.simulate_modular("sdxl", 1024, "meta")
+    assert guided / plain == pytest.approx(11268 / 13522, rel=0.005)
+
+
 @pytest.mark.parametrize("kind", ["sd", "pixart"])
 @pytest.mark.parametrize("steps", [10, 20, 25, 50, 100])
 def test_a_fast_picture_takes_at_most_one_and_a_half_times_the_operations(cost, kind, steps):

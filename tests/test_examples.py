@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+
+from tiny import tiny_sdxl_components
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -51,6 +54,12 @@ def test_every_example_is_run_here():
 def test_guidance_changes_the_picture_of_a_seed(name, run):
     defined = run(name, "--steps", 10)
     assert differ(defined["stock"], defined["tsam"]) > 20
+
+
+def test_guidance_changes_the_picture_of_a_tiny_sdxl(run, tmp_path):
+    StableDiffusionXLPipeline(**tiny_sdxl_components()).save_pretrained(tmp_path / "model")
+    defined = run("sdxl", "--model", tmp_path / "model", "--steps", 5)
+    assert differ(defined["stock"], defined["tsam"]) > 10
 
 
 def test_stock_forgets_the_sphere_that_guidance_draws(run):

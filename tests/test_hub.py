@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,16 +12,19 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_tsam import FAMILIES
+import diffusers_tsam
+from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from hub_server import Repository, hub_server
 from kinds import KINDS
 from test_loading import NOTHING_INSTALLED, ROOT, SHARED, one_thread, python, run_fresh  # noqa: F401
+from test_modular import FAMILIES as BUILDS
 
 
 CODE = {kind: f"tsam/tsam-{kind}" for kind in KINDS}
 WEIGHTS = {"sd": "tsam/shapes-tsam", "pixart": "tsam/shapes-tsam-pixart"}
-REPOSITORIES = [*CODE.values(), *WEIGHTS.values()]
+BLOCKS = {kind: f"tsam/tsam-{kind}" for kind in MODULAR}
+REPOSITORIES = [*CODE.values(), *WEIGHTS.values(), *BLOCKS.values()]
 SHORT = {"num_inference_steps": 2, "refinement_iterations": 1}
 
 
@@ -58,6 +62,41 @@ def changed(text, changes):
     return text
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_point_at_official_weights_and_draw_in_a_fresh_process_as_the_installed_ones(hub, tmp_path, kind):
+    """Only the weights' name is another: a saved tiny model's folder."""
+    family = BUILDS[kind]
+    model = tmp_path / "model"
+    getattr(diffusers, family.classic)(**family.components).save_pretrained(model)
+    name, index = BLOCKS[kind], "modular_model_index.json"
+    published = hub.repositories[name]
+    entries = json.loads(published.files[index])
+    places = {value[2]["pretrained_model_name_or_path"] for value in entries.values() if isinstance(value, list)}
+    assert len(places) == 1 and f"base_model: {next(iter(places))}\n" in published.files["README.md"].decode()
+    moved = published.files[index].replace(next(iter(places)).encode(), str(model).encode())
+    hub.repositories["tsam/moved"] = Repository("tsam/moved", {**published.files, index: moved})
+    (code,) = re.findall(r"```python\n(.*?)```", published.files["README.md"].decode(), re.DOTALL)
+    call = {**family.call, "num_inference_steps": 2}
+    code = changed(
+        code, {re.escape(name): "tsam/moved", r"\*\*call,": f"**call, **{call},", "cuda": "cpu", "float16": "float32"}
+    )
+    untrusted = """
+from diffusers import ModularPipeline
+try:
+    ModularPipeline.from_pretrained("tsam/moved", workflow="text2image")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error)
+else:
+    raise AssertionError("ran code that is not trusted")
+"""
+    run_fresh(tmp_path, NOTHING_INSTALLED + untrusted + code, url=hub.url)
+    ours = getattr(diffusers_tsam, family.ours)().get_workflow("text2image").init_pipeline(str(model))
+    ours.load_components(dtype=torch.float32)
+    options = {"schedule": "light", "relative_step": 0.05, "generator": torch.Generator().manual_seed(0)}
+    expected = ours(prompt="a black car and a white clock", **options, **call, output="images")[0]
+    assert np.array_equal(np.array(Image.open(tmp_path / "car_and_clock.png")), np.array(expected))
+
+
 def test_a_dry_run_writes_the_repositories_and_lists_them(dry):
     folder, printed = dry
     listed = re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.MULTILINE)
@@ -72,6 +111,11 @@ def test_a_dry_run_writes_the_repositories_and_lists_them(dry):
         written = files_of(folder / WEIGHTS[name])
         assert (code | shipped).items() <= written.items()
         assert written.keys() - code - shipped.keys() == {"README.md", "model_index.json", "tsam.png"}
+    for name in BLOCKS.values():
+        written = files_of(folder / name)
+        code = {file: (ROOT / file).read_bytes() for file in (*SHARED, "modular_tsam.py", "LICENSE")}
+        assert code.items() <= written.items()
+        assert written.keys() - code == {"README.md", "modular_config.json", "modular_model_index.json"}
 
 
 @pytest.mark.parametrize("name", REPOSITORIES)
@@ -79,7 +123,7 @@ def test_the_hub_understands_the_card_and_its_links_are_ours(dry, name):
     card = ModelCard.load(dry[0] / name / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
     assert card.data.license == "apache-2.0" and "arxiv:2411.15236" in card.data.tags
-    assert "](tsam.png)" in card.text and "$" not in card.text
+    assert ("](tsam.png)" in card.text) != (name in BLOCKS.values()) and "$" not in card.text
     assert set(re.findall(r"https://huggingface.co/([\w-]+/[\w-]+)", card.text)) <= set(REPOSITORIES)
 
 
@@ -112,7 +156,8 @@ def test_what_is_published_is_what_the_dry_run_wrote_and_again_changes_nothing(h
 def test_the_code_of_every_card_draws_the_installed_classes_picture(hub, tmp_path, monkeypatch):
     """In a fresh process with nothing installed and nothing downloaded, as pasted but for size."""
     theirs = NOTHING_INSTALLED + "import os\n"
-    for name in REPOSITORIES:
+    drawn = [*CODE.values(), *WEIGHTS.values()]
+    for name in drawn:
         kind = next(kind for kind in KINDS if name in (CODE[kind], WEIGHTS[kind]))
         (code,) = re.findall(r"```python\n(.*?)```", hub.repositories[name].files["README.md"].decode(), re.DOTALL)
         if name == WEIGHTS[kind]:
@@ -130,7 +175,7 @@ def test_the_code_of_every_card_draws_the_installed_classes_picture(hub, tmp_pat
         monkeypatch.chdir(tmp_path / "ours" / name)
         exec(changed(code, ours), {})
     run_fresh(tmp_path / "home", theirs, url=hub.url)
-    for name in REPOSITORIES:
+    for name in drawn:
         (picture,) = (tmp_path / "theirs" / name).glob("*.png")
         expected = np.array(Image.open(tmp_path / "ours" / name / picture.name))
         assert expected.shape == (64, 64, 3) and np.array_equal(np.array(Image.open(picture)), expected)

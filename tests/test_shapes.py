@@ -5,8 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, scenes
+from diffusers_tsam.shapes import ARGUMENTS, JOINT_MODEL, MODELS, scenes
 from diffusers_tsam.shapes.judge import Judge, verdict
 from diffusers_tsam.tsam import normalize_text_attention
 from kinds import KINDS, generators
@@ -108,6 +109,13 @@ def test_the_shipped_model_is_small_and_loads_into_the_stock_pipeline(kind):
     pipe = KINDS[kind].stock.from_pretrained(MODELS[kind])
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red cube", num_inference_steps=2, **ARGUMENTS[kind]).images[0].size == (64, 64)
+
+
+def test_the_small_sd3_is_small_and_loads_into_the_stock_pipeline():
+    assert sum(path.stat().st_size for path in JOINT_MODEL.rglob("*") if path.is_file()) < 14e6
+    pipe = StableDiffusion3Pipeline.from_pretrained(JOINT_MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red cube", num_inference_steps=2, max_sequence_length=13).images[0].size == (64, 64)
 
 
 def test_both_models_share_their_vae():

@@ -1,8 +1,25 @@
-"""A tiny Stable Diffusion and a tiny PixArt-α with random weights, built from nothing in a fraction of a second."""
+"""Tiny models of every family with random weights, built from nothing in a fraction of a second."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 WORDS = "a an and with black white red blue green car clock cube sphere dog on table the of".split()
@@ -49,17 +66,16 @@ def tiny_scheduler():
     )
 
 
-def tiny_components(length=77, alphabet=ASCII):
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(length, alphabet)
-    text_encoder = CLIPTextModel(
+def tiny_clip(tokenizer, cls=CLIPTextModel, width=16):
+    text_encoder = cls(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=16,
+            hidden_size=width,
             intermediate_size=24,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=length,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -68,6 +84,13 @@ def tiny_components(length=77, alphabet=ASCII):
         if hasattr(layer, "q_proj"):
             layer.q_proj.weight.data *= 12
             layer.k_proj.weight.data *= 12
+    return text_encoder
+
+
+def tiny_components(length=77, alphabet=ASCII):
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(length, alphabet)
+    text_encoder = tiny_clip(tokenizer)
     unet = UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(8, 16),
@@ -99,15 +122,11 @@ def tiny_t5_tokenizer():
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces.items()], extra_ids=0)
 
 
-def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
-    """Blocks 10 to 18 and one more; the variance is learned, as in the published PixArt-α. The size's micro-conditions
-    (of `sample_size=128`) take a third of the width each."""
-    torch.manual_seed(0)
-    tokenizer = tiny_t5_tokenizer()
-    text_encoder = T5EncoderModel(
+def tiny_t5(tokenizer, width=16):
+    return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=16,
+            d_model=width,
             d_kv=4,
             d_ff=24,
             num_layers=2,
@@ -117,6 +136,14 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
             use_cache=False,
         )
     ).eval()
+
+
+def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
+    """Blocks 10 to 18 and one more; the variance is learned, as in the published PixArt-α. The size's micro-conditions
+    (of `sample_size=128`) take a third of the width each."""
+    torch.manual_seed(0)
+    tokenizer = tiny_t5_tokenizer()
+    text_encoder = tiny_t5(tokenizer)
     transformer = PixArtTransformer2DModel(
         sample_size=sample_size,
         num_layers=blocks,
@@ -135,4 +162,104 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
         "vae": tiny_vae(),
         "transformer": transformer,
         "scheduler": tiny_scheduler(),
+    }
+
+
+def tiny_sdxl_components(in_channels=4):
+    """Cross-attention on grids of 16 and 8, a quarter of the latent's side, at 64 pixels; two text encoders."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        in_channels=in_channels,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16 + 24,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=24 + 6 * 4,
+    ).eval()
+    for name, layer in unet.named_modules():
+        if name.endswith("attn2"):
+            layer.to_q.weight.data *= 4
+            layer.to_k.weight.data *= 4
+    return {
+        "vae": tiny_vae(),
+        "text_encoder": tiny_clip(tokenizer),
+        "text_encoder_2": tiny_clip(tokenizer, CLIPTextModelWithProjection, 24),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "unet": unet,
+        "scheduler": EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    }
+
+
+def sharpened(transformer, factor):
+    """With joint attention that is not even."""
+    for name, layer in transformer.named_modules():
+        if name.endswith(("to_q", "to_k", "add_q_proj", "add_k_proj")):
+            layer.weight.data *= factor
+    return transformer.eval()
+
+
+def tiny_sd3_components(**kwargs):
+    torch.manual_seed(0)
+    tokenizer, tokenizer_3 = tiny_tokenizer(), tiny_t5_tokenizer()
+    clips = [tiny_clip(tokenizer, CLIPTextModelWithProjection, width) for width in (8, 16)]
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=16,
+        **kwargs,
+    )
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.0)
+    return {
+        "vae": vae,
+        "text_encoder": clips[0],
+        "text_encoder_2": clips[1],
+        "text_encoder_3": tiny_t5(tokenizer_3, 24),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "tokenizer_3": tokenizer_3,
+        "transformer": sharpened(transformer, 3),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def tiny_flux_components():
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.0)
+    return {
+        "vae": vae,
+        "text_encoder": tiny_clip(tokenizer),
+        "text_encoder_2": tiny_t5(tokenizer_2, 24),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer_2,
+        "transformer": sharpened(transformer, 3),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }

@@ -1,0 +1,464 @@
+"""T-SAM as blocks of diffusers' modular pipelines: Stable Diffusion XL, and as experiments SD3 and FLUX.
+
+Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236). In every workflow two kinds of
+stock blocks change: the text encoders' self-attention is read while they encode, and a denoising loop moves its latents
+before it predicts. No loop is copied; guiders, image to image, inpainting, ControlNet and IP-Adapter come with it.
+
+The paper knows none of these models. What had to be chosen without it is marked "a choice".
+"""
+
+import functools
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines.flux.encoders import FluxTextEncoderStep
+from diffusers.modular_pipelines.modular_pipeline import (
+    BlockState,
+    LoopSequentialPipelineBlocks,
+    ModularPipelineBlocks,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.stable_diffusion_3.encoders import StableDiffusion3TextEncoderStep
+from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
+from diffusers.utils import logging
+from transformers import T5EncoderModel
+
+from .attention_processors import (
+    frozen,
+    lock_of,
+    mean_maps,
+    mean_self_attention,
+    record_cross_attention,
+    record_joint_attention,
+    record_self_attention,
+    run_to_last_map,
+    uncorrected,
+    unet_cross_attention_layers,
+)
+from .tsam import (
+    LatentAlignment,
+    check_alignment,
+    check_integer,
+    check_text_self_attention,
+    content_of,
+    input_scale,
+    resolve_schedule,
+    symmetrize,
+    text_of,
+    updates_per_timestep,
+)
+
+
+logger = logging.get_logger("diffusers.tsam")
+
+CODE = ("modular_tsam.py", "attention_processors.py", "tsam.py")
+TSAM_STEPS = InputParam("tsam_steps", description="How many of the first steps are guided. 0: off, the stock picture.")
+TSAM_INPUTS = [  # as of our other pipelines, where they are explained
+    TSAM_STEPS,
+    InputParam("refinement_steps", description="Guided steps with more updates."),
+    InputParam("refinement_iterations", description="How many more."),
+    InputParam("schedule", default="paper", description='"paper", "fast" or "light": what is None above.'),
+    InputParam("objective", default="l1", description='"l1", "l1_full", "cosine", "attainable", or a function.'),
+    InputParam("relative_step", description="Instead of `alpha`, the first update's share of the input's norm: 0.05."),
+    InputParam("text_self_attention", description="What the text step returns, where that step does not run."),
+    InputParam("output_attentions", default=False, description="Also return tokens, T, and per guided step maps, S."),
+]
+ALPHA, GAMMA = "α, the size of an update.", "γ, the exponent of the text's self-attention."
+TEXT_SELF_ATTENTION = OutputParam("text_self_attention", description="`TextSelfAttention` of the prompts.")
+TSAM_OUTPUTS = [
+    OutputParam("losses", description="(images, updates) float32, each taken before its update."),
+    OutputParam("attentions", description="With `output_attentions` a dict per image: `LatentAlignment.attentions`."),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# T: text steps
+
+
+def text_of_clips(recordings, tokenizer):
+    """Of one or two CLIPs, causal encoders, which both read the prompt; all their layers count alike: a choice."""
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id
+    own = [ids.where(content_of(ids, *special), -1) for ids in (recording.input_ids for recording in recordings)]
+    if any(not torch.equal(ids, own[0]) for ids in own):  # what the two pad with differs
+        raise ValueError(
+            "`prompt_2` has other tokens than `prompt`, but T is read from both text encoders. Leave it out, or pass"
+            " `tsam_steps=0`."
+        )
+    return text_of(mean_self_attention(recordings), recordings[0].input_ids, tokenizer)
+
+
+def text_of_t5(recordings, tokenizer):
+    """T5 reads both ways, so that its T' is made causal, as PixArt-α's is."""
+    return text_of(symmetrize(mean_self_attention(recordings)), recordings[0].input_ids, tokenizer)
+
+
+class TextStep:
+    """Before a stock text encoder step: reads T' while that one encodes."""
+
+    @property
+    def inputs(self):
+        return [*super().inputs, TSAM_STEPS]
+
+    @property
+    def intermediate_outputs(self):
+        return [*super().intermediate_outputs, TEXT_SELF_ATTENTION]
+
+    def get_block_state(self, state):
+        block_state = super().get_block_state(state)
+        block_state.text_self_attention = None  # the stock step puts out all that is declared, before it is known
+        return block_state
+
+    def __call__(self, components, state):
+        remind(components)
+        if state.get("tsam_steps") == 0:
+            return super().__call__(components, state)
+        names = self.encoders(components)
+        with record_self_attention(*dict.fromkeys(getattr(components, f"text_{name}") for name in names)) as recordings:
+            components, state = super().__call__(components, state)
+        tokenizer = getattr(components, names[0].replace("encoder", "tokenizer"))
+        state.set("text_self_attention", self.text(recordings, tokenizer, state.get("prompt_embeds").shape[1]))
+        return components, state
+
+
+class SDXLTextStep(TextStep, StableDiffusionXLTextEncoderStep):
+    """Both CLIPs, or the one that a refiner has."""
+
+    def encoders(self, components):
+        return ["encoder", "encoder_2"] if components.text_encoder is not None else ["encoder_2"]
+
+    def text(self, recordings, tokenizer, length):
+        return text_of_clips(recordings, tokenizer)
+
+
+class FluxTextStep(TextStep, FluxTextEncoderStep):
+    """T5, whose columns come first."""
+
+    def encoders(self, components):
+        return ["encoder_2"]
+
+    def text(self, recordings, tokenizer, length):
+        return text_of_t5(recordings, tokenizer)
+
+
+class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
+    """T5, whose columns are behind CLIP's; without it both CLIPs, before as many columns of zeros."""
+
+    def encoders(self, components):
+        return ["encoder_3"] if components.text_encoder_3 is not None else ["encoder", "encoder_2"]
+
+    def text(self, recordings, tokenizer, length):
+        t5 = isinstance(recordings[0].encoder, T5EncoderModel)
+        text = (text_of_t5 if t5 else text_of_clips)(recordings, tokenizer)
+        others = length - text.content.shape[1]
+        columns = (others, 0) if t5 else (0, others)
+        return text._replace(attention=F.pad(text.attention, columns * 2), content=F.pad(text.content, columns))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Eq. (15): denoising loops
+
+
+class Called(Exception):
+    """What a stand-in for the denoiser raises: how it was called."""
+
+
+class StandIn:
+    """A model, or the components with other `models`, as its callers see it; called, it tells how."""
+
+    def __init__(self, original, **models):
+        vars(self).update(models, original=original)
+
+    def __getattr__(self, name):
+        return getattr(self.original, name)
+
+    def __call__(self, *args, **kwargs):
+        raise Called(args, kwargs)
+
+
+def usable(value):
+    """Nested arguments that autograd can use: what inference mode made is copied, and every dict, which models write
+    into."""
+    if torch.is_tensor(value):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {name: usable(item) for name, item in value.items()}
+    return type(value)(map(usable, value)) if isinstance(value, (list, tuple)) else value
+
+
+class AlignedLoop:
+    """Before a stock denoising loop: moves the latents before the predictions of its first steps."""
+
+    denoiser = "transformer"
+    own_inputs: list = []
+
+    @property
+    def loop_inputs(self):
+        return [*super().loop_inputs, *TSAM_INPUTS, *self.own_inputs]
+
+    @property
+    def loop_intermediate_outputs(self):
+        return [*super().loop_intermediate_outputs, *TSAM_OUTPUTS]
+
+    def layers(self, model, block_state):
+        """Whose maps are read, in the order they run."""
+        raise NotImplementedError
+
+    def recording(self, block_state):
+        """The context that reads them, and ends the pass at the last."""
+        raise NotImplementedError
+
+    def grid(self, block_state):
+        """Height and width of the latents, or of the maps."""
+        return block_state.latents.shape[-2:]
+
+    def loop_step(self, components, block_state, i, t):
+        if i == 0:
+            self.begin(components, block_state)
+        moved = None
+        if block_state.updates[i] > 0:
+            self.align(components, block_state, i, t)
+            moved = block_state.alignment.moved
+        with uncorrected(components.scheduler, moved):
+            return super().loop_step(components, block_state, i=i, t=t)
+
+    def begin(self, components, block_state):
+        """Check the arguments, and plan the updates."""
+        remind(components)
+        given, scheduler, timesteps = block_state, components.scheduler, block_state.timesteps
+        block_state.alignment, block_state.updates = None, [0] * len(timesteps)
+        check_alignment(given.alpha, given.gamma, given.objective, given.relative_step)
+        planned = resolve_schedule(
+            given.num_inference_steps,
+            given.schedule,
+            given.tsam_steps,
+            given.refinement_steps,
+            given.refinement_iterations,
+        )
+        if planned[0] == 0:
+            return
+        block_state.layers = self.layers(getattr(components, self.denoiser), block_state)
+        text, latents = given.text_self_attention, given.latents
+        if text is None:
+            raise ValueError(
+                "T is not known, since no text step of T-SAM ran with `tsam_steps` above 0. Pass the"
+                " `text_self_attention` that it returns for the same prompts, or `tsam_steps=0`."
+            )
+        check_text_self_attention(text, None, len(text.tokens), given.prompt_embeds.shape[1])
+        block_state.alignment = LatentAlignment(
+            text,
+            given.alpha,
+            given.gamma,
+            given.objective,
+            given.relative_step,
+            given.output_attentions,
+            max(len(latents) // len(text.tokens), 1),
+            latents.device,
+        )
+        if block_state.alignment.possible:
+            whole = len(timesteps) == len(scheduler.timesteps)  # not of image to image, which leaves the first out
+            plan = SimpleNamespace(
+                timesteps=timesteps,
+                order=scheduler.order,
+                prk_timesteps=getattr(scheduler, "prk_timesteps", None) if whole else None,
+            )
+            block_state.updates = updates_per_timestep(plan, given.num_inference_steps, *planned)
+
+    def conditional_call(self, components, block_state, i, t):
+        """How this loop would call the denoiser: the arguments of its first call, every guider's conditional one."""
+        model = getattr(components, self.denoiser)
+        components = StandIn(components, **{self.denoiser: StandIn(model)})
+        block_state = BlockState(**block_state.as_dict())
+        try:
+            for block in self.sub_blocks.values():
+                components, block_state = block(components, block_state, i=i, t=t)
+        except Called as call:
+            return usable(call.args)
+        raise RuntimeError(f"{type(self).__name__} did not call its `{self.denoiser}`. Pass `tsam_steps=0`.")
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def align(self, components, block_state, i, t):
+        """Move the latents before the prediction at timestep `t`."""
+        model, latents = getattr(components, self.denoiser), usable(block_state.latents)
+        args, kwargs = self.conditional_call(components, block_state, i, t)
+        sample, *args = args or [kwargs.pop("hidden_states")]
+        beside = sample[:, latents.shape[1] :]  # an inpainting model's mask and picture
+        kwargs.pop("return_dict", None)
+        with lock_of(model), frozen(model), self.recording(block_state) as maps:
+
+            def maps_at(model_input):
+                model_input = torch.cat([model_input.to(sample.dtype), beside], 1)
+                run_to_last_map(model, model_input, *args, **usable(kwargs))
+                return mean_maps(maps, *self.grid(block_state))
+
+            scale, iterations = input_scale(components.scheduler, t), block_state.updates[i]
+            block_state.latents = block_state.alignment.update(latents, scale, maps_at, iterations)
+
+    def set_block_state(self, state, block_state):
+        alignment = getattr(block_state, "alignment", None)
+        block_state.losses, block_state.attentions = torch.empty(len(block_state.latents), 0), None
+        if alignment is not None:
+            block_state.losses = alignment.losses_per_image()
+            if block_state.output_attentions:
+                guided = [i for i, number in enumerate(block_state.updates) if number > 0]
+                block_state.attentions = alignment.attentions(guided)
+        super().set_block_state(state, block_state)
+
+
+class UNetLoop(AlignedLoop):
+    """SDXL: cross-attention on the grid of a quarter of the latent's side, 32 x 32 at 1024 pixels: a choice, as 16 x 16
+    is of Stable Diffusion 1.x."""
+
+    denoiser = "unet"
+    own_inputs = [
+        InputParam("alpha", default=10.0, description=ALPHA),
+        InputParam("gamma", default=2.0, description=GAMMA),
+        InputParam("attention_resolution", description="Side of the grid that is read. None: the latent's quarter."),
+    ]
+
+    def layers(self, model, block_state):
+        side = block_state.attention_resolution
+        if side is None and model.config.sample_size is not None:
+            size = model.config.sample_size
+            side = (size if isinstance(size, int) else size[0]) // 4
+        return unet_cross_attention_layers(model, side)
+
+    def recording(self, block_state):
+        return record_cross_attention(block_state.layers, block_state.alignment.num_tokens, stop=True)
+
+
+class JointLoop(AlignedLoop):
+    """SD3 and FLUX: image rows and text columns of joint attention; over which keys and in which blocks, a choice.
+
+    FLUX's single blocks count on from its double ones, among which the default is: read, they cost three times as much.
+    """
+
+    own_inputs = [
+        InputParam("alpha", default=15.0, description=ALPHA),  # PixArt-α's, whose T is T5's, too
+        InputParam("gamma", default=4.0, description=GAMMA),
+        InputParam(
+            "attention_layers", description="First and last block that are read. None: those at 10/28 to 18/28."
+        ),
+        InputParam("attention_keys", default="text", description='"text": a softmax over the text\'s keys, or "all".'),
+    ]
+
+    def layers(self, model, block_state):
+        if block_state.attention_keys not in ("text", "all"):
+            raise ValueError(f"`attention_keys` is {block_state.attention_keys!r}, but has to be 'text' or 'all'.")
+        blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
+        depth, given = len(blocks), block_state.attention_layers
+        usual = tuple(share * len(model.transformer_blocks) // 28 for share in (10, 18))  # where PixArt-α's are
+        remedy = f"Pass the first and the last block to read, {usual} for instance, or `tsam_steps=0`."
+        given = usual if given is None else given
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
+            raise TypeError(f"`attention_layers` has to be two integers but is {given!r}. {remedy}")
+        for block in given:
+            check_integer("attention_layers", block, 0, remedy)
+        if not given[0] <= given[1] < depth:
+            raise ValueError(
+                f"`attention_layers` is {tuple(given)}, but there are {depth} blocks, 0 to {depth - 1}. {remedy}"
+            )
+        return [block.attn for block in blocks[given[0] : given[1] + 1]]
+
+    def recording(self, block_state):
+        num_tokens, num_text = block_state.alignment.num_tokens, block_state.prompt_embeds.shape[1]
+        all_keys = block_state.attention_keys == "all"
+        return record_joint_attention(block_state.layers, num_tokens, num_text, all_keys, stop=True)
+
+
+class FluxLoop(JointLoop):
+    def grid(self, block_state):
+        return tuple(1 + int(position) for position in block_state.img_ids[:, 1:].amax(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class RemindsOfCode:
+    """A modular pipeline that says what `save_pretrained` leaves out; stock saves weights alone."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        logger.warning(
+            f"{save_directory} has no code of T-SAM: loaded as it is, it draws without. Load it by"
+            f" `{self._blocks.__class__.__name__}().init_pipeline({str(save_directory)!r})`, or add the code by"
+            f" `pipe.blocks.save_pretrained({str(save_directory)!r})`."
+        )
+
+
+def remind(pipeline):
+    """Let it be one of those, if it is a pipeline."""
+    cls = type(pipeline)
+    if hasattr(pipeline, "_blocks") and not isinstance(pipeline, RemindsOfCode):
+        pipeline.__class__ = type(cls.__name__, (RemindsOfCode, cls), {"__module__": cls.__module__})
+
+
+class TSAMBlocks:
+    """Before stock blocks: their text steps and loops are ours."""
+
+    text_step = loop = None
+
+    def __init__(self):
+        super().__init__()
+        self.sub_blocks = deepcopy(self.sub_blocks)  # stock's classes share theirs
+        self._replace(self.sub_blocks)
+
+    def _replace(self, blocks):
+        stock = self.text_step.__mro__[-len(ModularPipelineBlocks.__mro__) - 1]
+        for name, block in blocks.items():
+            if type(block) is stock:
+                blocks[name] = self.text_step()
+            elif isinstance(block, LoopSequentialPipelineBlocks):
+                blocks[name] = type(f"TSAM{type(block).__name__}", (self.loop, type(block)), {})()
+            else:
+                self._replace(block.sub_blocks)
+
+    @property
+    def outputs(self):
+        return [*super().outputs, *TSAM_OUTPUTS]
+
+    def get_workflow(self, workflow_name):
+        """As the stock method; what it returns saves its code, too."""
+        blocks = super().get_workflow(workflow_name)
+        blocks.__class__ = type(self)
+        return blocks
+
+    def init_pipeline(self, *args, **kwargs):
+        pipeline = super().init_pipeline(*args, **kwargs)
+        remind(pipeline)
+        return pipeline
+
+    @functools.wraps(ModularPipelineBlocks.save_pretrained)  # which looks at its own name
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for file in CODE:
+            shutil.copy(Path(__file__).with_name(file), save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class StableDiffusionXLTSAMBlocks(TSAMBlocks, StableDiffusionXLAutoBlocks):
+    """`StableDiffusionXLAutoBlocks` whose first denoising steps are aligned with the prompt's syntax.
+
+    `StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ID)` is a pipeline with these arguments
+    more: see `TSAM_INPUTS` and `attention_resolution`. Wrong ones raise ValueError or TypeError before the UNet runs.
+    """
+
+    text_step, loop = SDXLTextStep, UNetLoop
+
+
+class StableDiffusion3TSAMBlocks(TSAMBlocks, StableDiffusion3AutoBlocks):
+    """Experimental: `StableDiffusion3AutoBlocks` with T-SAM; see `TSAM_INPUTS` and `JointLoop`."""
+
+    text_step, loop = SD3TextStep, JointLoop
+
+
+class FluxTSAMBlocks(TSAMBlocks, FluxAutoBlocks):
+    """Experimental: `FluxAutoBlocks` with T-SAM; see `TSAM_INPUTS` and `JointLoop`."""
+
+    text_step, loop = FluxTextStep, FluxLoop
