@@ -9,6 +9,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from . import FAMILIES
 from .shapes import ARGUMENTS, MODELS, TUNED
@@ -24,12 +25,23 @@ SEEDS = {"sd": 74, "pixart": 0}
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
-def draw(pipe, prompt, seed=0, **settings):
-    """One prompt without and with T-SAM, from one seed; `settings` are arguments of the pipeline.
+class Drawn(NamedTuple):
+    """A picture, and what was seen in its G denoising steps, when they predict the noise: after a guided one's updates.
 
-    Returns both pictures, both losses, how many steps were guided, and what `LatentAlignment.attentions` returns, with
-    stock and T-SAM in place of the steps. Losses, maps and S are of the pass that predicts the noise in the last guided
-    step, after its updates.
+    losses: G numbers. guided: which steps were. attentions: what `LatentAlignment.attentions` returns, of all steps.
+    """
+
+    picture: Any
+    losses: list
+    guided: list
+    attentions: dict
+
+
+def compare(pipe, prompt, seed=0, on_step=None, **settings):
+    """One prompt without and with T-SAM, from one seed: a pair of `Drawn`. `settings` are arguments of the pipeline.
+
+    on_step: called as (pipe, "T-SAM" or "stock", step, latents, loss) after every step. None is returned where it sets
+    `pipe._interrupt`, which ends the drawing.
     """
     from .attention_processors import mean_maps, record_cross_attention
     from .tsam import LatentAlignment
@@ -41,30 +53,47 @@ def draw(pipe, prompt, seed=0, **settings):
     text = pipe.get_text_self_attention(**{name: given[name] for name in how_to_read})
     if text.content.sum() < 2:
         raise ValueError(f"T-SAM aligns words with each other: {prompt!r} needs two or more.")
-    alignment = LatentAlignment(text, 0, given["gamma"], given["objective"], device="cpu")
 
     def run(name, **changes):
-        """The output, and the maps (1, N, H, W) of every step's pass."""
         import torch
 
-        maps = {}
+        steps, seen = [], LatentAlignment(text, 0, given["gamma"], given["objective"], device="cpu")
 
         def keep(pipe, i, t, tensors):
-            maps[i] = mean_maps(recorded, *tensors["latents"].shape[-2:])[-1:].cpu()  # of the half with the prompt
+            latents = tensors["latents"]
+            maps = mean_maps(recorded, *latents.shape[-2:])[-1:].cpu()  # of the half with the prompt
+            steps.append(i)
+            seen.maps.append(maps)
+            seen.losses.append(seen.loss_of(maps))
+            if on_step is not None:
+                on_step(pipe, name, i, latents, seen.losses[-1].item())
             return {}
 
         pipe.set_progress_bar_config(desc=name)
         generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
         arguments = {**settings, **changes, "generator": generator, "callback_on_step_end": keep}
-        with record_cross_attention(layers, alignment.num_tokens) as recorded:
-            return pipe(prompt, **arguments), maps
+        with record_cross_attention(layers, seen.num_tokens) as recorded:
+            output = pipe(prompt, **arguments)
+        guided = output.attentions[0]["steps"] if output.attentions else []
+        return Drawn(output.images[0], seen.losses_per_image()[0].tolist(), guided, seen.attentions(steps)[0])
 
-    tsam, after = run("T-SAM", output_attentions=True)  # first, since it is this one that checks the settings
-    stock, before = run("stock", tsam_steps=0)
-    guided = tsam.attentions[0]["steps"]
-    alignment.maps = [maps[guided[-1]] for maps in (before, after)]
-    losses = [alignment.loss_of(maps).item() for maps in alignment.maps]
-    return [stock.images[0], tsam.images[0]], losses, len(guided), alignment.attentions(["stock", "T-SAM"])[0]
+    tsam = run("T-SAM", output_attentions=True)  # first, since it is this one that checks the settings
+    stock = None if pipe.interrupt else run("stock", tsam_steps=0)
+    return None if pipe.interrupt else (stock, tsam)
+
+
+def draw(pipe, prompt, seed=0, **settings):
+    """`compare` at the last guided step: both pictures, both losses, how many steps were guided, and the attentions,
+    with stock and T-SAM in place of the steps."""
+    import torch
+
+    pair = compare(pipe, prompt, seed, **settings)
+    guided = pair[1].guided
+    pictures, losses = [drawn.picture for drawn in pair], [drawn.losses[guided[-1]] for drawn in pair]
+    attentions = {**pair[1].attentions, "steps": ["stock", "T-SAM"]}
+    for name in ("maps", "similarity"):
+        attentions[name] = torch.stack([drawn.attentions[name][guided[-1]] for drawn in pair])
+    return pictures, losses, len(guided), attentions
 
 
 class Parser(argparse.ArgumentParser):
