@@ -226,6 +226,20 @@ def _load(cls, model, denoiser, dtype):
     return pipe
 
 
+def settings_of(pipe, kind, shipped):
+    """The defaults of SETTINGS, for a pipeline or its class: its own, or what was tuned for the model that ships."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
+    return settings | TUNED[kind] | ARGUMENTS[kind] if shipped else settings
+
+
+def judged(pictures):
+    """What is in pictures of the models that ship, in words, "blue ring, red cube" for one."""
+    from .shapes.judge import Judge
+
+    return [", ".join(sorted(map(" ".join, found))) or "nothing" for found in Judge.from_pretrained().read(pictures)]
+
+
 def run(args):
     """Everything the command does; the lines it prints."""
     from . import figures  # here, since matplotlib takes its time
@@ -234,12 +248,9 @@ def run(args):
     pipe, kind = load(args.model or MODELS[args.pipeline or "sd"], args.pipeline, args.device, args.dtype)
     shipped = args.model is None or Path(args.model).resolve() == MODELS[kind].resolve()
     seed = SEEDS[kind] if args.seed is None else args.seed
-    parameters = inspect.signature(pipe.__call__).parameters
-    settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
-    if shipped:
-        settings.update(TUNED[kind], **ARGUMENTS[kind])
+    settings = settings_of(pipe, kind, shipped)
     given = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
-    for name in given.keys() - parameters.keys():
+    for name in given.keys() - settings.keys():
         raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
     settings.update(given)
     if "alpha" in given and "relative_step" not in given:
@@ -249,10 +260,7 @@ def run(args):
     when = f"at step {guided} of {args.steps}, after its updates"
     lines = [args.output, f"loss {when}: " + "stock {:.3f}, T-SAM {:.3f}".format(*losses)]
     if shipped:
-        from .shapes.judge import Judge
-
-        solids = Judge.from_pretrained().read(pictures)
-        solids = [", ".join(sorted(map(" ".join, found))) or "nothing" for found in solids]
+        solids = judged(pictures)
         captions = [f"{caption} · the judge sees: {found}" for caption, found in zip(captions, solids)]
         lines.append("the judge sees: stock {}; T-SAM {}".format(*solids))
     notes = [f"maps and S {when}, one scale a word", f"seed {seed}"]
