@@ -127,10 +127,10 @@ def summary(result):
     losses, guided = [drawn.losses for drawn in result.pair], result.pair[1].guided
     before, after = (each[guided[-1]] for each in losses)
     text = f"Loss after the guided steps, {len(guided)}: stock {before:.3f}, T-SAM {after:.3f}."
-    if result.strain < BREAKS:
+    if result.moved < BREAKS:
         return note(text)
     name = "alpha" if result.settings["relative_step"] is None else "the relative step"
-    far = f"The first step moved the latents by {result.strain:.0%} of their norm, which breaks most pictures: "
+    far = f"The first step moved the latents by {result.moved:.0%} of their norm, which breaks most pictures: "
     return note(f"{far}halve {name}. {text}", "warning")
 
 
@@ -259,7 +259,7 @@ def build(models):
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", min_width=120, scale=3)
                     halt = gr.Button("Stop", min_width=80, scale=1)
-                with gr.Accordion("Advanced", open=False):
+                with gr.Accordion("Advanced", open=False) as advanced:
                     choices, settings = {"schedule": list(SCHEDULES), "objective": list(OBJECTIVES)}, []
                     for name in ARGUMENTS:
                         look_of = {
@@ -329,8 +329,11 @@ def build(models):
             return list(fields_of(models, name, text, number).values())
 
         def follow(request: gr.Request):
-            values, problem = linked(models, dict(request.query_params))
-            return {**dict(zip(fields, values.values())), **({status: note(problem, "error")} if problem else {})}
+            query = dict(request.query_params)
+            values, problem = linked(models, query)
+            said = {status: note(problem, "error")} if problem else {}
+            opened = {advanced: gr.Accordion(open=True)} if query.keys() & set(ARGUMENTS) else {}
+            return {**dict(zip(fields, values.values())), **said, **opened}
 
         def stop(request: gr.Request):
             Session(request).stop()
@@ -355,7 +358,7 @@ def build(models):
         gr.on([word.input, step.input], look, [result, word, step], [*maps, tables], **newest)
         model.input(choose, model, [status, steps, *settings], **quiet)
         examples.click(pick, examples, fields, **quiet)
-        page.load(follow, None, [*fields, status], **quiet)
+        page.load(follow, None, [*fields, status, advanced], **quiet)
         page.unload(leave)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=8)
 

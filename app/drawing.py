@@ -15,6 +15,7 @@ from PIL import Image
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, cli
+from diffusers_tsam.attention_processors import shadowed
 from diffusers_tsam.shapes import MODELS
 from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES, check_alignment
 
@@ -30,8 +31,8 @@ MAX_SIDE = 1024  # pixels of a picture, whose size is always the model's own, on
 MAX_LOADED = 2  # models in memory
 SHIPPED = {f"{FAMILIES[kind].name} (ships here)": kind for kind in MODELS}
 STEPS = 25, 50  # of the models that ship, which were measured with 25, and of others
-# How far, of their norm, the first step may move the latents. Of 12 pictures of three solids, 0.3 spoilt one of the small
-# Stable Diffusion's, 0.5 eight of the small PixArt-α's.
+# How far, as a share of their norm, the first step's updates may move the latents. Of 12 pictures of three solids, 0.2 and
+# 0.3 left ten and eleven right on the small models; 0.5 and 1, three and five.
 BREAKS = 0.4
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -61,14 +62,13 @@ class Models:
 
     def source(self, name):
         """A folder or a Hub id."""
-        offered = self.offered()
+        name, offered = str(name), self.offered()
         if name in offered:
             return offered[name]
-        # cli.load takes a folder of that name before the Hub
-        if self.hub and isinstance(name, str) and HUB_ID.fullmatch(name) and not Path(name).exists():
+        if self.hub and HUB_ID.fullmatch(name) and not Path(name).exists():  # which would be loaded instead
             return name
         also = ", or type a Hub id such as owner/name" if self.hub else ""
-        raise ValueError(f"There is no model {str(name)[:100]!r} here. Choose one of the list{also}.")
+        raise ValueError(f"There is no model {name[:100]!r} here. Choose one of the list{also}.")
 
     def defaults(self, name):
         """The pipeline's arguments for a model, which need not be loaded."""
@@ -161,13 +161,12 @@ class Step(NamedTuple):
 
 class Result(NamedTuple):
     """A drawing. settings: values of FIELDS. pair: of `cli.Drawn`, stock first. seen: in words, what the judge of the
-    small models sees, or None. strain: how far the first step's updates have moved the latents, as a share of their
-    norm."""
+    small models sees, or None. moved: how far the first step's updates moved the latents, as a share of their norm."""
 
     settings: dict
     pair: tuple
     seen: list | None
-    strain: float
+    moved: float
 
 
 def draw(models, values, stopped):
@@ -178,17 +177,23 @@ def draw(models, values, stopped):
     pipe, colours = models.load(values["model"])
     settings = models.defaults(values["model"]) | {name: values[name] for name in ARGUMENTS}
     settings |= {"num_inference_steps": int(values["steps"]), "alpha": values["alpha"] or 0.0}
-    events, first, closed = queue.SimpleQueue(), {}, threading.Event()
+    events, moved, closed = queue.SimpleQueue(), [], threading.Event()
+    align = pipe.align_latents
 
     def on_step(pipe, name, step, latents, loss):
-        first.setdefault(name, latents.float())
         events.put(Step(name, step, preview(latents[0], colours), loss))
         if closed.is_set() or stopped():
             pipe._interrupt = True
 
+    def measured(alignment, latents, *args, **kwargs):
+        after = align(alignment, latents, *args, **kwargs)
+        moved.append(((after - latents).float().norm() / latents.float().norm()).item())
+        return after
+
     def work():
         try:
-            events.put([cli.compare(pipe, values["prompt"], int(values["seed"]), on_step, **settings)])
+            with shadowed(pipe, "align_latents", measured):
+                events.put([cli.compare(pipe, values["prompt"], int(values["seed"]), on_step, **settings)])
         except Exception as error:  # which is raised where the page waits
             events.put([error])
 
@@ -205,16 +210,15 @@ def draw(models, values, stopped):
         raise pair
     if pair is not None:
         seen = cli.judged([drawn.picture for drawn in pair]) if values["model"] in SHIPPED else None
-        strain = (first["T-SAM"] - first["stock"]).norm() / first["stock"].norm()
-        yield Result(values, pair, seen, strain.item())
+        yield Result(values, pair, seen, moved[0])
 
 
 @torch.no_grad()
-def colours_of(vae, side=8, samples=16):
-    """The linear map of latents, and 1, to colours from 0 to 1 that is nearest to what the VAE decodes: (C + 1, 3)."""
-    noise = torch.randn(samples, vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
-    coarse = F.interpolate(noise[..., : side // 4, : side // 4], size=(side, side), mode="bilinear")
-    latents = torch.cat([noise, coarse])
+def colours_of(vae, side=8, samples=32):
+    """The linear map of latents, and 1, to colours from 0 to 1 that is nearest to what the VAE decodes of random blotches:
+    (C + 1, 3)."""
+    random = torch.randn(samples, vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents = F.interpolate(random, size=(side, side), mode="bilinear")
     decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype), return_dict=False)[0]
     pictures = F.adaptive_avg_pool2d(decoded.float().cpu() / 2 + 0.5, side)
     inputs, outputs = (x.movedim(1, -1).flatten(0, 2) for x in (latents, pictures))
