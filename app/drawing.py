@@ -31,8 +31,8 @@ MAX_SIDE = 1024  # pixels of a picture, whose size is always the model's own, on
 MAX_LOADED = 2  # models in memory
 SHIPPED = {f"{FAMILIES[kind].name} (ships here)": kind for kind in MODELS}
 STEPS = 25, 50  # of the models that ship, which were measured with 25, and of others
-# How far, as a share of their norm, the first step's updates may move the latents. Of 12 pictures of three solids, 0.2 and
-# 0.3 left ten and eleven right on the small models; 0.5 and 1, three and five.
+# How far, as a share of their norm, the first step's updates may move the latents. Of 12 pictures of three solids, 0.2
+# and 0.3 left ten and eleven right on the small models; 0.5 and 1, three and five.
 BREAKS = 0.4
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -215,8 +215,8 @@ def draw(models, values, stopped):
 
 @torch.no_grad()
 def colours_of(vae, side=8, samples=32):
-    """The linear map of latents, and 1, to colours from 0 to 1 that is nearest to what the VAE decodes of random blotches:
-    (C + 1, 3)."""
+    """The linear map of latents, and 1, to colours from 0 to 1 that is nearest to what the VAE decodes of random
+    blotches: (C + 1, 3)."""
     random = torch.randn(samples, vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
     latents = F.interpolate(random, size=(side, side), mode="bilinear")
     decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype), return_dict=False)[0]
