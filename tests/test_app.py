@@ -400,3 +400,20 @@ def test_without_gradio_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 1 and done.stderr == 'The demo needs Gradio: pip install "diffusers-tsam[demo]"\n'
     assert KINDS  # the package itself needs none
+
+
+def test_the_space_runs_from_its_own_folder(app, tmp_path):
+    publish = [
+        sys.executable,
+        str(ROOT / "hub" / "publish.py"),
+        "ada",
+        "--space",
+        "--dry-run",
+        "--output",
+        str(tmp_path),
+    ]
+    subprocess.run(publish, check=True, capture_output=True, cwd=ROOT.parent)
+    space = tmp_path / "ada" / "tsam-demo"
+    done = subprocess.run([sys.executable, "app.py", "--help"], cwd=space, capture_output=True, text=True)
+    assert done.returncode == 0 and "--models" in done.stdout
+    assert (space / "README.md").exists() and (space / "requirements.txt").exists() and (space / "style.css").exists()
