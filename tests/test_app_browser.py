@@ -101,7 +101,7 @@ class Browser:
         return next(each for each in self.all("button") if each.text == name and each.is_displayed())
 
     def field(self, label):
-        xpath = f'//label[.//span[normalize-space()="{label}"]]//*[self::input or self::textarea]'
+        xpath = f'//label[.//span[normalize-space(text())="{label}"]]//*[self::input or self::textarea]'
         return self.driver.find_element(By.XPATH, f'{xpath} | //input[@aria-label="{label}"]')
 
     def write(self, label, text):
@@ -230,7 +230,7 @@ def test_wrong_input_is_told_of_at_its_field_and_can_be_repaired(label, text, sa
     browser.open("?prompt=a+red+cube&steps=2")
     browser.write(label, text)
     browser.draw()
-    xpath = f'//label[.//span[normalize-space()="{label}"]]'
+    xpath = f'//label[.//span[normalize-space(text())="{label}"]]'
     field = browser.driver.find_element(By.XPATH, xpath)
     browser.until(lambda: says in field.text, says)
     assert "Traceback" not in browser.text("body") and "step" not in browser.text("#tsam-status")
