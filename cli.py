@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from . import FAMILIES
 from .shapes import ARGUMENTS, MODELS, TUNED
@@ -26,12 +27,24 @@ SEEDS = {"sd": 74, "pixart": 0}
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
-def draw(pipe, prompt, seed=0, **settings):
-    """One prompt without and with T-SAM, from one seed; `settings` are arguments of the pipeline.
+class Drawn(NamedTuple):
+    """A picture, and what was seen in its G denoising steps, when they predict the noise: after a guided one's updates.
 
-    Returns both pictures, both losses, how many steps were guided, and what `LatentAlignment.attentions` returns, with
-    stock and T-SAM in place of the steps; with regions also these, as `figures.figure` draws them. Losses, maps and S
-    are of the pass that predicts the noise in the last guided step, after its updates.
+    losses: G numbers. guided: which steps were. attentions: what `LatentAlignment.attentions` returns, of all steps;
+    with regions also these, as `figures.figure` draws them.
+    """
+
+    picture: Any
+    losses: list
+    guided: list
+    attentions: dict
+
+
+def compare(pipe, prompt, seed=0, on_step=None, **settings):
+    """One prompt without and with T-SAM, from one seed: a pair of `Drawn`. `settings` are arguments of the pipeline.
+
+    on_step: called as (pipe, "T-SAM" or "stock", step, latents, loss) after every step. None is returned where it sets
+    `pipe._interrupt`, which ends the drawing.
     """
     from .attention_processors import mean_maps, record_cross_attention
     from .tsam import LatentAlignment, check_regions, layout_of
@@ -49,42 +62,58 @@ def draw(pipe, prompt, seed=0, **settings):
     if text.content.sum() < 2:
         raise ValueError(f"T-SAM aligns words with each other: {prompt!r} needs two or more.")
     layout = layout_of(check_regions(given["regions"], 1), text, named(pipe.words_of))
-    alignment = LatentAlignment(
-        text,
-        0,
-        given["gamma"],
-        given["objective"],
-        device="cpu",
-        layout=layout,
-        region_weight=given["region_weight"],
-    )
+    how = {"device": "cpu", "layout": layout, "region_weight": given["region_weight"]}
 
     def run(name, **changes):
-        """The output, and the maps (1, N, H, W) of every step's pass."""
         import torch
 
-        maps = {}
+        steps, seen = [], LatentAlignment(text, 0, given["gamma"], given["objective"], **how)
 
         def keep(pipe, i, t, tensors):
-            maps[i] = mean_maps(recorded, *tensors["latents"].shape[-2:])[-1:].cpu()  # of the half with the prompt
+            latents = tensors["latents"]
+            maps = mean_maps(recorded, *latents.shape[-2:])[-1:].cpu()  # of the half with the prompt
+            steps.append(i)
+            seen.maps.append(maps)
+            seen.losses.append(seen.loss_of(maps))
+            if on_step is not None:
+                on_step(pipe, name, i, latents, seen.losses[-1].item())
             return {}
 
         pipe.set_progress_bar_config(desc=name)
         generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
         arguments = {**settings, **changes, "generator": generator, "callback_on_step_end": keep}
-        with record_cross_attention(layers, alignment.num_tokens) as recorded:
-            return pipe(prompt, **arguments), maps
+        with record_cross_attention(layers, seen.num_tokens) as recorded:
+            output = pipe(prompt, **arguments)
+        guided = output.attentions[0]["steps"] if output.attentions else []
+        attentions = seen.attentions(steps)[0]
+        if layout is not None:
+            words = layout.tokens[0][:, text.content[0]]
+            own = [of_phrase.nonzero().flatten().tolist() for of_phrase in words]
+            attentions["regions"] = list(zip(layout.regions[0], own))
+        return Drawn(output.images[0], seen.losses_per_image()[0].tolist(), guided, attentions)
 
-    tsam, after = run("T-SAM", output_attentions=True)  # first, since it is this one that checks the settings
-    stock, before = run("stock", tsam_steps=0)
-    guided = tsam.attentions[0]["steps"]
-    alignment.maps = [maps[guided[-1]] for maps in (before, after)]
-    losses = [alignment.loss_of(maps).item() for maps in alignment.maps]
-    seen = alignment.attentions(["stock", "T-SAM"])[0]
-    if layout is not None:
-        words = layout.tokens[0][:, text.content[0]]
-        seen["regions"] = [(region, own.nonzero().flatten().tolist()) for region, own in zip(layout.regions[0], words)]
-    return [stock.images[0], tsam.images[0]], losses, len(guided), seen
+    tsam = run("T-SAM", output_attentions=True)  # first, since it is this one that checks the settings
+    stock = None if pipe.interrupt else run("stock", tsam_steps=0)
+    return None if pipe.interrupt else (stock, tsam)
+
+
+def draw(pipe, prompt, seed=0, **settings):
+    """`compare` at the last guided step: both pictures, both losses, how many steps were guided, and the attentions,
+    with stock and T-SAM in place of the steps."""
+    import torch
+
+    pair = compare(pipe, prompt, seed, **settings)
+    guided = pair[1].guided
+    pictures, losses = [drawn.picture for drawn in pair], [drawn.losses[guided[-1]] for drawn in pair]
+    attentions = {**pair[1].attentions, "steps": ["stock", "T-SAM"]}
+    for name in ("maps", "similarity"):
+        attentions[name] = torch.stack([drawn.attentions[name][guided[-1]] for drawn in pair])
+    if "region_shares" in attentions:
+        shares = [drawn.attentions["region_shares"] for drawn in pair]
+        attentions["region_shares"] = {
+            phrase: torch.stack([share[phrase][guided[-1]] for share in shares]) for phrase in shares[0]
+        }
+    return pictures, losses, len(guided), attentions
 
 
 def region(text):
@@ -233,6 +262,20 @@ def _load(cls, model, denoiser, dtype):
     return pipe
 
 
+def settings_of(pipe, kind, shipped):
+    """The defaults of SETTINGS, for a pipeline or its class: its own, or what was tuned for the model that ships."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
+    return settings | TUNED[kind] | ARGUMENTS[kind] if shipped else settings
+
+
+def judged(pictures):
+    """What is in pictures of the models that ship, in words, "blue ring, red cube" for one."""
+    from .shapes.judge import Judge
+
+    return [", ".join(sorted(map(" ".join, found))) or "nothing" for found in Judge.from_pretrained().read(pictures)]
+
+
 def run(args):
     """Everything the command does; the lines it prints."""
     from . import figures  # here, since matplotlib takes its time
@@ -241,12 +284,9 @@ def run(args):
     pipe, kind = load(args.model or MODELS[args.pipeline or "sd"], args.pipeline, args.device, args.dtype)
     shipped = args.model is None or Path(args.model).resolve() == MODELS[kind].resolve()
     seed = SEEDS[kind] if args.seed is None else args.seed
-    parameters = inspect.signature(pipe.__call__).parameters
-    settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
-    if shipped:
-        settings.update(TUNED[kind], **ARGUMENTS[kind])
+    settings = settings_of(pipe, kind, shipped)
     given = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
-    for name in given.keys() - parameters.keys():
+    for name in given.keys() - settings.keys():
         raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
     settings.update(given)
     optional = {**vars(args), "regions": dict(args.region) if args.region else None}
@@ -258,10 +298,7 @@ def run(args):
     when = f"at step {guided} of {args.steps}, after its updates"
     lines = [args.output, f"loss {when}: " + "stock {:.3f}, T-SAM {:.3f}".format(*losses)]
     if shipped:
-        from .shapes.judge import Judge
-
-        solids = Judge.from_pretrained().read(pictures)
-        solids = [", ".join(sorted(map(" ".join, found))) or "nothing" for found in solids]
+        solids = judged(pictures)
         captions = [f"{caption} · the judge sees: {found}" for caption, found in zip(captions, solids)]
         lines.append("the judge sees: stock {}; T-SAM {}".format(*solids))
     notes = [f"maps and S {when}, one scale a word", f"seed {seed}"]

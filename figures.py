@@ -4,9 +4,11 @@ import math
 import textwrap
 import warnings
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 
 OUTLINES = ("#00e5ff", "#ffe100", "#ff5fd2", "#7dff6a")  # of regions, in turn
@@ -15,6 +17,7 @@ MAX_WORDS, WORDS_A_LINE = 14, 7  # two lines of maps that can still be read
 WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: of all, a picture's side, the height of the tables
 LONGEST = 200  # characters of a prompt
 DPI = 120
+OPACITY = 0.65  # of a map over its picture
 NEAREST = 128  # pixels up to which a picture is shown as squares
 TEXT = {"color": INK, "parse_math": False}  # a prompt's $ is no formula
 
@@ -74,7 +77,7 @@ def draw_map(axes, attention, scale, picture):
     """Where a word looks, (H, W), as brightest at `scale`, over its picture in grey."""
     extent = draw_picture(axes, picture.convert("L"), cmap="gray", vmin=0, vmax=255).get_extent()
     axes.imshow(
-        np.asarray(attention), HEAT, vmin=0, vmax=scale or 1, alpha=0.65, extent=extent, interpolation="bilinear"
+        np.asarray(attention), HEAT, vmin=0, vmax=scale or 1, alpha=OPACITY, extent=extent, interpolation="bilinear"
     )
 
 
@@ -89,6 +92,21 @@ def draw_outline(axes, region, colour, picture):
         down, across = ((np.arange(side) - 0.5) / (side - 2) for side in mask.shape)
         axes.contour(across * width - 0.5, down * height - 0.5, mask, [0.5], colors=colour, linewidths=2)
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+def enlarged(picture, side):
+    """A picture whose longer side has at least that many pixels; a small one is shown as squares."""
+    factor = max(math.ceil(side / max(picture.size)), 1)
+    look = Image.Resampling.NEAREST if max(picture.size) <= NEAREST else Image.Resampling.BICUBIC
+    return picture.resize([factor * pixels for pixels in picture.size], look) if factor > 1 else picture
+
+
+def overlaid(attention, scale, picture):
+    """What `draw_map` draws, as a PIL image of the picture's size."""
+    heat = Image.fromarray(np.asarray(attention, dtype=np.float32) / (scale or 1))
+    heat = np.asarray(heat.resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
+    heat = Image.fromarray(matplotlib.colormaps[HEAT](heat, bytes=True)).convert("RGB")
+    return Image.blend(picture.convert("L").convert("RGB"), heat, OPACITY)
 
 
 def draw_table(axes, values, words):

@@ -86,6 +86,16 @@ def write_card(folder, card, values):
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def build_space(folder):
+    """Write the demo as a Space: the files of app/, and the package beside."""
+    unused = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "app", folder, ignore=unused)
+    for room in ("app", "shapes"):
+        shutil.copytree(ROOT / room, folder / "diffusers_tsam" / room, ignore=unused)
+    for file in (*ROOT.glob("*.py"), ROOT / "LICENSE"):
+        shutil.copy(file, folder / "diffusers_tsam")
+
+
 def check(api, org, repositories):
     """Refuse what is not ours to write to, before anything is uploaded."""
     user = api.whoami()
@@ -97,6 +107,16 @@ def check(api, org, repositories):
         module = FAMILIES[kind].module if kind in FAMILIES else "modular_tsam"
         if files and f"{module}.py" not in files:
             raise ValueError(f"{name} exists, and its {len(files)} files are not T-SAM's. Rename it on the Hub first.")
+
+
+def publish_space(org, folder, dry_run=False, private=False):
+    """The demo alone, as ORG/tsam-demo."""
+    api, name = HfApi(), f"{org}/tsam-demo"
+    build_space(folder / name)
+    if not dry_run:
+        api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=name, repo_type="space", folder_path=folder / name, commit_message="T-SAM's demo")
+        print(f"{api.endpoint}/spaces/{name} is up")
 
 
 def publish(org, folder, dry_run=False, private=False):
@@ -128,10 +148,11 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="only write and list what would be uploaded")
     parser.add_argument("--output", metavar="FOLDER", help="new folder to write to (default: a temporary one)")
     parser.add_argument("--private", action="store_true", help="create private repositories")
+    parser.add_argument("--space", action="store_true", help="publish the demo, as a Space, instead of the four")
     args = parser.parse_args()
     folder = Path(args.output or Path(tempfile.mkdtemp(), "hub"))
     try:
-        publish(args.org, folder, args.dry_run, args.private)
+        (publish_space if args.space else publish)(args.org, folder, args.dry_run, args.private)
     except (HTTPError, OSError, ValueError) as error:
         again = "" if isinstance(error, ValueError) else f" ({type(error).__name__}) What is up stays; run it again."
         sys.stderr.write(f"publish.py: error: {' '.join(str(error).split())}{again}\n")

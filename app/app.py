@@ -1,0 +1,407 @@
+"""The demo: one prompt drawn without and with T-SAM, from the same noise, and why the pictures differ.
+
+    tsam-demo                            # with the models that ship
+    tsam-demo --models ~/models --hub    # and with saved pipelines, and what the Hub has
+
+On the Hugging Face Hub this file, beside the package, is a Space's `app.py`.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import shutil
+import tempfile
+import time
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlencode
+
+
+if find_spec("spaces"):  # Hugging Face's, where a GPU is lent by the call; before torch is imported
+    from spaces import GPU
+else:
+    GPU = lambda function: function  # noqa: E731
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise SystemExit('The demo needs Gradio: pip install "diffusers-tsam[demo]"') from error
+from PIL import Image
+from starlette.middleware import Middleware
+
+from diffusers_tsam import figures
+from diffusers_tsam.app.drawing import ARGUMENTS, BREAKS, FIELDS, SHIPPED, Models, Result, draw, fields_of, wrong
+from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES
+
+
+EXAMPLES = (  # model, seed, prompt; picked: stock forgets or confuses what T-SAM draws
+    ("sd", 74, "a red cube and a blue sphere"),
+    ("sd", 1378786346, "a green cube and a purple sphere and a blue star"),
+    ("pixart", 675187397, "a yellow star and an orange cube and a white cylinder"),
+)
+HEADER = """<h1>T-SAM</h1><p>Text-to-image models forget objects and swap colours. T-SAM reads out of the text encoder
+which words belong together, and holds the picture's attention to it. Here: one prompt, one seed, without it and with
+it.</p>"""
+HELP = {
+    "schedule": "Where the updates are: “light” costs least, “paper” most.",
+    "objective": "How S, of the maps, is compared with T, of the text.",
+    "alpha": "Size of an update. Too much breaks the picture. Empty where a relative step is given.",
+    "relative_step": "Instead of alpha: the first update as a share of the input's norm, such as 0.05.",
+    "gamma": "More keeps only the strongest bonds between words.",
+    "guidance_scale": "How closely to follow the prompt.",
+}
+FILES = {"Stock picture": "stock.png", "T-SAM picture": "tsam.png", "Numbers (JSON)": "tsam.json"}
+MAX_WAITING = 20  # drawings in the queue
+MAX_UPLOAD = 1  # bytes: the page takes no files
+KEPT = 3600  # seconds that the server keeps a result
+SHOWN, BLANK = 512, "#8a8f98"  # pixels at least of a picture on the page, and its colour before it is drawn
+REFRESH = 0.2  # seconds at least between two previews
+FULLSCREEN = ["fullscreen"]  # the only one of Gradio's buttons on a picture; another shares it
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+THEME = gr.themes.Base(primary_hue="orange", neutral_hue="slate", radius_size="md", **FONTS)
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # the browser itself asks nobody else
+WORK = tempfile.TemporaryDirectory(prefix="tsam-demo-")
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """What belongs to one open page: its files, and its wish to stop, a file too, since a lent GPU draws in another
+    process."""
+
+    def __init__(self, request):
+        name = hashlib.sha256(str(request.session_hash).encode()).hexdigest()
+        self.folder, self.flag = Path(WORK.name, name), Path(WORK.name, f"{name}.stop")
+
+    def stop(self):
+        self.flag.touch()
+
+    def go_on(self):
+        self.flag.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def note(text, kind="note"):
+    """A line above the pictures. kind: "note", "warning" or "error"."""
+    return f'<p class="tsam-{kind}" role="{"alert" if kind == "error" else "status"}">{escape(text)}</p>'
+
+
+def captions(stock="", tsam=""):
+    sides = (f"<p><b>{name}</b> {escape(text)}</p>" for name, text in (("Stock", stock), ("T-SAM", tsam)))
+    return f'<div class="tsam-captions">{"".join(sides)}</div>'
+
+
+def curve(losses, steps):
+    """The loss in every step, of both pictures. losses: {"stock" and "T-SAM": numbers}."""
+    top = max((loss for each in losses.values() for loss in each if math.isfinite(loss)), default=0) or 1
+    lines = ""
+    for name, each in losses.items():
+        points = [(100 * i / max(steps - 1, 1), 30 - 30 * loss / top) for i, loss in enumerate(each)]
+        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in points if math.isfinite(y))
+        lines += f'<polyline class="tsam-{name.lower()}" points="{points}"/>'
+    names = "".join(f'<span class="tsam-{name.lower()}">{name}</span>' for name in losses)
+    scale = f"0 to {top:.2f}, steps 1 to {steps}" if any(losses.values()) else "while it is drawn"
+    svg = f'<svg viewBox="0 0 100 30" preserveAspectRatio="none" role="img" aria-label="Loss curves">{lines}</svg>'
+    return f'<figure class="tsam-curve"><figcaption>Loss <small>{scale}</small> {names}</figcaption>{svg}</figure>'
+
+
+def table(title, words, matrix):
+    """T or S, lower triangular, as a heat map that can be read aloud: rows look at columns."""
+    rows = ""
+    for i, (word, values) in enumerate(zip(words, matrix.tolist())):
+        cells = (f'<td style="--value: {value:.0%}">{value:.2f}</td>' for value in values[: i + 1])
+        rows += f'<tr><th scope="row">{escape(word)}</th>{"".join(cells)}</tr>'
+    head = "".join(f'<th scope="col"><span>{escape(word)}</span></th>' for word in words)
+    body = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    body = f'<div tabindex="0" role="group" aria-label="{title}">{body}</div>'
+    return f"<figure><figcaption>{title}</figcaption>{body}</figure>"
+
+
+def summary(result):
+    """What a drawing has come to, and whether its updates were too large."""
+    losses, guided = [drawn.losses for drawn in result.pair], result.pair[1].guided
+    before, after = (each[guided[-1]] for each in losses)
+    text = f"Loss after the guided steps, {len(guided)}: stock {before:.3f}, T-SAM {after:.3f}."
+    if result.moved < BREAKS:
+        return note(text)
+    name = "alpha" if result.settings["relative_step"] is None else "the relative step"
+    far = f"The first step moved the latents by {result.moved:.0%} of their norm, which breaks most pictures: "
+    return note(f"{far}halve {name}. {text}", "warning")
+
+
+def pictures_of(result):
+    return [figures.enlarged(drawn.picture, SHOWN) for drawn in result.pair]
+
+
+def look(result, word, step):
+    """Where a word looks in a step, over both pictures; T, and S of both in this step."""
+    if result is None:
+        return [gr.skip()] * 3
+    index, seen = int(step) - 1, [drawn.attentions for drawn in result.pair]
+    maps = [each["maps"][index][word or 0] for each in seen]
+    scale = max(float(each.max()) for each in maps)
+    shown = [figures.overlaid(each, scale, picture) for each, picture in zip(maps, pictures_of(result))]
+    words = seen[1]["tokens"]
+    tables = [table("T: what the text encoder reads", words, seen[1]["text_attention"])]
+    for name, each in zip(("stock", "T-SAM"), seen):
+        tables.append(table(f"S: {name}, step {step}", words, each["similarity"][index]))
+    return [*shown, f'<div class="tsam-tables">{"".join(tables)}</div>']
+
+
+def numbers(result):
+    """A drawing as JSON: settings, words, T, and of both pictures every step's loss and S."""
+    names, seen = ("stock", "tsam"), result.pair[1].attentions
+    pair = {
+        n: {"losses": d.losses, "similarity": d.attentions["similarity"].tolist()} for n, d in zip(names, result.pair)
+    }
+    for name, solids in zip(names, result.seen or ()):
+        pair[name]["judge"] = solids
+    words = {"words": seen["tokens"], "text_attention": seen["text_attention"].tolist()}
+    return {**result.settings, **words, "guided_steps": result.pair[1].guided, **pair}
+
+
+def save(result, folder):
+    """Write FILES; their paths."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / name for name in FILES.values()]
+    for path, drawn in zip(paths, result.pair):
+        drawn.picture.save(path)
+    paths[-1].write_text(json.dumps(numbers(result)), encoding="utf-8")
+    return paths
+
+
+def link(values):
+    """The part of an address that has these settings."""
+    return "?" + urlencode({name: values[name] for name in FIELDS if values[name] is not None})
+
+
+def linked(models, query):
+    """The values of FIELDS that an address asks for, and what is wrong with them, in words."""
+    kind, seed, prompt = EXAMPLES[0]
+    usual, problem = next(name for name in SHIPPED if SHIPPED[name] == kind), ""
+    try:
+        values = fields_of(models, query.get("model", usual), prompt, seed)
+    except ValueError as error:
+        values, problem = fields_of(models, usual, prompt, seed), str(error)
+    if query.keys() & {"alpha", "relative_step"}:
+        values |= {"alpha": None, "relative_step": None}
+    for name in query.keys() & set(FIELDS[1:]):
+        try:
+            values[name] = query[name] if isinstance(values[name], str) else float(query[name])
+        except ValueError:
+            problem = f"The link's {name} is {query[name][:100]!r}, which is no number."
+    wrongs = wrong(models, values)
+    return values, problem or next(iter(wrongs.values()), "")
+
+
+def live(models, values, stopped):
+    """What the page shows from “Draw” on: note, pictures, captions, curve and result, again and again."""
+    same, losses, last, event = gr.skip(), {"stock": [], "T-SAM": []}, 0.0, None
+    try:
+        for problem in wrong(models, values).values():
+            raise ValueError(problem)
+        steps = int(values["steps"])
+        shown = dict.fromkeys(losses, Image.new("RGB", (SHOWN, SHOWN), BLANK))
+        yield note("Starting …"), same, captions(), curve(losses, steps), None
+        for event in draw(models, values, stopped):
+            if isinstance(event, Result):
+                break
+            losses[event.name].append(event.loss)
+            shown[event.name] = event.preview.resize(
+                [SHOWN * side // max(event.preview.size) for side in event.preview.size]
+            )
+            if time.monotonic() - last > REFRESH:
+                last, text = time.monotonic(), f"{event.name}: step {event.step + 1}, loss {event.loss:.3f}"
+                bar = f'<progress max="{2 * steps}" value="{sum(map(len, losses.values()))}">{text}</progress>'
+                yield note(text) + bar, tuple(shown.values()), same, curve(losses, steps), None
+        if isinstance(event, Result):
+            seen = [f"the judge sees: {solids}" for solids in event.seen or ()]
+            yield summary(event), tuple(pictures_of(event)), captions(*seen), curve(losses, steps), event
+        else:
+            yield note("Stopped. “Draw” starts again from the first step."), same, same, same, None
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        yield note(str(error).replace("`", ""), "error"), same, same, same, None
+    except Exception as error:
+        logger.exception("A drawing failed.")
+        text = f"The drawing failed, {type(error).__name__}; the server's log says where. Try other settings."
+        yield note(text, "error"), same, same, same, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def build(models):
+    """The page, a `gr.Blocks` for `serve`."""
+    first, _ = linked(models, {})
+    with gr.Blocks(title="T-SAM", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        result = gr.State(time_to_live=KEPT)
+        gr.HTML(HEADER)
+        examples = gr.Dataset(
+            components=[gr.Textbox(visible=False)],
+            samples=[[prompt] for _, _, prompt in EXAMPLES],
+            label="Examples, with seeds that were picked",
+            type="index",
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                prompt = gr.Textbox(first["prompt"], label="Prompt", info="Two words or more.", lines=1, max_lines=4)
+                names = list(models.offered())
+                model = gr.Dropdown(names, value=first["model"], label="Model", allow_custom_value=models.hub)
+                with gr.Row():
+                    seed = gr.Number(first["seed"], label="Seed", precision=0, min_width=100)
+                    steps = gr.Number(first["steps"], label="Steps", precision=0, min_width=100)
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", min_width=120, scale=3)
+                    halt = gr.Button("Stop", min_width=80, scale=1)
+                with gr.Accordion("Advanced", open=False) as advanced:
+                    choices, settings = {"schedule": list(SCHEDULES), "objective": list(OBJECTIVES)}, []
+                    for name in ARGUMENTS:
+                        look_of = {
+                            "label": name.replace("_", " ").capitalize(),
+                            "info": HELP[name],
+                            "value": first[name],
+                        }
+                        chosen = name in choices
+                        settings.append(gr.Dropdown(choices[name], **look_of) if chosen else gr.Number(**look_of))
+            with gr.Column(scale=3, min_width=300):
+                status = gr.HTML(note("“Draw” shows both pictures here, from the same noise."), elem_id="tsam-status")
+                blank = Image.new("RGB", (SHOWN, SHOWN), BLANK)
+                pictures = gr.ImageSlider(
+                    (blank, blank), label="Stock and T-SAM", format="png", max_height=SHOWN, buttons=FULLSCREEN
+                )
+                caption = gr.HTML(captions())
+                losses = gr.HTML(curve({"stock": [], "T-SAM": []}, first["steps"]))
+        with gr.Column(visible=False) as details:
+            gr.HTML("<h2>What each word looks at</h2>")
+            word = gr.Radio([], label="Word")
+            step = gr.Slider(1, 2, 1, step=1, label="Denoising step")
+            with gr.Row():
+                over = {"format": "png", "interactive": False, "height": 380, "min_width": 240, "buttons": FULLSCREEN}
+                maps = [gr.Image(label=name, **over) for name in ("Stock", "T-SAM")]
+            gr.HTML("<h2>Which words belong together</h2>")
+            tables = gr.HTML()
+            with gr.Row():
+                saves = [gr.DownloadButton(label, min_width=140) for label in FILES]
+            address = gr.HTML()
+        fields = [model, prompt, seed, steps, *settings]
+
+        def check(request: gr.Request, *values):
+            Session(request).go_on()
+            found = wrong(models, dict(zip(FIELDS, values)))
+            return [gr.validate(name not in found, found.get(name, "")) for name in FIELDS]
+
+        @GPU
+        def start(request: gr.Request, *values):
+            yield from live(models, dict(zip(FIELDS, values)), Session(request).flag.exists)
+
+        def show(result, request: gr.Request):
+            if result is None:
+                return {details: gr.Column(visible=False)}
+            seen, guided = [drawn.attentions for drawn in result.pair], result.pair[1].guided
+            change = seen[1]["maps"][guided[-1]] - seen[0]["maps"][guided[-1]]
+            chosen, at = int(change.abs().sum((1, 2)).argmax()), guided[-1] + 1  # the word that changed most
+            words = [(text, index) for index, text in enumerate(seen[1]["tokens"])]
+            return {
+                details: gr.Column(visible=True),
+                word: gr.Radio(words, value=chosen),
+                step: gr.Slider(maximum=len(seen[1]["steps"]), value=at, info=f"Guided: the first {len(guided)}."),
+                address: f'<a href="{escape(link(result.settings))}">A link to these settings</a>',
+                **dict(zip([*maps, tables], look(result, chosen, at))),
+                **dict(zip(saves, save(result, Session(request).folder))),
+            }
+
+        def choose(name):
+            try:
+                values = fields_of(models, name, "", 0)
+            except ValueError as error:
+                return {status: note(str(error), "error")}
+            return dict(zip([steps, *settings], list(values.values())[3:]))
+
+        def pick(index):
+            kind, number, text = EXAMPLES[index]
+            name = next(name for name in SHIPPED if SHIPPED[name] == kind)
+            return list(fields_of(models, name, text, number).values())
+
+        def follow(request: gr.Request):
+            query = dict(request.query_params)
+            values, problem = linked(models, query)
+            said = {status: note(problem, "error")} if problem else {}
+            opened = {advanced: gr.Accordion(open=True)} if query.keys() & set(ARGUMENTS) else {}
+            return {**dict(zip(fields, values.values())), **said, **opened}
+
+        def stop(request: gr.Request):
+            Session(request).stop()
+
+        def leave(request: gr.Request):
+            Session(request).stop()
+            shutil.rmtree(Session(request).folder, ignore_errors=True)
+
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        gr.on(
+            [go.click, prompt.submit],
+            start,
+            fields,
+            [status, pictures, caption, losses, result],
+            validator=check,
+            concurrency_limit=1,  # on one machine, two drawings at once would each take twice as long
+            show_progress_on=[status],
+            api_visibility="private",
+        ).then(show, result, [details, word, step, *maps, tables, address, *saves], **quiet)
+        halt.click(stop, queue=False, **quiet)
+        newest = {"trigger_mode": "always_last", **quiet}
+        gr.on([word.input, step.input], look, [result, word, step], [*maps, tables], **newest)
+        model.input(choose, model, [status, steps, *settings], **quiet)
+        examples.click(pick, examples, fields, **quiet)
+        page.load(follow, None, [*fields, status, advanced], **quiet)
+        page.unload(leave)
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=8)
+
+
+class Policy:
+    """Adds POLICY to every answer."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def serve(page, **where):
+    """`launch` with this page's looks and limits. where: other arguments of it."""
+    looks = {"theme": THEME, "css_paths": Path(__file__).with_name("style.css"), "footer_links": []}
+    limits = {"share": False, "mcp_server": False, "ssr_mode": False, "max_file_size": MAX_UPLOAD}
+    return page.launch(app_kwargs={"middleware": [Middleware(Policy)]}, **looks, **limits, **where)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("tsam-demo", description="A page that draws prompts without and with T-SAM.")
+    parser.add_argument(
+        "--models", nargs="+", default=(), metavar="FOLDER", help="offer the saved pipelines in it, too"
+    )
+    parser.add_argument("--hub", action="store_true", help="let pages name any model of the Hub, which is downloaded")
+    parser.add_argument("--host", help="address to listen at (127.0.0.1, which only this machine reaches)")
+    parser.add_argument("--port", type=int, help="port to listen at (7860, or the next that is free)")
+    parser.add_argument("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
+    args = parser.parse_args(argv)
+    try:
+        models = Models(args.models, args.hub, args.device)
+        models.load(next(iter(SHIPPED)))  # before the first page asks
+    except ValueError as error:
+        parser.error(str(error))
+    serve(build(models), server_name=args.host, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What the demo's page may ask for, and how it is drawn: models, limits, steps. No page in sight."""
+
+import math
+import queue
+import re
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from PIL import Image
+
+import diffusers_tsam
+from diffusers_tsam import FAMILIES, cli
+from diffusers_tsam.attention_processors import shadowed
+from diffusers_tsam.shapes import MODELS
+from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES, check_alignment
+
+
+# What a page sends, a link holds and a drawing needs; after the first four, arguments of the pipelines.
+FIELDS = ("model", "prompt", "seed", "steps", "schedule", "objective", "alpha", "relative_step", "gamma")
+FIELDS += ("guidance_scale",)
+ARGUMENTS = FIELDS[4:]
+WHOLE = ("seed", "steps")
+LIMITS = {"seed": (0, 2**32 - 1), "steps": (1, 100), "guidance_scale": (1, 30)}
+MAX_PROMPT = 300  # characters
+MAX_SIDE = 1024  # pixels of a picture, whose size is always the model's own, one at a time
+MAX_LOADED = 2  # models in memory
+SHIPPED = {f"{FAMILIES[kind].name} (ships here)": kind for kind in MODELS}
+STEPS = 25, 50  # of the models that ship, which were measured with 25, and of others
+# How far, as a share of their norm, the first step's updates may move the latents. Of 12 pictures of three solids, 0.2
+# and 0.3 left ten and eleven right on the small models; 0.5 and 1, three and five.
+BREAKS = 0.4
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+class Models:
+    """What pages may draw with: the models that ship, saved pipelines in `folders`, and, with `hub`, Hub ids.
+
+    What a page calls a model is looked up in a list and never taken for a path. ValueError where it is not there.
+    """
+
+    def __init__(self, folders=(), hub=False, device=None):
+        self.hub, self.device = hub, device
+        self.roots = [Path(folder).expanduser().resolve() for folder in folders]
+        for root in self.roots:
+            if not root.is_dir():
+                raise ValueError(f"--models is {str(root)!r}, which is no folder.")
+        self.loaded, self.lock = OrderedDict(), threading.Lock()
+
+    def offered(self):
+        """{name: folder}: each root, and the folders in it, that are saved pipelines and no links to elsewhere."""
+        found = {name: Path(MODELS[kind]) for name, kind in SHIPPED.items()}
+        for root in self.roots:
+            for index in sorted([*root.glob("model_index.json"), *root.glob("*/model_index.json")]):
+                if index.resolve().is_relative_to(root):
+                    found[index.parent.relative_to(root.parent).as_posix()] = index.parent.resolve()
+        return found
+
+    def source(self, name):
+        """A folder or a Hub id."""
+        name, offered = str(name), self.offered()
+        if name in offered:
+            return offered[name]
+        if self.hub and HUB_ID.fullmatch(name) and not Path(name).exists():  # which would be loaded instead
+            return name
+        also = ", or type a Hub id such as owner/name" if self.hub else ""
+        raise ValueError(f"There is no model {name[:100]!r} here. Choose one of the list{also}.")
+
+    def defaults(self, name):
+        """The pipeline's arguments for a model, which need not be loaded."""
+        source = self.source(name)
+        try:
+            local = isinstance(source, Path)
+            kind = cli.kind_of(source / "model_index.json" if local else hf_hub_download(source, "model_index.json"))
+        except (OSError, ValueError) as error:
+            raise _unloadable(name, source, error) from error
+        return cli.settings_of(getattr(diffusers_tsam, FAMILIES[kind].pipeline), kind, name in SHIPPED)
+
+    def load(self, name):
+        """A pipeline, and its VAE's `colours_of`."""
+        source = self.source(name)
+        with self.lock:
+            if source not in self.loaded:
+                try:
+                    pipe, kind = cli.load(source, device=self.device)
+                except ValueError as error:
+                    raise _unloadable(name, source, error.__cause__ or error) from error
+                size = getattr(pipe, FAMILIES[kind].denoiser).config.sample_size
+                side = max(size if isinstance(size, (list, tuple)) else [size or 0]) * pipe.vae_scale_factor
+                if side > MAX_SIDE:
+                    raise ValueError(f"The model {name!r} draws {side} pixels a side, but {MAX_SIDE} is the limit.")
+                self.loaded[source] = pipe, colours_of(pipe.vae)
+                while len(self.loaded) > MAX_LOADED:
+                    self.loaded.popitem(last=False)
+            self.loaded.move_to_end(source)
+            return self.loaded[source]
+
+
+def _unloadable(name, source, error):
+    """Says why, and nothing of where this machine keeps its files."""
+    return ValueError(f"The model {name!r} cannot be loaded: {error}".replace(str(source), name))
+
+
+def fields_of(models, model, prompt, seed):
+    """The values of FIELDS with a model's defaults."""
+    settings = models.defaults(model)
+    if settings["relative_step"] is not None:
+        settings["alpha"] = None
+    values = {"model": model, "prompt": prompt, "seed": seed, "steps": STEPS[model not in SHIPPED]}
+    return values | {name: settings[name] for name in ARGUMENTS}
+
+
+def wrong(models, values):
+    """{field: what to do about it} of the values of FIELDS that cannot be drawn."""
+    found = {}
+    prompt = values["prompt"] if isinstance(values["prompt"], str) else ""
+    if not prompt.strip():
+        found["prompt"] = "Write what to draw: two words or more, such as “a red cube and a blue sphere”."
+    elif len(prompt.split()) < 2:
+        found["prompt"] = "T-SAM aligns words with each other. Write two or more."
+    elif len(prompt) > MAX_PROMPT:
+        found["prompt"] = f"The prompt has {len(prompt)} characters, but at most {MAX_PROMPT} are drawn. Shorten it."
+    elif any("\ud800" <= sign <= "\udfff" for sign in prompt):
+        found["prompt"] = "The prompt is not in UTF-8. Write it again."
+    try:
+        models.source(values["model"])
+    except ValueError as error:
+        found["model"] = str(error)
+    for name, (low, high) in LIMITS.items():
+        value = values[name]
+        number = isinstance(value, (int, float)) and math.isfinite(value) and (name not in WHOLE or value == int(value))
+        if not number or not low <= value <= high:
+            kind = "a whole number" if name in WHOLE else "a number"
+            found[name] = f"{name.replace('_', ' ').capitalize()} has to be {kind} from {low} to {high}."
+    for name, known in (("schedule", SCHEDULES), ("objective", OBJECTIVES)):
+        if not isinstance(values[name], str) or values[name] not in known:
+            found[name] = f"Choose one of {', '.join(known)}."
+    if (values["alpha"] is None) == (values["relative_step"] is None):
+        found["alpha"] = "Give either alpha or a relative step, and leave the other one empty."
+    for name in ("alpha", "relative_step", "gamma"):
+        try:
+            if name == "gamma" or values[name] is not None:
+                check_alignment(**{"alpha": 0.0, "gamma": 1.0, "objective": "l1", name: values[name]})
+        except (TypeError, ValueError) as error:
+            found[name] = str(error).replace("`", "")
+    return found
+
+
+class Step(NamedTuple):
+    """What there is to see while a picture is drawn. name: "T-SAM" or "stock", which is drawn after it."""
+
+    name: str
+    step: int
+    preview: Image.Image
+    loss: float
+
+
+class Result(NamedTuple):
+    """A drawing. settings: values of FIELDS. pair: of `cli.Drawn`, stock first. seen: in words, what the judge of the
+    small models sees, or None. moved: how far the first step's updates moved the latents, as a share of their norm."""
+
+    settings: dict
+    pair: tuple
+    seen: list | None
+    moved: float
+
+
+def draw(models, values, stopped):
+    """Draw, and hand over a `Step` for each, then the `Result`, unless `stopped()` was true at a step.
+
+    ValueError, TypeError and others that loading and drawing raise. Ends the drawing when it is closed.
+    """
+    pipe, colours = models.load(values["model"])
+    settings = models.defaults(values["model"]) | {name: values[name] for name in ARGUMENTS}
+    settings |= {"num_inference_steps": int(values["steps"]), "alpha": values["alpha"] or 0.0}
+    events, moved, closed = queue.SimpleQueue(), [], threading.Event()
+    align = pipe.align_latents
+
+    def on_step(pipe, name, step, latents, loss):
+        events.put(Step(name, step, preview(latents[0], colours), loss))
+        if closed.is_set() or stopped():
+            pipe._interrupt = True
+
+    def measured(alignment, latents, *args, **kwargs):
+        after = align(alignment, latents, *args, **kwargs)
+        moved.append(((after - latents).float().norm() / latents.float().norm()).item())
+        return after
+
+    def work():
+        try:
+            with shadowed(pipe, "align_latents", measured):
+                events.put([cli.compare(pipe, values["prompt"], int(values["seed"]), on_step, **settings)])
+        except Exception as error:  # which is raised where the page waits
+            events.put([error])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        while isinstance(event := events.get(), Step):
+            yield event
+    finally:
+        closed.set()
+        thread.join()
+    (pair,) = event
+    if isinstance(pair, Exception):
+        raise pair
+    if pair is not None:
+        seen = cli.judged([drawn.picture for drawn in pair]) if values["model"] in SHIPPED else None
+        yield Result(values, pair, seen, moved[0])
+
+
+@torch.no_grad()
+def colours_of(vae, side=8, samples=32):
+    """The linear map of latents, and 1, to colours from 0 to 1 that is nearest to what the VAE decodes of random
+    blotches: (C + 1, 3)."""
+    random = torch.randn(samples, vae.config.latent_channels, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents = F.interpolate(random, size=(side, side), mode="bilinear")
+    decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype), return_dict=False)[0]
+    pictures = F.adaptive_avg_pool2d(decoded.float().cpu() / 2 + 0.5, side)
+    inputs, outputs = (x.movedim(1, -1).flatten(0, 2) for x in (latents, pictures))
+    return torch.linalg.lstsq(F.pad(inputs, (0, 1), value=1.0), outputs).solution
+
+
+def preview(latents, colours):
+    """A rough picture of latents (C, h, w), a pixel each, which costs next to nothing."""
+    pixels = F.pad(latents.float().cpu().movedim(0, -1), (0, 1), value=1.0) @ colours
+    return Image.fromarray((255 * pixels.nan_to_num().clamp(0, 1)).byte().numpy())

@@ -1,0 +1,419 @@
+"""The demo: what a page may ask for, how it is drawn, and what is shown of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_tsam import FAMILIES, cli
+from diffusers_tsam.app import drawing
+from diffusers_tsam.app.drawing import FIELDS, LIMITS, MAX_PROMPT, SHIPPED, Models, Result, Step, fields_of, wrong
+from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from kinds import KINDS
+
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "a black car and a white clock"
+SD, PIXART = SHIPPED
+
+
+def gradio():
+    """The page's module, or a skipped test."""
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+    from diffusers_tsam.app import app
+
+    return app
+
+
+@pytest.fixture
+def models():
+    return Models(device="cpu")
+
+
+@pytest.fixture
+def local(folder):
+    """The tiny Stable Diffusion, offered as a folder."""
+    return Models([folder], device="cpu"), Path(folder).name
+
+
+def values_of(models, start=SD, **changes):
+    return {**fields_of(models, start, PROMPT, 3), "steps": 4, **changes}
+
+
+def drawn(models, values, stopped=lambda: False):
+    return list(drawing.draw(models, values, stopped))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_a_shipped_model_starts_with_what_was_tuned_for_it_and_another_with_its_pipelines_defaults(local):
+    models, other = local
+    for name, kind in SHIPPED.items():
+        values = fields_of(models, name, PROMPT, 3)
+        assert tuple(values) == FIELDS and values["steps"] == 25
+        expected = {**ARGUMENTS[kind], **TUNED[kind]}
+        assert {name: values[name] for name in expected.keys() & set(FIELDS)} == {
+            name: value for name, value in expected.items() if name in FIELDS
+        }
+        assert not wrong(models, values)
+    values = fields_of(models, other, PROMPT, 3)
+    assert (values["alpha"], values["gamma"], values["objective"], values["steps"]) == (10.0, 2.0, "l1", 50)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize(
+    "name", ["..", "../sd", "/etc", "model/../../secret", "secret", "a/b/c", "a\nb/c", "~", "", None, 3, ["a"], "./sd"]
+)
+def test_a_name_that_is_not_offered_is_refused_whatever_lies_on_the_disk(hub, name, tmp_path, folder, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model").symlink_to(folder)
+    (tmp_path / "secret").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    models = Models(["models"], hub)
+    name = folder if name is None else name
+    with pytest.raises(ValueError, match="There is no model"):
+        models.source(name)
+    assert "model" in wrong(models, values_of(models) | {"model": name})
+
+
+def test_links_that_lead_out_of_the_folders_given_are_not_offered(tmp_path, folder):
+    inside = tmp_path / "models"
+    inside.mkdir()
+    (inside / "out").symlink_to(folder)
+    (inside / "plain").mkdir()
+    (inside / "plain" / "model_index.json").symlink_to(Path(folder) / "model_index.json")
+    (inside / "own").mkdir()
+    (inside / "own" / "model_index.json").write_text("{}")
+    (inside / "again").symlink_to(inside / "own")
+    assert list(Models([inside]).offered())[len(SHIPPED) :] == ["models/again", "models/own"]
+
+
+def test_hub_ids_need_leave_and_a_folder_of_that_name_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Models(hub=True).source("owner/name") == "owner/name"
+    with pytest.raises(ValueError, match="There is no model"):
+        Models().source("owner/name")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(ValueError, match="or type a Hub id"):
+        Models(hub=True).source("owner/name")
+
+
+def test_a_folder_of_models_that_is_not_there_is_refused_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match="--models is .*none', which is no folder"):
+        Models([tmp_path / "none"])
+
+
+def test_code_beside_weights_is_never_run(tmp_path, folder):
+    import shutil
+
+    model = tmp_path / "models" / "evil"
+    shutil.copytree(folder, model)
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    for file in ("pipeline.py", "evil.py", "unet/evil.py"):
+        (model / file).write_text(code)
+    index = json.loads((model / "model_index.json").read_text())
+    index["_class_name"] = ["evil", FAMILIES["sd"].pipeline]
+    (model / "model_index.json").write_text(json.dumps(index))
+    models = Models([tmp_path / "models"], device="cpu")
+    assert models.load("models/evil")[0].unet is not None
+    index["unet"] = ["evil", "UNet2DConditionModel"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Models([tmp_path / "models"], device="cpu").load("models/evil")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_cannot_be_loaded_says_why_and_not_where_it_lies(tmp_path):
+    model = tmp_path / "models" / "broken"
+    model.mkdir(parents=True)
+    (model / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    models = Models([tmp_path / "models"], device="cpu")
+    with pytest.raises(ValueError, match="The model 'models/broken' cannot be loaded: ") as refused:
+        models.load("models/broken")
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_model_of_large_pictures_is_refused(local, monkeypatch):
+    models, name = local
+    monkeypatch.setattr(drawing, "MAX_SIDE", 16)
+    with pytest.raises(ValueError, match="draws 64 pixels a side, but 16 is the limit"):
+        models.load(name)
+
+
+def test_no_more_models_stay_in_memory_than_the_limit(models, monkeypatch):
+    monkeypatch.setattr(drawing, "MAX_LOADED", 1)
+    first = models.load(SD)
+    assert models.load(SD) is first
+    models.load(PIXART)
+    assert len(models.loaded) == 1 and models.load(SD) is not first
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Limits
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"prompt": ""}, "two words or more"),
+        ({"prompt": " \n"}, "two words or more"),
+        ({"prompt": None}, "two words or more"),
+        ({"prompt": "cube"}, "Write two or more"),
+        ({"prompt": "red " * MAX_PROMPT}, "at most 300"),
+        ({"prompt": "a \udcff cube"}, "UTF-8"),
+        ({"steps": 0}, "from 1 to 100"),
+        ({"steps": 101}, "from 1 to 100"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": None}, "whole number"),
+        ({"steps": float("inf")}, "whole number"),
+        ({"seed": -1}, "from 0"),
+        ({"seed": 2**32}, "to 4294967295"),
+        ({"guidance_scale": 1000}, "from 1 to 30"),
+        ({"schedule": "slow"}, "paper, fast, light"),
+        ({"objective": ["l1"]}, "attainable"),
+        ({"alpha": -1.0}, "at least 0"),
+        ({"alpha": float("nan")}, "finite"),
+        ({"alpha": None}, "either alpha or a relative step"),
+        ({"alpha": 4.0, "relative_step": 0.05}, "either alpha or a relative step"),
+        ({"alpha": None, "relative_step": 2}, "between 0 and 1"),
+        ({"gamma": 0}, "above 0"),
+        ({"gamma": None}, "has to be a number"),
+        ({"model": "mine"}, "There is no model 'mine' here"),
+    ],
+)
+def test_a_wrong_value_is_told_of_at_its_field(changes, says, models):
+    found = wrong(models, values_of(models, **changes))
+    ((field, message),) = found.items()
+    assert field in changes and says in message and "`" not in message
+
+
+@pytest.mark.parametrize("edge", [0, 1])
+def test_the_limits_themselves_are_allowed(edge, models):
+    assert not wrong(models, values_of(models, **{name: limits[edge] for name, limits in LIMITS.items()}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@pytest.mark.parametrize("model", SHIPPED)
+def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, models):
+    values = values_of(models, model, prompt="a red cube and a blue sphere", steps=3)
+    *steps, result = drawn(models, values)
+    assert [(step.name, step.step) for step in steps] == [(n, i) for n in ("T-SAM", "stock") for i in range(3)]
+    pipe, kind = cli.load(MODELS[SHIPPED[model]], device="cpu")
+    settings = {**cli.settings_of(pipe, kind, True), "num_inference_steps": 3}
+    (stock, tsam), *_ = cli.draw(pipe, values["prompt"], 3, **settings)
+    assert np.array_equal(result.pair[0].picture, stock) and np.array_equal(result.pair[1].picture, tsam)
+    assert not np.array_equal(stock, tsam)
+    assert [step.loss for step in steps] == pytest.approx(result.pair[1].losses + result.pair[0].losses)
+    assert len(result.seen) == 2 and 0 < result.moved < drawing.BREAKS
+
+
+def test_the_preview_resembles_the_picture(models):
+    pipe, colours = models.load(SD)
+    settings = {**ARGUMENTS["sd"], "tsam_steps": 0, "num_inference_steps": 10, "output_type": "latent"}
+    output = pipe("a red cube and a blue sphere", generator=torch.Generator().manual_seed(1), **settings).images
+    decoded = pipe.vae.decode(output / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    (picture,) = pipe.image_processor.postprocess(decoded.detach(), output_type="pil")
+    rough = drawing.preview(output[0], colours)
+    small = np.asarray(picture.resize(rough.size, Image.Resampling.BOX), float)
+    assert np.corrcoef(small.ravel(), np.asarray(rough, float).ravel())[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_stop_ends_the_drawing_at_its_next_step_and_the_next_one_is_whole(at, local):
+    models, name = local
+    steps, values = [], values_of(models, name)
+    for step in drawing.draw(models, values, lambda: len(steps) >= at):
+        steps.append(step)
+    assert all(isinstance(step, Step) for step in steps) and at <= len(steps) <= at + 2
+    assert isinstance(drawn(models, values)[-1], Result)
+
+
+def test_a_drawing_ends_when_its_page_has_gone(local):
+    models, name = local
+    events = drawing.draw(models, values_of(models, name, steps=100), lambda: False)
+    next(events)
+    events.close()  # waits for the thread
+    assert models.load(name)[0].interrupt
+
+
+def test_what_the_pipeline_refuses_is_raised_where_the_page_waits(local):
+    models, name = local
+    with pytest.raises(ValueError, match="needs two or more"):
+        drawn(models, values_of(models, name, prompt="\u200b \u200b"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+@pytest.fixture
+def app():
+    return gradio()
+
+
+@pytest.fixture(scope="module")
+def result():
+    models = Models(device="cpu")
+    values = {**fields_of(models, SD, "a <b>red</b> cube & a blue sphere", 3), "steps": 4}
+    return list(drawing.draw(models, values, lambda: False))[-1]
+
+
+@pytest.mark.parametrize("alpha, kind", [(4.0, "note"), (200.0, "warning")])
+def test_an_alpha_that_breaks_the_picture_is_warned_of(alpha, kind, app, models):
+    values = values_of(models, prompt="a red cube and a blue sphere", alpha=alpha)
+    *_, (status, pictures, captions, _, result) = app.live(models, values, lambda: False)
+    assert f'class="tsam-{kind}"' in status and ("halve alpha" in status) == (kind == "warning")
+    assert [picture.size for picture in pictures] == [(512, 512)] * 2
+    assert "the judge sees" in captions and isinstance(result, Result)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"prompt": "cube"}, "Write two or more"),
+        ({"model": "<b>"}, "no model &#x27;&lt;b&gt;"),
+        ({"steps": 500}, "100"),
+    ],
+)
+def test_a_wrong_request_past_the_browser_is_a_message_and_draws_nothing(changes, says, app, models, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda name: pytest.fail("it loads"))
+    ((status, *same, result),) = app.live(models, values_of(models, **changes), lambda: False)
+    assert 'role="alert"' in status and says in status and result is None
+
+
+def test_a_mistake_of_ours_is_a_message_and_in_the_log(app, models, monkeypatch, caplog):
+    monkeypatch.setattr(models, "load", lambda name: {}["no such key"])
+    *_, (status, *_, result) = app.live(models, values_of(models), lambda: False)
+    assert "KeyError" in status and "Traceback" not in status and result is None
+    assert "no such key" in caplog.text
+
+
+def test_stopping_is_said_and_leaves_no_result(app, models):
+    *_, (status, *_, result) = app.live(models, values_of(models), lambda: True)
+    assert "Stopped" in status and result is None
+
+
+def test_words_and_prompts_are_escaped(app, result):
+    *_, tables = app.look(result, 0, 1)
+    words = result.pair[1].attentions["tokens"]
+    assert any("<" in word for word in words) and "&lt;" in tables and "<b>" not in tables
+    assert tables.count("<table>") == 3 and tables.count('scope="row"') == 3 * len(words)
+    assert tables.count("--value") == 3 * len(words) * (len(words) + 1) // 2
+
+
+def test_the_maps_shown_are_of_the_word_and_the_step(app, result):
+    stock, tsam, _ = app.look(result, 1, 2)
+    for picture, drawn in zip((stock, tsam), result.pair):
+        others = [app.look(result, word, step)[drawn is result.pair[1]] for word, step in ((1, 1), (2, 2))]
+        assert picture.size == (512, 512) and all(not np.array_equal(picture, other) for other in others)
+
+
+def test_the_files_hold_the_pictures_and_the_numbers(app, result, tmp_path):
+    *pictures, numbers = app.save(result, tmp_path / "session")
+    for path, drawn in zip(pictures, result.pair):
+        assert np.array_equal(Image.open(path), drawn.picture)
+    numbers = json.loads(numbers.read_text())
+    assert {name: numbers[name] for name in FIELDS} == result.settings
+    assert numbers["guided_steps"] == [0] and numbers["words"] == result.pair[1].attentions["tokens"]
+    similarity = torch.tensor(numbers["tsam"]["similarity"])
+    torch.testing.assert_close(similarity, result.pair[1].attentions["similarity"])
+    assert numbers["stock"]["losses"] == result.pair[0].losses
+
+
+@pytest.mark.parametrize("model", SHIPPED)
+def test_a_link_gives_back_the_settings_that_it_was_made_of(model, app, models):
+    from urllib.parse import parse_qsl
+
+    values = values_of(models, model, prompt="a “red” cube & a b=c ring", seed=2**32 - 1, gamma=3.5, schedule="fast")
+    found, problem = app.linked(models, dict(parse_qsl(app.link(values)[1:])))
+    assert found == values and not problem
+
+
+@pytest.mark.parametrize(
+    "query, says",
+    [
+        ({"steps": "many"}, "The link's steps is 'many', which is no number."),
+        ({"steps": "1000"}, "from 1 to 100"),
+        ({"model": "/etc"}, "There is no model '/etc' here"),
+        ({"alpha": "-1"}, "at least 0"),
+        ({"alpha": "nan"}, "finite"),
+        ({"unknown": "1"}, ""),
+    ],
+)
+def test_a_link_that_asks_for_what_cannot_be_is_told_of(query, says, app, models):
+    values, problem = app.linked(models, query)
+    assert tuple(values) == FIELDS and (says in problem if says else not problem)
+
+
+def test_sessions_keep_apart_and_their_names_are_no_paths(app):
+    sessions = [app.Session(SimpleNamespace(session_hash=name)) for name in ("a", "b", "../../a", None)]
+    assert len({session.flag for session in sessions}) == 4
+    assert all(path.parent == Path(app.WORK.name) for each in sessions for path in (each.flag, each.folder))
+    sessions[0].stop()
+    assert [session.flag.exists() for session in sessions] == [True, False, False, False]
+    sessions[0].go_on()
+    assert not sessions[0].flag.exists()
+
+
+def test_the_examples_are_what_they_claim(app, models):
+    for kind, seed, prompt in app.EXAMPLES:
+        name = next(name for name in SHIPPED if SHIPPED[name] == kind)
+        stock, tsam = drawn(models, fields_of(models, name, prompt, seed))[-1].seen
+        words = [word for word in prompt.split() if word not in ("a", "an", "and")]
+        right = ", ".join(sorted(f"{colour} {solid}" for colour, solid in zip(words[::2], words[1::2])))
+        assert tsam == right != stock
+
+
+def test_it_listens_to_this_machine_alone_unless_asked(app, monkeypatch):
+    given = {}
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    monkeypatch.setattr(app, "serve", lambda page, **where: given.update(where))
+    app.main(["--device", "cpu"])
+    assert given == {"server_name": None, "server_port": None}  # for Gradio: 127.0.0.1, or what a Space asks for
+    with pytest.raises(SystemExit) as stop:
+        app.main(["--models", "/no/such/folder"])
+    assert stop.value.code == 2
+
+
+def test_the_space_names_this_file_and_the_gradio_that_is_asked_for(app):
+    import re
+
+    front = dict(re.findall(r"^(\w+): (.+)$", (ROOT / "app" / "README.md").read_text(), re.MULTILINE))
+    needed = re.search(r"gradio>=([\d.]+),<(\d+)", (ROOT / "setup.cfg").read_text())
+    assert (front["sdk"], front["app_file"], front["license"]) == ("gradio", "app.py", "apache-2.0")
+    assert front["sdk_version"].startswith(needed[1]) and int(needed[2]) == int(needed[1].split(".")[0]) + 1
+
+
+def test_without_gradio_the_command_says_what_to_install():
+    code = "import sys; sys.modules['gradio'] = None; from diffusers_tsam.app import app"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 1 and done.stderr == 'The demo needs Gradio: pip install "diffusers-tsam[demo]"\n'
+    assert KINDS  # the package itself needs none
+
+
+def test_the_space_runs_from_its_own_folder(app, tmp_path):
+    publish = [
+        sys.executable,
+        str(ROOT / "hub" / "publish.py"),
+        "ada",
+        "--space",
+        "--dry-run",
+        "--output",
+        str(tmp_path),
+    ]
+    subprocess.run(publish, check=True, capture_output=True, cwd=ROOT.parent)
+    space = tmp_path / "ada" / "tsam-demo"
+    done = subprocess.run([sys.executable, "app.py", "--help"], cwd=space, capture_output=True, text=True)
+    assert done.returncode == 0 and "--models" in done.stdout
+    assert (space / "README.md").exists() and (space / "requirements.txt").exists() and (space / "style.css").exists()

@@ -1,0 +1,325 @@
+"""The demo end to end: the real page on the loopback, in headless Chromium.
+
+Screenshots go to the folder that TSAM_SCREENSHOTS names, or to pytest's.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="the browser is driven by selenium: pip install selenium")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (CHROMIUM and DRIVER):
+    pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver", allow_module_level=True)
+
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+from diffusers_tsam.app import app  # noqa: E402
+from diffusers_tsam.app.drawing import SHIPPED, Models  # noqa: E402
+
+
+SD, PIXART = SHIPPED
+WAIT = 60  # seconds at most for anything
+WIDE, NARROW = 1280, 390
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The address of the page, which also offers the tiny model."""
+    models = Models([folder], device="cpu")
+    models.load(SD)
+    page = app.build(models)
+    _, address, _ = app.serve(page, prevent_thread_lock=True, quiet=True, server_port=None)
+    yield address.rstrip("/")
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory):
+    folder = Path(os.environ.get("TSAM_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Browser:
+    """One headless Chromium, and how a visitor uses the page."""
+
+    def __init__(self, server):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        self.driver, self.server = webdriver.Chrome(options, webdriver.ChromeService(DRIVER)), server
+        self.resize(WIDE)
+
+    def resize(self, width, dark=False):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == NARROW}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def until(self, condition, what):
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            try:
+                if found := condition():
+                    return found
+            except Exception as error:  # the page has replaced what was looked at
+                what = f"{what} ({type(error).__name__})"
+            time.sleep(0.1)
+        raise AssertionError(f"waited in vain for {what}; the page says {self.text('body')[:2000]!r}")
+
+    def open(self, query=""):
+        self.driver.get(f"{self.server}/{query}")
+        wanted = {name: values[0] for name, values in parse_qs(query.lstrip("?")).items()}
+        self.until(lambda: self.button("Draw"), "the page")
+        if "prompt" in wanted:
+            self.until(lambda: self.field("Prompt").get_attribute("value") == wanted["prompt"], "the link's settings")
+        return self
+
+    def all(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, selector):
+        return self.driver.find_element(By.CSS_SELECTOR, selector).text
+
+    def button(self, name):
+        return next(each for each in self.all("button") if each.text == name and each.is_displayed())
+
+    def field(self, label):
+        xpath = f'//label[.//span[normalize-space(text())="{label}"]]//*[self::input or self::textarea]'
+        return self.driver.find_element(By.XPATH, f'{xpath} | //input[@aria-label="{label}"]')
+
+    def write(self, label, text):
+        field = self.field(label)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.DELETE, str(text), *([] if label == "Prompt" else [Keys.TAB]))
+
+    def draw(self):
+        self.button("Draw").click()
+
+    def status(self, *parts):
+        return self.until(lambda: (t := self.text("#tsam-status")) and any(p in t for p in parts) and t, parts)
+
+    def drawn(self):
+        text = self.status("Loss after")
+        self.until(lambda: len(self.sources("Stock", "T-SAM")) == 2, "the maps")
+        return text
+
+    def sources(self, *labels):
+        """Addresses of the pictures shown, by their components' labels."""
+        found = []
+        for label in labels:
+            xpath = f'//label[normalize-space()="{label}"]/ancestor::div[contains(@class, "block")][1]//img'
+            found += [image.get_attribute("src") for image in self.driver.find_elements(By.XPATH, xpath)]
+        return found
+
+    def download(self, name, folder):
+        """The bytes of the file that a button gives."""
+        behaviour = {"behavior": "allow", "downloadPath": str(folder)}
+        self.driver.execute_cdp_cmd("Page.setDownloadBehavior", behaviour)
+        self.button(name).click()
+        path = folder / app.FILES[name]
+        self.until(path.exists, path.name)
+        return path.read_bytes()
+
+    def save(self, path):
+        height = self.driver.execute_script("return document.documentElement.scrollHeight")
+        clip = {"x": 0, "y": 0, "width": self.driver.execute_script("return innerWidth"), "height": height, "scale": 1}
+        found = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        path.write_bytes(base64.b64decode(found["data"]))
+
+
+@pytest.fixture(scope="module")
+def chromium(server):
+    browsers = []
+
+    def start():
+        browsers.append(Browser(server))
+        return browsers[-1]
+
+    yield start
+    for browser in browsers:
+        browser.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    return chromium()
+
+
+def fetch(address):
+    with urlopen(address) as answer:
+        return answer.read()
+
+
+def pixels(address):
+    return np.asarray(Image.open(io.BytesIO(fetch(address))).convert("RGB"), dtype=float)
+
+
+def test_a_prompt_is_drawn_and_every_panel_follows(browser, screenshots, tmp_path):
+    browser.open("?prompt=a+red+cube&steps=5&seed=3")
+    assert not any(title.is_displayed() for title in browser.all("h2"))  # nothing empty before the first drawing
+    blank = browser.sources("Stock and T-SAM")
+    browser.write("Prompt", "a red cube and a blue sphere")
+    browser.field("Prompt").send_keys(Keys.ENTER)
+    browser.status("T-SAM: step")  # live
+    browser.until(lambda: browser.sources("Stock and T-SAM")[1] != blank[1], "a preview")
+    assert "stock" in browser.drawn()
+
+    stock, tsam = map(pixels, browser.sources("Stock and T-SAM"))
+    assert stock.shape == tsam.shape == (512, 512, 3) and min(stock.std(), tsam.std()) > 5
+    assert np.abs(stock - tsam).max() > 20
+    assert [len(line.get_attribute("points").split()) for line in browser.all(".tsam-curve polyline")] == [5, 5]
+    assert "the judge sees: " in browser.text(".tsam-captions")
+    words = [label.text for label in browser.all("fieldset label")]
+    assert words == "a red cube and a blue sphere".split()
+
+    chosen = browser.sources("Stock", "T-SAM")
+    unchosen = next(
+        radio for radio in browser.all("fieldset label") if not radio.find_element(By.TAG_NAME, "input").is_selected()
+    )
+    unchosen.click()
+    browser.until(lambda: not set(chosen) & set(browser.sources("Stock", "T-SAM")), "the word's maps")
+    first = browser.sources("Stock", "T-SAM")
+    browser.driver.find_element(By.CSS_SELECTOR, 'input[type="range"]').send_keys(Keys.ARROW_RIGHT)
+    browser.until(lambda: "S: T-SAM, step 2" in browser.text(".tsam-tables"), "the second step")
+    browser.until(lambda: not set(first) & set(browser.sources("Stock", "T-SAM")), "the second step's maps")
+    assert len(browser.all(".tsam-tables table")) == 3
+
+    with Image.open(io.BytesIO(browser.download("T-SAM picture", tmp_path))) as picture:
+        assert picture.size == (64, 64)
+    numbers = json.loads(browser.download("Numbers (JSON)", tmp_path))
+    assert numbers["prompt"] == "a red cube and a blue sphere" and len(numbers["tsam"]["losses"]) == 5
+
+    for width in (WIDE, NARROW):
+        for dark in (False, True):
+            browser.resize(width, dark)
+            time.sleep(0.5)
+            assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
+            browser.save(screenshots / f"{width}-{'dark' if dark else 'light'}.png")
+    browser.resize(WIDE)
+
+
+def test_a_link_reproduces_the_settings(browser):
+    address = next(each.get_attribute("href") for each in browser.all("a") if "link" in each.text)
+    assert address.startswith(browser.server)
+    browser.open("?" + urlsplit(address).query)
+    assert [browser.field(name).get_attribute("value") for name in ("Seed", "Steps")] == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    "label, text, says",
+    [("Prompt", "", "two words or more"), ("Prompt", "cube", "Write two or more"), ("Steps", "500", "from 1 to 100")],
+)
+def test_wrong_input_is_told_of_at_its_field_and_can_be_repaired(label, text, says, browser):
+    browser.open("?prompt=a+red+cube&steps=2")
+    browser.write(label, text)
+    browser.draw()
+    xpath = f'//label[.//span[normalize-space(text())="{label}"]]'
+    field = browser.driver.find_element(By.XPATH, xpath)
+    browser.until(lambda: says in field.text, says)
+    assert "Traceback" not in browser.text("body") and "step" not in browser.text("#tsam-status")
+    browser.write(label, {"Prompt": "a red cube", "Steps": 1}[label])
+    browser.draw()
+    browser.drawn()
+    assert says not in browser.driver.find_element(By.XPATH, xpath).text.replace("Two words or more.", "")
+
+
+@pytest.mark.parametrize(
+    "query, says",
+    [("?model=/etc/passwd", "There is no model '/etc/passwd' here"), ("?steps=x", "which is no number")],
+)
+def test_a_link_that_asks_for_what_cannot_be_is_told_of(query, says, browser):
+    browser.open(query).status(says)
+    assert browser.field("Model").get_attribute("value") == SD
+
+
+def test_an_alpha_that_breaks_the_picture_is_warned_of(browser):
+    browser.open("?prompt=a+red+cube&steps=2&alpha=300").draw()
+    assert "halve alpha" in browser.drawn()
+
+
+def test_stop_stops(browser):
+    browser.open("?prompt=a+red+cube+and+a+blue+sphere&steps=100&schedule=paper").draw()
+    browser.status("T-SAM: step")
+    browser.button("Stop").click()
+    browser.status("Stopped")
+    browser.write("Steps", 2)
+    browser.draw()
+    browser.drawn()
+
+
+def test_another_page_sees_its_place_in_the_queue_and_gets_its_turn(browser, chromium):
+    other = chromium()
+    other.open("?prompt=a+blue+ring&steps=2")
+    browser.open("?prompt=a+red+cube+and+a+blue+sphere&steps=100").draw()
+    browser.status("T-SAM: step")
+    other.draw()
+    other.until(lambda: "queue: 1/1" in other.text("body"), "its place")
+    assert "step" not in other.text("#tsam-status")
+    browser.driver.get("about:blank")  # whose drawing ends then
+    other.drawn()
+
+
+def test_an_example_and_another_model_bring_their_settings(browser):
+    browser.open()
+    next(each for each in browser.all("button") if app.EXAMPLES[2][2] in each.text).click()
+    browser.until(lambda: browser.field("Model").get_attribute("value") == PIXART, "the example's model")
+    assert browser.field("Seed").get_attribute("value") == str(app.EXAMPLES[2][1])
+    next(each for each in browser.all("button") if "Advanced" in each.text).click()
+    browser.until(lambda: browser.field("Relative step").get_attribute("value") == "0.05", "what was tuned for it")
+    assert browser.field("Alpha").get_attribute("value") == ""
+
+
+def test_every_control_has_a_name(browser):
+    browser.open("?prompt=a+red+cube&steps=1&alpha=4").draw()
+    browser.drawn()
+    nodes = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    controls = {"button", "textbox", "spinbutton", "slider", "radio", "combobox", "listbox", "link", "checkbox"}
+    roles = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
+    found = [(role, name.strip()) for role, name in roles if role in controls]
+    assert len(found) > 15 and not [role for role, name in found if not name]
+
+
+def test_nothing_is_asked_of_anyone_else(browser):
+    browser.open("?prompt=a+red+cube&steps=1").draw()
+    browser.drawn()
+    messages = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    local = (browser.server, "data:", "blob:", "about:")
+    assert len(asked) > 10 and not [address for address in asked if not address.startswith(local)]
+    assert not [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "app/app.py", "../../../../etc/passwd", "setup.cfg"])
+def test_the_server_gives_out_no_files_and_takes_none(path, server):
+    from urllib.error import HTTPError
+    from urllib.request import Request
+
+    with pytest.raises(HTTPError) as refused:
+        fetch(f"{server}/gradio_api/file={path}")
+    assert refused.value.code in (403, 404)
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
+        + b"a" * 1000
+        + b"\r\n--x--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(HTTPError) as refused:
+        fetch(Request(f"{server}/gradio_api/upload", body, headers))
+    assert refused.value.code == 413
