@@ -306,11 +306,12 @@ def build(models):
             seen, guided = [drawn.attentions for drawn in result.pair], result.pair[1].guided
             change = seen[1]["maps"][guided[-1]] - seen[0]["maps"][guided[-1]]
             chosen, at = int(change.abs().sum((1, 2)).argmax()), guided[-1] + 1  # the word that changed most
-            words = [(text, index) for index, text in enumerate(seen[1]["tokens"])]
+            words, number = [(text, index) for index, text in enumerate(seen[1]["tokens"])], len(seen[1]["steps"])
+            span = {"maximum": max(number, 2), "visible": number > 1}  # one step leaves nothing to choose
             return {
                 details: gr.Column(visible=True),
                 word: gr.Radio(words, value=chosen),
-                step: gr.Slider(maximum=len(seen[1]["steps"]), value=at, info=f"Guided: the first {len(guided)}."),
+                step: gr.Slider(value=at, info=f"Guided: the first {len(guided)}.", **span),
                 address: f'<a href="{escape(link(result.settings))}">A link to these settings</a>',
                 **dict(zip([*maps, tables], look(result, chosen, at))),
                 **dict(zip(saves, save(result, Session(request).folder))),
