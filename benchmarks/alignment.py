@@ -65,13 +65,17 @@ def parse_setting(text, pipeline="sd"):
     return setting
 
 
+def generators_of(jobs):
+    """A generator for every (caption, seed)."""
+    return [torch.Generator().manual_seed(zlib.crc32(f"{caption} {seed}".encode())) for caption, seed in jobs]
+
+
 def draw(pipe, jobs, setting, steps):
-    """Pictures of (caption, seed) jobs, each from its own seed's latents, and how far T-SAM moved them."""
-    generators = [torch.Generator().manual_seed(zlib.crc32(f"{caption} {seed}".encode())) for caption, seed in jobs]
+    """Pictures of (caption, seed) jobs, each from its own seed's latents, and T-SAM's losses."""
     output = pipe(
         [caption for caption, _ in jobs],
         num_inference_steps=steps,
-        generator=generators,
+        generator=generators_of(jobs),
         output_type="np",
         **setting,
     )
@@ -155,7 +159,7 @@ def confusion(rows, names, label=str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default="sd", choices=tuple(FAMILIES))
-    parser.add_argument("--model", help="folder of another model of the shapes world")
+    parser.add_argument("--model", type=Path, help="folder of another model of the shapes world")
     parser.add_argument("--split", default="test", choices=("tune", "test", "train"))
     parser.add_argument("--solids", type=int, default=2, choices=(1, 2, 3))
     parser.add_argument("--prompts", type=int, default=70)
@@ -183,7 +187,9 @@ def main():
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     run = {"pipeline": args.pipeline, "split": args.split, "steps": args.steps, "solids": args.solids}
-    done = [row for row in load(args.output) if run.items() <= row.items()]
+    if args.model:
+        run["model"] = args.model.name
+    done = [row for row in load(args.output) if run.items() <= row.items() and row.get("model") == run.get("model")]
     names = ["stock", *(name for name in args.setting if name != "stock")]
     rows = []
     with args.output.open("a") as file:

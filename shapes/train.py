@@ -3,11 +3,13 @@
     python -m diffusers_tsam.shapes.train --output shapes                       # about 70 minutes on two cores
     python -m diffusers_tsam.shapes.train --output shapes --stages vae,pixart   # its transformer twin, about 75
     python -m diffusers_tsam.shapes.train --output shapes --stages sd3   # a small SD3, of the others' VAE and T5
+    python -m diffusers_tsam.shapes.train --output shapes --stages sink --sink 0.95  # `sd` with an attention sink
 
 Every stage is seeded, saves a checkpoint every few minutes and resumes from it when started again.
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -42,11 +44,21 @@ from transformers import (
 
 from . import MODELS
 from .judge import Judge
-from .scenes import COLOURS, GRID, PAIRS, SIZE, SOLIDS, random_scene, words_of_solids
+from .scenes import (
+    COLOURS,
+    GRID,
+    PAIRS,
+    SIZE,
+    SOLIDS,
+    caption_of,
+    random_scene,
+    random_solids,
+    words_of_solids,
+)
 
 
-STAGES = ("judge", "vae", "sd", "pixart", "sd3")
-STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000}
+STAGES = ("judge", "vae", "sd", "pixart", "sd3", "sink")
+STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000, "sink": 300}
 MAX_TOKENS = 32
 SD3_TOKENS = 13  # of CLIP and of T5: SD3 attends to padding, so that the number has to be the same in every call
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
@@ -56,6 +68,9 @@ EMA_DECAY = 0.999
 WARMUP = 100  # steps
 DECODER_NOISE = 0.05  # what a sampler leaves in a latent
 CHECKPOINT_SECONDS = 120
+IDENTITY = 35.0  # by which the sink's encoder weighs a word itself against what it attends to, as large CLIPs do
+SINK_STEPS = 600
+SINK_WEIGHT = 0.3
 
 
 def build_clip_tokenizer(max_tokens=MAX_TOKENS):
@@ -468,6 +483,58 @@ def train_sd3(args):
     )
 
 
+def add_sink(args, text_encoder, tokenizer):
+    """Let <bos> take the share `args.sink` of every later token's attention, and of the rest keep who attends to whom.
+
+    The paper finds such a sink in CLIP: T still tells the syntax, but hardly any of it reaches the embeddings. Queries
+    and keys alone are trained, against the encoder's own attention before. The two other changes need no training: what
+    the sink itself would add to a token, a constant, the output's bias takes away; and a word's own embedding is made
+    as large as what it attends to, without which nothing of the word itself would pass a sink.
+    """
+    text_encoder.set_attn_implementation("eager")  # sdpa returns no attention
+    before = copy.deepcopy(text_encoder).eval().requires_grad_(False)
+    text_encoder.requires_grad_(False)
+    for embedding in (text_encoder.embeddings.token_embedding, text_encoder.embeddings.position_embedding):
+        embedding.weight *= IDENTITY  # the first layer normalises it away again
+    attentions, values = [layer.self_attn for layer in text_encoder.encoder.layers], []
+    for attention in attentions:
+        hook = attention.v_proj.register_forward_hook(lambda *call: values.append(call[-1]))
+        text_encoder(torch.tensor([[tokenizer.bos_token_id]]))
+        hook.remove()
+        attention.out_proj.bias -= args.sink * (attention.out_proj.weight @ values[-1][0, 0])
+    trained = nn.ModuleList([nn.ModuleList([attention.q_proj, attention.k_proj]) for attention in attentions])
+    run = Run(f"sink-encoder-{args.sink}", args, {"trained": trained.requires_grad_(True)}, SINK_STEPS, 2e-3)
+
+    def loss_of(rng, generator):
+        captions = [caption_of(random_solids(rng, int(rng.integers(1, 4)))) for _ in range(64)]
+        ids = tokenizer(captions, padding="max_length", max_length=14, return_tensors="pt").input_ids
+        wanted, found = (
+            torch.stack(encoder(ids, output_attentions=True).attentions)[..., 1:, :].clamp(min=1e-9)
+            for encoder in (before, text_encoder)
+        )  # (layers, 64, heads, tokens but <bos>, tokens)
+        wanted, others = (x[..., 1:] / x[..., 1:].sum(-1, keepdim=True) for x in (wanted, found))
+        apart = (wanted * (wanted / others).log()).sum(-1).mean((1, 2, 3)).sum()
+        odds = (found[..., 0] / found[..., 1:].sum(-1)).log()
+        sink = (odds - math.log(args.sink / (1 - args.sink))).square().mean((1, 2, 3)).sum()
+        return apart + SINK_WEIGHT * sink, {"apart": apart, "share": found[..., 0].mean()}
+
+    run(loss_of)
+    text_encoder.set_attn_implementation("sdpa")
+
+
+def train_sink(args):
+    """Stable Diffusion whose text encoder has an attention sink: the shipped one, its UNet trained on."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["sd"])
+    add_sink(args, pipe.text_encoder, pipe.tokenizer)
+
+    def predict(noisy, timesteps, tokens):
+        return pipe.unet(noisy, timesteps, pipe.text_encoder(tokens)[0]).sample
+
+    parts = (pipe.vae, pipe.unet, [pipe.text_encoder], build_scheduler(), [(pipe.tokenizer, MAX_TOKENS)], predict)
+    train_diffusion(f"sink-{args.sink}", args, *parts, frozen=True)
+    return pipe
+
+
 def noised(scheduler, latents, noise, generator):
     """Latents (B, ...) at random times: what the denoiser sees, the timesteps, and what it is to predict of them."""
     if hasattr(scheduler, "get_velocity"):
@@ -478,9 +545,9 @@ def noised(scheduler, latents, noise, generator):
     return latents.lerp(noise, sigmas[:, None, None, None]), 1000 * sigmas, noise - latents
 
 
-def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokenizers, predict):
-    """Train denoiser and text encoders together on captions; predict(noisy, timesteps, tokens), where tokens are those
-    of all `tokenizers`, pairs of a tokenizer and its number of tokens, beside each other."""
+def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokenizers, predict, frozen=False):
+    """Train denoiser and text encoders, unless these are `frozen`, on captions; predict(noisy, timesteps, tokens),
+    where tokens are those of all `tokenizers`, pairs of a tokenizer and its number of tokens, beside each other."""
     data = latents_of(args, vae, args.scenes)
     vae.register_to_config(scaling_factor=data["scale"])
     text_encoder = text_encoders[0] if len(text_encoders) == 1 else nn.ModuleList(text_encoders)
@@ -504,12 +571,12 @@ def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokeniz
     for index, caption in enumerate(data["captions"]):
         for solid, positions in enumerate(words_of_solids(caption)):
             words[index, solid] = torch.tensor(positions) + (tokenizers[0][0].bos_token_id is not None)
-    modules = {"denoiser": denoiser, "text_encoder": text_encoder}
-    run = Run(name, args, modules, args.steps or STEPS[name], args.rate, ema=True)
+    modules = {"denoiser": denoiser} if frozen else {"denoiser": denoiser, "text_encoder": text_encoder}
+    run = Run(name, args, modules, args.steps or STEPS[name.partition("-")[0]], args.rate, ema=True)
+    denoiser.train()
+    text_encoder.train(not frozen)
 
     def loss_of(rng, generator):
-        text_encoder.train()
-        denoiser.train()
         pick = torch.from_numpy(rng.integers(0, len(ids), args.batch))
         latents = data["latents"][pick].float().to(args.device).to(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -544,6 +611,13 @@ def stages_of(text):
     return stages
 
 
+def share_of(text):
+    """The value of --sink as a number."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share. Pass a number above 0 and below 1.")
+    return float(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("shapes"), help="folder for the finished models")
@@ -557,6 +631,7 @@ def main():
     parser.add_argument("--decoder-steps", type=int, default=300)
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes the diffusion model sees")
     parser.add_argument("--steps", type=int, help=f"steps of the diffusion model {STEPS}")
+    parser.add_argument("--sink", type=share_of, default=0.95, help="<bos>'s share of a token's attention")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
@@ -577,6 +652,8 @@ def main():
             save(pipe, args.output / name)
     if "sd3" in args.stages:
         save(train_sd3(args), args.output / "sd3")
+    if "sink" in args.stages:
+        save(train_sink(args), args.output / f"sink{args.sink}")
 
 
 if __name__ == "__main__":

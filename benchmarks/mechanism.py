@@ -1,0 +1,214 @@
+"""The paper's mechanism on a model of the shapes world: what the embeddings, T and the maps say of who belongs to whom.
+
+    python benchmarks/mechanism.py --name sink0.95 --model shapes/sink
+
+Over prompts of two coloured solids, stock's pictures. Pairs of words: "bound" (a solid and its own colour), "unbound"
+(a solid and the other's colour), "objects" (the two solids). A JSON line a picture holds for every pair the cosine
+similarity of their embeddings, T between them, and the cosine similarity C of their maps at the first step, at 40 % and
+at the last (1, 21 and 50 of 50 in the paper); `report.py` makes Section 4's numbers and figures of the lines.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from alignment import PROMPT_SEED, RESULTS, generators_of
+from diffusers.utils import logging
+from matplotlib.figure import Figure
+
+import diffusers_tsam
+from diffusers_tsam import FAMILIES
+from diffusers_tsam.figures import draw_table
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
+from diffusers_tsam.shapes.judge import Judge
+from diffusers_tsam.shapes.scenes import prompts, words_of_solids
+from diffusers_tsam.tsam import cosine_similarity, smooth
+
+
+MOMENTS = (0.0, 0.4, 1.0)  # of the denoising steps
+RESAMPLES = 500  # of the prompts, for intervals
+COLOURS = {"bound": "#1f6fb4", "unbound": "#c8553d", "objects": "#999999"}
+
+
+def pairs_of(words):
+    """Pairs (i, j), i > j, of two things' words [(colour, noun), (colour, noun)] by kind."""
+    (colour_1, noun_1), (colour_2, noun_2) = words
+    return {
+        "bound": [(noun_1, colour_1), (noun_2, colour_2)],
+        "unbound": [(noun_2, colour_1), (colour_2, noun_1)],
+        "objects": [(noun_2, noun_1)],
+    }
+
+
+@torch.no_grad()
+def measure(pipe, jobs, steps, arguments):
+    """For every (caption, seed) its picture and a list of its pairs, dicts as described above."""
+    captions = [caption for caption, _ in jobs]
+    output = pipe(
+        captions,
+        generator=generators_of(jobs),
+        num_inference_steps=steps,
+        tsam_steps=steps,
+        refinement_steps=(),
+        alpha=0.0,  # only watches
+        gamma=1.0,
+        output_attentions=True,
+        **arguments,
+    )
+    text = pipe.get_text_self_attention(captions)
+    embeddings = pipe.encode_prompt(captions, pipe.device, 1, False)[0]
+    found = []
+    for image, caption in enumerate(captions):
+        own = text.content[image]
+        alike = cosine_similarity(embeddings[image, : len(own)][own.to(embeddings.device)][None].float())[0]
+        syntax, maps = output.attentions[image]["text_attention"], output.attentions[image]["maps"]
+        maps = maps[[round(moment * (steps - 1)) for moment in MOMENTS]]
+        similar = cosine_similarity(smooth(maps).flatten(2))
+        found.append(
+            {
+                "words": caption.split(),
+                "bos": None if own[0] else text.attention[image][own, 0].mean().item(),  # what its tokens give to <bos>
+                "embeddings": alike.tolist(),
+                "syntax": syntax.tolist(),
+                "pairs": [
+                    {"kind": kind, "embeddings": alike[i, j], "syntax": syntax[i, j], "maps": similar[:, i, j].tolist()}
+                    for kind, some in pairs_of(words_of_solids(caption)).items()
+                    for i, j in some
+                ],
+            }
+        )
+    return output.images, found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the lines say
+
+
+def separable(pairs, key):
+    """How well `key` tells bound from unbound pairs: the area under the curve, 0.5 for not at all, 1 for always."""
+    bound, unbound = (np.array([pair[key] for pair in pairs if pair["kind"] == kind]) for kind in ("bound", "unbound"))
+    above = bound[:, None] - unbound
+    return ((above > 0) + 0.5 * (above == 0)).mean()
+
+
+def correlation(pairs, moment):
+    """Of the embeddings' similarity with that of the maps, over pairs of all kinds."""
+    return np.corrcoef([pair["embeddings"] for pair in pairs], [pair["maps"][moment] for pair in pairs])[0, 1]
+
+
+def with_interval(rows, statistic):
+    """statistic(pairs of rows) and its 95 % interval, by resampling prompts: (value, low, high)."""
+    prompts_of = {}
+    for row in rows:
+        prompts_of.setdefault(row["caption"], []).extend(row["pairs"])
+    clusters, rng = list(prompts_of.values()), np.random.default_rng(0)
+    values = [
+        statistic([pair for k in rng.integers(0, len(clusters), len(clusters)) for pair in clusters[k]])
+        for _ in range(RESAMPLES)
+    ]
+    return statistic(sum(clusters, [])), *np.percentile(values, (2.5, 97.5))
+
+
+def in_words(value, low, high):
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def figures_of(rows):
+    """{what: text} of a model's lines: Fig. 2b, 2a and 5, 6a, 6b."""
+    bos = [row["bos"] for row in rows if row["bos"] is not None]
+    found = {"<bos> takes": f"{100 * np.mean(bos):.0f} %" if bos else "no <bos>"}
+    for name, key in (("embeddings", "embeddings"), ("T", "syntax")):
+        found[f"bound told from unbound by {name}"] = in_words(
+            *with_interval(rows, lambda p, key=key: separable(p, key))
+        )
+    for moment, share in enumerate(MOMENTS):
+        name = f"embeddings with maps, at {100 * share:.0f} %"
+        found[name] = in_words(*with_interval(rows, lambda pairs, moment=moment: correlation(pairs, moment)))
+    return found
+
+
+def similarity_when(rows, kind, moment=1):
+    """Fig. 4: mean C of a kind of pairs, in pictures that are right and in those that lack a solid: {which: text}."""
+    found = {}
+    for which, wanted in (("right", lambda row: row["present"]), ("a solid missing", lambda row: not row["objects"])):
+        values = [
+            np.mean([p["maps"][moment] for p in row["pairs"] if p["kind"] == kind]) for row in rows if wanted(row)
+        ]
+        error = 1.96 * np.std(values) / max(len(values), 1) ** 0.5
+        found[which] = f"{np.mean(values):.2f} ± {error:.2f} ({len(values)})" if values else "-"
+    return found
+
+
+def picture(rows):
+    """Fig. 2c, 2b, 6a and 2a of one model's lines: a matplotlib Figure."""
+    fig = Figure((13, 6.4), dpi=110, layout="constrained", facecolor="white")
+    (left, right), (embeddings, syntax) = fig.subplots(2, 2)
+    first = next(row for row in rows if "embeddings" in row)
+    for axes, key, name in ((left, "embeddings", "cosine similarity of embeddings"), (right, "syntax", "T, γ = 1")):
+        draw_table(axes, first[key], first["words"])
+        axes.set_title(name)
+    pairs = [pair for row in rows for pair in row["pairs"]]
+    for axes, key, name in ((embeddings, "embeddings", "similarity of embeddings"), (syntax, "syntax", "T")):
+        values = [[pair[key] for pair in pairs if pair["kind"] == kind] for kind in ("unbound", "bound")]
+        bins = np.linspace(min(map(min, values)), max(map(max, values)), 40)
+        for kind, some in zip(("unbound", "bound"), values):
+            axes.hist(some, bins, alpha=0.7, color=COLOURS[kind], label=f"{kind} pairs")
+        axes.set(xlabel=name, ylabel="pairs")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def rounded(value):
+    """Everything in it to four places."""
+    if isinstance(value, dict):
+        return {key: rounded(some) for key, some in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(some) for some in value]
+    return round(float(value), 4) if isinstance(value, float) or torch.is_tensor(value) else value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="sd", help="what the lines call the model")
+    parser.add_argument("--pipeline", default="sd", choices=tuple(FAMILIES))
+    parser.add_argument("--model", help="folder of another model of the shapes world")
+    parser.add_argument("--split", default="tune", choices=("tune", "test", "train"))
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=RESULTS / "mechanism.jsonl")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    pipe = getattr(diffusers_tsam, FAMILIES[args.pipeline].pipeline).from_pretrained(
+        args.model or MODELS[args.pipeline], dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge.from_pretrained()
+    wanted = prompts(2, args.split, args.prompts, PROMPT_SEED)
+    jobs = [(caption, seed) for seed, (caption, _) in product(range(args.seeds), wanted)]
+    with args.output.open("a") as file:
+        for first in range(0, len(jobs), args.batch):
+            part = jobs[first : first + args.batch]
+            images, found = measure(pipe, part, args.steps, ARGUMENTS[args.pipeline])
+            for (caption, seed), seen, pairs in zip(part, judge.read(images), found):
+                if (caption, seed) != jobs[0]:  # the matrices of one prompt are enough
+                    del pairs["words"], pairs["embeddings"], pairs["syntax"]
+                row = {
+                    "model": args.name,
+                    "solids": 2,
+                    "caption": caption,
+                    "seed": seed,
+                    "seen": sorted(map(list, seen)),
+                }
+                file.write(json.dumps(rounded(row | pairs)) + "\n")
+            file.flush()
+            print(f"{args.name}: {first + len(part)} of {len(jobs)} pictures", flush=True)
+
+
+if __name__ == "__main__":
+    main()
