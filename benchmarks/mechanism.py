@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES
-from diffusers_tsam.figures import draw_table
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
@@ -69,10 +68,7 @@ def measure(pipe, jobs, steps, arguments):
         similar = cosine_similarity(smooth(maps).flatten(2))
         found.append(
             {
-                "words": caption.split(),
-                "bos": None if own[0] else text.attention[image][own, 0].mean().item(),  # what its tokens give to <bos>
-                "embeddings": alike.tolist(),
-                "syntax": syntax.tolist(),
+                "bos": text.attention[image][own, 0].mean().item(),  # what its tokens give to the first
                 "pairs": [
                     {"kind": kind, "embeddings": alike[i, j], "syntax": syntax[i, j], "maps": similar[:, i, j].tolist()}
                     for kind, some in pairs_of(words_of_solids(caption)).items()
@@ -116,14 +112,16 @@ def in_words(value, low, high):
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-def figures_of(rows):
-    """{what: text} of a model's lines: Fig. 2b, 2a and 5, 6a, 6b."""
-    bos = [row["bos"] for row in rows if row["bos"] is not None]
-    found = {"<bos> takes": f"{100 * np.mean(bos):.0f} %" if bos else "no <bos>"}
-    for name, key in (("embeddings", "embeddings"), ("T", "syntax")):
-        found[f"bound told from unbound by {name}"] = in_words(
-            *with_interval(rows, lambda p, key=key: separable(p, key))
-        )
+def sink_of(rows):
+    """What <bos> takes of a token's attention, the mean over one model's lines."""
+    return np.mean([row["bos"] for row in rows])
+
+
+def numbers_of(rows):
+    """{what: text} of a model's lines: Fig. 6b, 2b, 6a, 2a and 5."""
+    found = {"<bos> takes": f"{100 * sink_of(rows):.0f} %"}
+    for name, key in (("the embeddings tell bound pairs", "embeddings"), ("T tells them", "syntax")):
+        found[name] = in_words(*with_interval(rows, lambda pairs, key=key: separable(pairs, key)))
     for moment, share in enumerate(MOMENTS):
         name = f"embeddings with maps, at {100 * share:.0f} %"
         found[name] = in_words(*with_interval(rows, lambda pairs, moment=moment: correlation(pairs, moment)))
@@ -134,30 +132,47 @@ def similarity_when(rows, kind, moment=1):
     """Fig. 4: mean C of a kind of pairs, in pictures that are right and in those that lack a solid: {which: text}."""
     found = {}
     for which, wanted in (("right", lambda row: row["present"]), ("a solid missing", lambda row: not row["objects"])):
-        values = [
-            np.mean([p["maps"][moment] for p in row["pairs"] if p["kind"] == kind]) for row in rows if wanted(row)
-        ]
-        error = 1.96 * np.std(values) / max(len(values), 1) ** 0.5
-        found[which] = f"{np.mean(values):.2f} ± {error:.2f} ({len(values)})" if values else "-"
+        own = [[pair["maps"][moment] for pair in row["pairs"] if pair["kind"] == kind] for row in filter(wanted, rows)]
+        values = np.mean(own, 1) if own else []
+        half = 1.96 * np.std(values) / len(values) ** 0.5 if own else 0
+        found[which] = f"{np.mean(values):.2f} ± {half:.2f} ({len(values)})" if own else "-"
     return found
 
 
-def picture(rows):
-    """Fig. 2c, 2b, 6a and 2a of one model's lines: a matplotlib Figure."""
-    fig = Figure((13, 6.4), dpi=110, layout="constrained", facecolor="white")
-    (left, right), (embeddings, syntax) = fig.subplots(2, 2)
-    first = next(row for row in rows if "embeddings" in row)
-    for axes, key, name in ((left, "embeddings", "cosine similarity of embeddings"), (right, "syntax", "T, γ = 1")):
-        draw_table(axes, first[key], first["words"])
-        axes.set_title(name)
-    pairs = [pair for row in rows for pair in row["pairs"]]
-    for axes, key, name in ((embeddings, "embeddings", "similarity of embeddings"), (syntax, "syntax", "T")):
+def picture(models, shown, right):
+    """Fig. 2b and 6a of the model `shown`, and how both and the pictures change with the sink: a matplotlib Figure.
+
+    models: {name: its lines}. right: {setting: {name: (share, half of its 95 % interval)}} of right pictures.
+    """
+    fig = Figure((11, 6.6), dpi=110, layout="constrained", facecolor="white")
+    (left, middle), (told, drawn) = fig.subplots(2, 2)
+    pairs = [pair for row in models[shown] for pair in row["pairs"]]
+    share = f"<bos> takes {100 * sink_of(models[shown]):.0f} %"
+    for axes, key, name in ((left, "embeddings", "cosine similarity of embeddings"), (middle, "syntax", "T, γ = 1")):
         values = [[pair[key] for pair in pairs if pair["kind"] == kind] for kind in ("unbound", "bound")]
-        bins = np.linspace(min(map(min, values)), max(map(max, values)), 40)
+        bins = np.linspace(min(map(min, values)), max(map(max, values)), 30)
         for kind, some in zip(("unbound", "bound"), values):
             axes.hist(some, bins, alpha=0.7, color=COLOURS[kind], label=f"{kind} pairs")
-        axes.set(xlabel=name, ylabel="pairs")
+        axes.set(xlabel=name, ylabel="pairs of a colour and a solid", title=share)
         axes.legend(frameon=False)
+    names = sorted(models, key=lambda name: sink_of(models[name]))
+    ticks = range(len(names)), [f"{100 * sink_of(models[name]):.0f} %" for name in names]
+    for key, name, colour in (("syntax", "T", "#1f6fb4"), ("embeddings", "embeddings", "#c8553d")):
+        found = [with_interval(models[model], lambda pairs, key=key: separable(pairs, key)) for model in names]
+        middles, low, high = map(np.array, zip(*found))
+        told.errorbar(ticks[0], middles, (middles - low, high - middles), fmt="o-", capsize=3, color=colour, label=name)
+    told.axhline(0.5, color="#999999", linewidth=0.8)
+    told.set(ylabel="area under the curve", title="bound pairs told from unbound, by")
+    for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4")):
+        some = [k for k, name in enumerate(names) if name in of_models]
+        shares, halves = zip(*(of_models[names[k]] for k in some))
+        drawn.errorbar(some, shares, halves, fmt="o-", capsize=3, color=colour, label=setting)
+    drawn.set(ylabel="right pictures, three solids, %", title="pictures")
+    for axes in (told, drawn):
+        axes.set_xticks(*ticks)
+        axes.set_xlabel("what <bos> takes of a word's attention")
+        axes.legend(frameon=False)
+    for axes in (left, middle, told, drawn):
         axes.spines[["top", "right"]].set_visible(False)
     return fig
 
@@ -196,8 +211,6 @@ def main():
             part = jobs[first : first + args.batch]
             images, found = measure(pipe, part, args.steps, ARGUMENTS[args.pipeline])
             for (caption, seed), seen, pairs in zip(part, judge.read(images), found):
-                if (caption, seed) != jobs[0]:  # the matrices of one prompt are enough
-                    del pairs["words"], pairs["embeddings"], pairs["syntax"]
                 row = {
                     "model": args.name,
                     "solids": 2,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import layout
+import mechanism
 from alignment import RESULTS, confusion, gain, interval, load, paired, parse_setting
 from matplotlib.figure import Figure
 
@@ -213,6 +214,76 @@ def long_prompts_cost():
     return markdown(["tokens", "in windows of 75", "in one window"], rows)
 
 
+SINK_SETTINGS = {  # of `alignment.py`
+    "stock": "stock",
+    "T-SAM": "objective=attainable,gamma=4,schedule=light,relative_step=0.05",
+}
+
+
+def by_model(rows):
+    """{model: its lines}; of `alignment.py` those without a name are of the small Stable Diffusion."""
+    return {
+        name: [row for row in rows if row.get("model", "sd") == name]
+        for name in dict.fromkeys(row.get("model", "sd") for row in rows)
+    }
+
+
+def sink_rows():
+    """What was measured of models with attention sinks: {model: mechanism's lines}, {model: alignment's lines}."""
+    models = by_model(load(RESULTS / "mechanism.jsonl"))
+    shipped = chosen(load(RESULTS / "alignment.jsonl"), "sd", 3)
+    pictures = by_model([*shipped, *load(RESULTS / "sink.jsonl")])
+    order = sorted(models, key=lambda name: mechanism.sink_of(models[name]))
+    return {name: models[name] for name in order}, pictures
+
+
+def mechanism_table(models):
+    """What embeddings, T and maps say of who belongs to whom, a row a model."""
+    found = {name: mechanism.numbers_of(rows) for name, rows in models.items()}
+    head = list(next(iter(found.values())))
+    return markdown(["model (pictures)", *head], [[f"{n} ({len(models[n])})", *found[n].values()] for n in models])
+
+
+def overlap_table(models):
+    """Fig. 4: the two solids' maps, and a solid's with its colour's, in right and in wrong pictures."""
+    rows = []
+    for name, own in models.items():
+        cells = [mechanism.similarity_when(own, kind).values() for kind in ("objects", "bound")]
+        rows.append([name, *(cell for pair in cells for cell in pair)])
+    head = ["two solids, right", "one missing", "solid and colour, right", "one missing"]
+    return markdown(["C at 40 % of the steps", *head], rows)
+
+
+def sink_table(models, pictures):
+    """Three solids on models with a sink: pictures by setting, and what becomes of the solids."""
+    rows = []
+    for model in models:
+        own = pictures.get(model, [])
+        for name in SINK_SETTINGS.values():
+            pairs = paired(own, name, "stock")
+            if not pairs:
+                continue
+            mine, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
+            mean, half = gain(pairs)
+            points = "" if name == "stock" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
+            cells = [percent([row["present"] for row in mine], captions), points]
+            cells += [percent([not row["objects"] for row in mine], captions)]
+            cells += [percent([row["swap"] for row in mine], captions)]
+            rows.append([f"{model}, {described(name)} ({len(mine)})", *cells])
+    return markdown(["setting (pictures)", "right", "points over stock", "a solid missing", "a swap"], rows)
+
+
+def mechanism_figure(models, pictures):
+    right = {label: {} for label in SINK_SETTINGS}
+    for label, name in SINK_SETTINGS.items():
+        for model in models:
+            own = [row for row in pictures.get(model, []) if row["setting"] == name]
+            if own:
+                mean, half = interval([row["present"] for row in own], [row["caption"] for row in own])
+                right[label][model] = 100 * mean, 100 * half
+    return mechanism.picture(models, "sink0.95", right)
+
+
 def gains_figure(rows, solids=3):
     """Points over stock by setting, a panel a pipeline, with 95 % intervals."""
     fig = Figure((9, 3.6), dpi=120, layout="constrained")
@@ -238,6 +309,9 @@ def parts():
     rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
     found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
     found["long-cost"] = long_prompts_cost()
+    models, pictures = sink_rows()
+    found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
+    found["sinks"] = sink_table(models, pictures)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
     joint = load(RESULTS / "joint.jsonl")
     for split, solids in {(row["split"], row["solids"]) for row in joint}:
@@ -287,6 +361,7 @@ def main():
     for path, text in made.items():
         path.write_text(text)
     gains_figure(load(RESULTS / "alignment.jsonl")).savefig(ROOT / "docs" / "gains.png")
+    mechanism_figure(*sink_rows()).savefig(ROOT / "docs" / "mechanism.png")
 
 
 if __name__ == "__main__":

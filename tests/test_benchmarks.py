@@ -94,3 +94,20 @@ def test_a_document_asks_only_for_what_is_there():
 
     with pytest.raises(ValueError, match="No part is called 'nothing'; there are operations"):
         report.filled("<!-- nothing -->\n<!-- /nothing -->", {"operations": ""})
+
+
+def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path, monkeypatch):
+    import mechanism
+    from alignment import load
+
+    output = tmp_path / "mechanism.jsonl"
+    monkeypatch.setattr(sys, "argv", f"mechanism.py --prompts 2 --seeds 1 --steps 2 --output {output}".split())
+    mechanism.main()
+    rows = load(output)
+    assert len(rows) == 2 and 0 < mechanism.sink_of(rows) < 1
+    for row in rows:
+        assert [pair["kind"] for pair in row["pairs"]] == ["bound", "bound", "unbound", "unbound", "objects"]
+        assert all(-1 <= value <= 1 for pair in row["pairs"] for value in (pair["embeddings"], *pair["maps"]))
+    pairs = [{"kind": kind, "syntax": value} for kind, value in (("bound", 3), ("bound", 1), ("unbound", 2))]
+    assert mechanism.separable(pairs, "syntax") == 0.5
+    assert mechanism.separable(pairs[:1] + pairs[2:], "syntax") == 1

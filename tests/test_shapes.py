@@ -144,3 +144,27 @@ def test_in_t_a_noun_attends_to_its_own_colour_more_than_to_the_other(pipe, kind
     times, share = {"sd": (2, 0.9), "pixart": (1.3, 0.7)}[kind]  # T5's, symmetrised, is less clear
     assert np.mean(own) > times * np.mean(other)
     assert np.mean([a > b for a, b in zip(own, other)]) > share
+
+
+def test_a_sink_takes_its_share_of_attention_and_leaves_t_as_it_was(tmp_path, monkeypatch):
+    import argparse
+
+    from diffusers_tsam.shapes import train
+
+    pipe = KINDS["sd"].stock.from_pretrained(MODELS["sd"])
+    encoder, tokenizer = pipe.text_encoder.requires_grad_(False), pipe.tokenizer
+    captions = [caption for caption, _ in scenes.prompts(2, "tune", 8)]
+    ids = tokenizer(captions, padding="max_length", max_length=14, return_tensors="pt").input_ids
+
+    def read():
+        encoder.set_attn_implementation("eager")
+        attention = torch.stack(encoder(ids, output_attentions=True).attentions).mean((0, 2))
+        own = attention[:, 1:8, 1:8]
+        return attention[:, 1:8, 0].mean().item(), own / own.sum(-1, keepdim=True)
+
+    share, before = read()
+    monkeypatch.setattr(train, "SINK_STEPS", 120)
+    train.add_sink(argparse.Namespace(sink=0.9, work=tmp_path), encoder, tokenizer)
+    with_sink, after = read()
+    assert share < 0.5 and with_sink == pytest.approx(0.9, abs=0.04)
+    assert (after - before).abs().sum(-1).mean() < 0.25  # of at most 2
