@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+pytest.importorskip("gradio.blocks", reason="the page needs gradio: pip install '.[demo]'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="the browser is driven by selenium: pip install selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
