@@ -163,7 +163,7 @@ def picture(models, shown, right):
         told.errorbar(ticks[0], middles, (middles - low, high - middles), fmt="o-", capsize=3, color=colour, label=name)
     told.axhline(0.5, color="#999999", linewidth=0.8)
     told.set(ylabel="area under the curve", title="bound pairs told from unbound, by")
-    for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4")):
+    for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4", "#3f9b57")):
         some = [k for k, name in enumerate(names) if name in of_models]
         shares, halves = zip(*(of_models[names[k]] for k in some))
         drawn.errorbar(some, shares, halves, fmt="o-", capsize=3, color=colour, label=setting)

@@ -216,7 +216,8 @@ def long_prompts_cost():
 
 SINK_SETTINGS = {  # of `alignment.py`
     "stock": "stock",
-    "T-SAM": "objective=attainable,gamma=4,schedule=light,relative_step=0.05",
+    "T-SAM, attainable, light": "objective=attainable,gamma=4,schedule=light,relative_step=0.05",
+    "T-SAM, l1, fast": "schedule=fast,alpha=1,gamma=4",
 }
 
 
