@@ -23,13 +23,18 @@ if importlib.util.find_spec("diffusers_tsam") is None:  # an uninstalled checkou
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
 from kinds import KINDS, make  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def as_at_the_start():
+    """Every test has the same seed, and says no less than the one before: benchmarks make diffusers silent."""
     torch.manual_seed(0)
+    verbosity = diffusers_logging.get_verbosity()
+    yield
+    diffusers_logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,8 @@ def test_a_stopped_run_goes_on_where_it_was(run, tmp_path):
 def test_two_processes_draw_the_pictures_that_one_draws(run, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    threads = str(torch.get_num_threads())  # which the launcher would set to 1: another number rounds otherwise
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
     done = subprocess.run(
         [*launch, "-m", "diffusers_tsam.evaluation", *DRAW, str(tmp_path / "run")],
         env=environment,
