@@ -299,6 +299,8 @@ def test_every_control_has_a_name(browser):
 
 
 def test_nothing_is_asked_of_anyone_else(browser):
+    browser.driver.get("about:blank")
+    browser.driver.get_log("browser")  # what the page before said when it was left
     browser.open("?prompt=a+red+cube&steps=1").draw()
     browser.drawn()
     messages = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
