@@ -156,6 +156,34 @@ def confusion(rows, names, label=str):
     return "\n".join(lines)
 
 
+def draw_missing(path, run, names, jobs, size, draw_some):
+    """The judged rows of (caption, seed) jobs by settings: those that `path` has, and what is drawn and added to it.
+
+    run: what all rows have in common. draw_some(name, jobs): pictures and losses of at most `size` jobs.
+    """
+    judge, rows = Judge.from_pretrained(), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [row for row in load(path) if run.items() <= row.items() and row.get("model") == run.get("model")]
+    with path.open("a") as file:
+        for name in names:
+            had = {(row["caption"], row["seed"]): row for row in done if row["setting"] == name}
+            rows += [had[job] for job in jobs if job in had]
+            todo, started = [job for job in jobs if job not in had], time.time()
+            for first in range(0, len(todo), size):
+                batch = todo[first : first + size]
+                images, losses = draw_some(name, batch)
+                for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
+                    ends = (loss[[0, -1]] if len(loss) else loss).tolist()
+                    row = {**run, "setting": name, "caption": caption, "seed": seed, "seen": sorted(map(list, seen))}
+                    row |= {"updates": len(loss), "loss": [round(x, 3) for x in ends]}
+                    file.write(json.dumps(row) + "\n")
+                    rows.append(judged(row))
+                file.flush()
+            if todo:
+                print(f"{name}: {len(todo)} pictures, {(time.time() - started) / len(todo):.2f} s each", flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default="sd", choices=tuple(FAMILIES))
@@ -181,42 +209,19 @@ def main():
     pipe.to(args.device).set_progress_bar_config(disable=True)
     if args.compile:
         getattr(pipe, family.denoiser).compile()
-    judge = Judge.from_pretrained()
     wanted = prompts(args.solids, args.split, args.prompts, PROMPT_SEED)
     jobs = [(caption, seed) for seed in range(args.seeds) for caption, _ in wanted]
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     run = {"pipeline": args.pipeline, "split": args.split, "steps": args.steps, "solids": args.solids}
     if args.model:
         run["model"] = args.model.name
-    done = [row for row in load(args.output) if run.items() <= row.items() and row.get("model") == run.get("model")]
+
+    def draw_some(name, batch):
+        setting = {**ARGUMENTS[args.pipeline], **parse_setting(name, args.pipeline)}
+        return draw(pipe, batch, setting, args.steps)
+
     names = ["stock", *(name for name in args.setting if name != "stock")]
-    rows = []
-    with args.output.open("a") as file:
-        for name in names:
-            had = {(r["caption"], r["seed"]): r for r in done if r["setting"] == name}
-            rows += [had[job] for job in jobs if job in had]
-            todo = [job for job in jobs if job not in had]
-            started = time.time()
-            for first in range(0, len(todo), args.batch):
-                batch = todo[first : first + args.batch]
-                setting = {**ARGUMENTS[args.pipeline], **parse_setting(name, args.pipeline)}
-                images, losses = draw(pipe, batch, setting, args.steps)
-                for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
-                    row = {
-                        **run,
-                        "setting": name,
-                        "caption": caption,
-                        "seed": seed,
-                        "seen": sorted(map(list, seen)),
-                        "updates": len(loss),
-                        "loss": [round(x, 3) for x in (loss[[0, -1]] if len(loss) else loss).tolist()],
-                    }
-                    file.write(json.dumps(row) + "\n")
-                    rows.append(judged(row))
-                file.flush()
-            if todo:
-                print(f"{name}: {len(todo)} pictures, {(time.time() - started) / len(todo):.2f} s each", flush=True)
+    rows = draw_missing(args.output, run, names, jobs, args.batch, draw_some)
     print(table(rows, names), confusion(rows, names), sep="\n\n")
 
 

@@ -7,19 +7,16 @@ picture goes to --output, and a stopped run goes on where it was.
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from alignment import PROMPT_SEED, RESULTS, confusion, draw, judged, load, parse_setting, table
+from alignment import PROMPT_SEED, RESULTS, confusion, draw, draw_missing, parse_setting, table
 from diffusers import ClassifierFreeGuidance
 from diffusers.utils import logging
 
 from diffusers_tsam import StableDiffusion3TSAMBlocks
 from diffusers_tsam.shapes import JOINT_MODEL
-from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts
 from diffusers_tsam.shapes.train import SD3_TOKENS
 
@@ -75,29 +72,13 @@ def main():
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pipe, judge = load_pipeline(args.model, args.guidance_scale), Judge.from_pretrained()
+    pipe = load_pipeline(args.model, args.guidance_scale)
     wanted = prompts(args.solids, args.split, args.prompts, PROMPT_SEED)
     jobs = [(caption, seed) for seed in range(args.seeds) for caption, _ in wanted]
     run = {"split": args.split, "solids": args.solids, "steps": args.steps, "guidance_scale": args.guidance_scale}
-    done = [row for row in load(args.output) if run.items() <= row.items()]
-    names, rows = ["stock", *args.setting], []
-    with args.output.open("a") as file:
-        for name in names:
-            had = {(row["caption"], row["seed"]): row for row in done if row["setting"] == name}
-            rows += [had[job] for job in jobs if job in had]
-            todo, started = [job for job in jobs if job not in had], time.time()
-            for first in range(0, len(todo), args.batch):
-                batch = todo[first : first + args.batch]
-                images, losses = draw(pipe, batch, parse(name), args.steps)
-                for (caption, seed), seen, loss in zip(batch, judge.read(images), losses):
-                    ends = (loss[[0, -1]] if len(loss) else loss).tolist()
-                    row = {**run, "setting": name, "caption": caption, "seed": seed, "seen": sorted(map(list, seen))}
-                    row |= {"updates": len(loss), "loss": [round(x, 3) for x in ends]}
-                    file.write(json.dumps(row) + "\n")
-                    rows.append(judged(row))
-                file.flush()
-            if todo:
-                print(f"{name}: {len(todo)} pictures, {(time.time() - started) / len(todo):.2f} s each", flush=True)
+    names = ["stock", *args.setting]
+    draw_some = lambda name, batch: draw(pipe, batch, parse(name), args.steps)  # noqa: E731
+    rows = draw_missing(args.output, run, names, jobs, args.batch, draw_some)
     print(table(rows, names), confusion(rows, names), sep="\n\n")
 
 

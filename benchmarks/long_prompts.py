@@ -25,7 +25,7 @@ import diffusers_tsam
 from diffusers_tsam import FAMILIES, LatentAlignment, TextSelfAttention
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge
-from diffusers_tsam.shapes.scenes import prompts
+from diffusers_tsam.shapes.scenes import phrase, prompts
 
 
 FILLERS = "and with the next to of a".split()
@@ -40,7 +40,7 @@ ROOM = 75  # tokens of one of CLIP's windows
 
 def caption_of(solids, form, rng):
     """Sentences of one solid each, to which `filled` adds words."""
-    sentences = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {solid}" for colour, solid in solids]
+    sentences = [phrase(*solid) for solid in solids]
     if form == "filled":
         number = SENTENCE - 4  # beside three words and a comma
         sentences = [f"{sentence} {' '.join(rng.choice(FILLERS, number))}" for sentence in sentences]
