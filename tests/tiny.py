@@ -87,6 +87,13 @@ def tiny_clip(tokenizer, cls=CLIPTextModel, width=16):
     return text_encoder
 
 
+def sharpen_cross_attention(unet):
+    for name, layer in unet.named_modules():
+        if name.endswith("attn2"):
+            layer.to_q.weight.data *= 4
+            layer.to_k.weight.data *= 4
+
+
 def tiny_components(length=77, alphabet=ASCII):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(length, alphabet)
@@ -101,10 +108,7 @@ def tiny_components(length=77, alphabet=ASCII):
         attention_head_dim=2,
         norm_num_groups=4,
     ).eval()
-    for name, layer in unet.named_modules():
-        if name.endswith("attn2"):
-            layer.to_q.weight.data *= 4
-            layer.to_k.weight.data *= 4
+    sharpen_cross_attention(unet)
     return {
         "vae": tiny_vae(),
         "text_encoder": text_encoder,
@@ -183,10 +187,7 @@ def tiny_sdxl_components(in_channels=4):
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=24 + 6 * 4,
     ).eval()
-    for name, layer in unet.named_modules():
-        if name.endswith("attn2"):
-            layer.to_q.weight.data *= 4
-            layer.to_k.weight.data *= 4
+    sharpen_cross_attention(unet)
     return {
         "vae": tiny_vae(),
         "text_encoder": tiny_clip(tokenizer),
