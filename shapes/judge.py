@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,7 +15,7 @@ WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
 
 class Judge(nn.Module):
-    """Five convolutions over the picture, one logit per (colour, solid), max-pooled over space."""
+    """Five convolutions over the picture at half its size, one logit per (colour, solid), max-pooled over space."""
 
     def __init__(self, width=32):
         super().__init__()
@@ -30,8 +31,8 @@ class Judge(nn.Module):
         return self.logits(images).amax((2, 3))
 
     def logits(self, images):
-        """The same at every place, (B, 48, H / 8, W / 8)."""
-        return self.head(self.body(images))
+        """The same at every place, (B, 48, H / 16, W / 16)."""
+        return self.head(self.body(F.avg_pool2d(images, 2)))
 
     @classmethod
     def from_pretrained(cls, path=WEIGHTS):

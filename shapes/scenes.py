@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-SIZE = 64  # pixels of a picture's side
+SIZE = 128  # pixels of a picture's side
 GRID = 16  # latent positions of a picture's side
 SUPERSAMPLING = 4  # sprites are drawn this much larger, then reduced
-SPRITE_SIZES = (20, 23, 26)  # pixels
+SPRITE_SIZES = (40, 46, 52)  # pixels
 MAX_SOLIDS = 3
 MAX_TRIES = 100_000  # to find different prompts in
 SOLIDS = ("cube", "sphere", "cone", "cylinder", "ring", "star")
@@ -150,13 +150,13 @@ def draw_scene(rng, solids):
     """Draw (colour, solid) pairs in random places without overlap: image (SIZE, SIZE, 3) uint8, masks."""
     while True:
         sizes = rng.choice(SPRITE_SIZES, len(solids))
-        corners = [rng.integers(1, SIZE - size, 2) for size in sizes]
+        corners = [rng.integers(2, SIZE - size - 1, 2) for size in sizes]
         centres = [corner + size / 2 for corner, size in zip(corners, sizes)]
         gaps = (
             np.abs(centres[a] - centres[b]).max() - (sizes[a] + sizes[b]) / 2
             for a, b in combinations(range(len(solids)), 2)
         )
-        if all(gap >= 1 for gap in gaps):
+        if all(gap >= 2 for gap in gaps):
             break
     image = np.full((SIZE, SIZE, 3), rng.integers(*BACKGROUNDS), dtype=np.float32) / 255
     masks = np.zeros((MAX_SOLIDS, GRID, GRID), dtype=np.float32)

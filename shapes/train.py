@@ -99,15 +99,21 @@ def build_t5_tokenizer():
 
 def build_vae():
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
         sample_size=SIZE,
         mid_block_add_attention=False,
     )
+
+
+def shipped_vae():
+    vae = build_vae()  # not loaded as it is: it would keep its folder's name
+    vae.load_state_dict(AutoencoderKL.from_pretrained(MODELS["sd"] / "vae", dtype=torch.float32).state_dict())
+    return vae
 
 
 def build_clip(tokenizer, cls=CLIPTextModel, width=128):
@@ -144,14 +150,14 @@ def build_t5(tokenizer):
     )
 
 
-def build_unet():
+def build_unet(width=64):
     return UNet2DConditionModel(
         sample_size=GRID,
-        block_out_channels=(64, 128),
+        block_out_channels=(width, 2 * width),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=128,
+        cross_attention_dim=2 * width,
         attention_head_dim=4,  # as in SD 1.x, this is the number of heads
         norm_num_groups=16,
     )
@@ -223,6 +229,7 @@ class Run:
     def __init__(self, name, args, modules, steps, rate, ema=False):
         self.path = args.work / f"{name}.pt"
         self.name, self.modules, self.steps, self.rate, self.step = name, modules, steps, rate, 0
+        self.seed = sum(map(ord, name)) + args.seed
         parameters = [p for module in modules.values() for p in module.parameters()]
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -250,7 +257,7 @@ class Run:
         started = saved = time.time()
         first, means = self.step, {}
         while self.step < self.steps:
-            seed = [sum(map(ord, self.name)), self.step]
+            seed = [self.seed, self.step]
             rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
             warm = min(1.0, (self.step + 1) / WARMUP)
             for group in self.optimizer.param_groups:
@@ -312,7 +319,10 @@ def train_judge(args):
 
 
 def train_vae(args):
+    """From nothing, or with the latents of another, `args.latents_of`, so that denoisers trained on those stay."""
     vae = build_vae().to(args.device, memory_format=torch.channels_last)
+    if args.latents_of:
+        return train_vae_alike(args, vae, AutoencoderKL.from_pretrained(args.latents_of, dtype=torch.float32))
     run = Run("vae", args, {"vae": vae}, args.vae_steps, 2e-3, ema=True)
 
     def loss_of(rng, generator):
@@ -324,6 +334,30 @@ def train_vae(args):
         error = decoded - images
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return error.abs().mean() + 2 * error.square().mean() + 1e-3 * kl, {"mse": error.square().mean(), "kl": kl}
+
+    run(loss_of)
+    return vae.float()
+
+
+def train_vae_alike(args, vae, other):
+    """Train `vae` to encode as `other` encodes the picture at its own size, and to decode what that gives."""
+    vae.register_to_config(scaling_factor=other.config.scaling_factor)
+    other.to(args.device, memory_format=torch.channels_last).eval()
+    smaller = 2 ** (len(vae.config.block_out_channels) - len(other.config.block_out_channels))
+    run = Run("vae-alike", args, {"vae": vae}, args.vae_steps, 2e-3, ema=True)
+
+    def loss_of(rng, generator):
+        images = to_tensor([random_scene(rng).image for _ in range(32)], args)
+        with autocast(args):
+            with torch.no_grad():
+                wanted = other.encode(F.avg_pool2d(images, smaller)).latent_dist
+            found = vae.encode(images).latent_dist
+            noise = torch.randn(wanted.mean.shape, generator=generator).to(args.device)
+            decoded = vae.decode(wanted.mean + DECODER_NOISE * noise).sample.float()
+        error = decoded - images
+        apart = F.mse_loss(found.mean, wanted.mean) + 0.01 * F.mse_loss(found.logvar, wanted.logvar)
+        logs = {"mse": error.square().mean(), "latents": F.mse_loss(found.mean, wanted.mean)}
+        return error.abs().mean() + error.square().mean() + apart, logs
 
     run(loss_of)
     return vae.float()
@@ -434,8 +468,8 @@ def latents_of(args, vae, number):
 
 def train_sd(args, vae):
     """Stable Diffusion: UNet and CLIP."""
-    tokenizer, unet = build_clip_tokenizer(), build_unet().to(memory_format=torch.channels_last)
-    text_encoder, scheduler = build_clip(tokenizer), build_scheduler()
+    tokenizer, unet = build_clip_tokenizer(), build_unet(args.width).to(memory_format=torch.channels_last)
+    text_encoder, scheduler = build_clip(tokenizer, width=2 * args.width), build_scheduler()
 
     def predict(noisy, timesteps, tokens):
         return unet(noisy, timesteps, text_encoder(tokens)[0]).sample
@@ -462,8 +496,7 @@ def train_pixart(args, vae):
 
 def train_sd3(args):
     """SD3: joint transformer, one CLIP in both places, and the small PixArt-α's T5, trained on without its mask."""
-    vae = build_vae().to(args.device)  # not loaded as it is: it would keep its folder's name
-    vae.load_state_dict(AutoencoderKL.from_pretrained(MODELS["sd"] / "vae", dtype=torch.float32).state_dict())
+    vae = shipped_vae().to(args.device)
     vae.register_to_config(shift_factor=0.0)
     clip_tokenizer, tokenizer = build_clip_tokenizer(SD3_TOKENS), build_t5_tokenizer()
     clip = build_clip(clip_tokenizer, CLIPTextModelWithProjection, width=64)
@@ -627,11 +660,14 @@ def main():
         "--stages", type=stages_of, default="judge,vae,sd", help=f"some of {','.join(STAGES)} (default: %(default)s)"
     )
     parser.add_argument("--judge-steps", type=int, default=900)
+    parser.add_argument("--latents-of", type=Path, help="folder of another VAE, of the same world's pictures")
     parser.add_argument("--vae-steps", type=int, default=450)
     parser.add_argument("--decoder-steps", type=int, default=300)
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes the diffusion model sees")
     parser.add_argument("--steps", type=int, help=f"steps of the diffusion model {STEPS}")
     parser.add_argument("--sink", type=share_of, default=0.95, help="<bos>'s share of a token's attention")
+    parser.add_argument("--width", type=int, default=64, help="of sd's UNet at its first level; a multiple of 16")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument(
@@ -640,15 +676,15 @@ def main():
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     if "judge" in args.stages:
         train_judge(args)
-    if {"vae", "sd", "pixart"} & set(args.stages):
-        vae = train_vae(args)
+    vae = train_vae(args) if "vae" in args.stages else shipped_vae().to(args.device)
     for name, train in (("sd", train_sd), ("pixart", train_pixart)):
         if name in args.stages:
             pipe = train(args, vae)
-            train_decoder(args, vae)
+            if "vae" in args.stages:
+                train_decoder(args, vae)
             save(pipe, args.output / name)
     if "sd3" in args.stages:
         save(train_sd3(args), args.output / "sd3")

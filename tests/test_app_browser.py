@@ -202,7 +202,7 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, screenshots, tmp_pat
     assert len(browser.all(".tsam-tables table")) == 3
 
     with Image.open(io.BytesIO(browser.download("T-SAM picture", tmp_path))) as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (128, 128)
     numbers = json.loads(browser.download("Numbers (JSON)", tmp_path))
     assert numbers["prompt"] == "a red cube and a blue sphere" and len(numbers["tsam"]["losses"]) == 5
 

@@ -178,7 +178,7 @@ def test_the_code_of_every_card_draws_the_installed_classes_picture(hub, tmp_pat
     for name in drawn:
         (picture,) = (tmp_path / "theirs" / name).glob("*.png")
         expected = np.array(Image.open(tmp_path / "ours" / name / picture.name))
-        assert expected.shape == (64, 64, 3) and np.array_equal(np.array(Image.open(picture)), expected)
+        assert expected.shape == (128, 128, 3) and np.array_equal(np.array(Image.open(picture)), expected)
 
 
 PUSH = """

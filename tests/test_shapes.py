@@ -36,7 +36,7 @@ def test_a_scene_shows_what_its_caption_says():
         scene = scenes.random_scene(rng)
         assert scene.caption.count(" and ") + scene.caption.count(" with ") == len(scene.solids) - 1
         assert all(f"{colour} {solid}" in scene.caption for colour, solid in scene.solids)
-        assert scene.image.shape == (64, 64, 3) and (scene.masks.max((1, 2)) > 0).sum() == len(scene.solids)
+        assert scene.image.shape == (128, 128, 3) and (scene.masks.max((1, 2)) > 0).sum() == len(scene.solids)
         assert scene.masks.sum(0).max() <= 1 + 1e-6  # no two solids cover the same place
 
 
@@ -49,7 +49,7 @@ def test_the_judge_says_where_a_solid_is(judge):
         assert set(found) == set(scene.solids)
         for solid, mask in zip(scene.solids, scene.masks):
             distances.append(found[solid] - (places * mask).sum((1, 2)) / mask.sum())
-    half, cell = max(scenes.SPRITE_SIZES) / 2 / scenes.SIZE, 1 / 8  # the judge looks at every eighth pixel
+    half, cell = max(scenes.SPRITE_SIZES) / 2 / scenes.SIZE, 1 / 8  # the judge looks at every sixteenth pixel
     assert np.abs(distances).max() < half + cell / 2  # on the solid, if not in its middle
     assert np.abs(np.mean(distances, 0)).max() < 0.05
 
@@ -108,14 +108,14 @@ def test_the_shipped_model_is_small_and_loads_into_the_stock_pipeline(kind):
     assert sum(path.stat().st_size for path in MODELS[kind].rglob("*") if path.is_file()) < 25e6
     pipe = KINDS[kind].stock.from_pretrained(MODELS[kind])
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("a red cube", num_inference_steps=2, **ARGUMENTS[kind]).images[0].size == (64, 64)
+    assert pipe("a red cube", num_inference_steps=2, **ARGUMENTS[kind]).images[0].size == (128, 128)
 
 
 def test_the_small_sd3_is_small_and_loads_into_the_stock_pipeline():
     assert sum(path.stat().st_size for path in JOINT_MODEL.rglob("*") if path.is_file()) < 14e6
     pipe = StableDiffusion3Pipeline.from_pretrained(JOINT_MODEL)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe("a red cube", num_inference_steps=2, max_sequence_length=13).images[0].size == (64, 64)
+    assert pipe("a red cube", num_inference_steps=2, max_sequence_length=13).images[0].size == (128, 128)
 
 
 def test_both_models_share_their_vae():
