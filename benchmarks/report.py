@@ -51,8 +51,8 @@ def percent(values, clusters):
     return f"{100 * mean:.1f} ± {100 * half:.1f} %"
 
 
-def chosen(rows, kind, solids):
-    return [row for row in rows if row["pipeline"] == kind and row["solids"] == solids]
+def chosen(rows, kind, solids, steps=25):
+    return [row for row in rows if (row["pipeline"], row["solids"], row["steps"]) == (kind, solids, steps)]
 
 
 def settings_of(rows):
@@ -80,8 +80,9 @@ def compared(rows, name, words):
 COMPARED = ["setting (pictures)", "right", "points over stock", "fixes", "keeps"]
 
 
-def alignment_table(rows, kind, solids):
-    rows, table = chosen(rows, kind, solids), []
+def alignment_table(rows, kind):
+    """Settings of one pipeline, compared with stock."""
+    table = []
     cost = read("cost.json")["operations"][kind]
     ratio = cost["guided_pass_flop"] / cost["plain_step_flop"]
     for name in settings_of(rows):
@@ -318,10 +319,10 @@ def parts():
     for split, solids in {(row["split"], row["solids"]) for row in joint}:
         found[f"joint-{split}-{solids}"] = joint_table(joint, split, solids)
     for kind in FAMILIES:
-        for solids in sorted({row["solids"] for row in rows if row["pipeline"] == kind}):
-            own = chosen(rows, kind, solids)
-            found[f"alignment-{kind}-{solids}"] = alignment_table(rows, kind, solids)
-            found[f"fates-{kind}-{solids}"] = confusion(own, settings_of(own), described)
+        for solids, steps in sorted({(row["solids"], row["steps"]) for row in rows if row["pipeline"] == kind}):
+            own, longer = chosen(rows, kind, solids, steps), "" if steps == 25 else f"-{steps}-steps"
+            found[f"alignment-{kind}-{solids}{longer}"] = alignment_table(own, kind)
+            found[f"fates-{kind}-{solids}{longer}"] = confusion(own, settings_of(own), described)
         found[f"tuning-{kind}"] = tuning_table(tuning, kind)
         for name in ("layout", "layout_tuning"):
             found[f"{name.replace('_', '-')}-{kind}"] = layout_table(layout.read(RESULTS / f"{name}.jsonl"), kind)

@@ -27,6 +27,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    Transformer2DModel,
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
@@ -55,10 +56,11 @@ from .scenes import (
     random_solids,
     words_of_solids,
 )
+from .sink import changes_of
 
 
 STAGES = ("judge", "vae", "sd", "pixart", "sd3", "sink")
-STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000, "sink": 300}
+STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000, "sink": 1_200}
 MAX_TOKENS = 32
 SD3_TOKENS = 13  # of CLIP and of T5: SD3 attends to padding, so that the number has to be the same in every call
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
@@ -69,7 +71,8 @@ WARMUP = 100  # steps
 DECODER_NOISE = 0.05  # what a sampler leaves in a latent
 CHECKPOINT_SECONDS = 120
 IDENTITY = 35.0  # by which the sink's encoder weighs a word itself against what it attends to, as large CLIPs do
-SINK_STEPS = 600
+PLACE = 2.0  # and by which it weighs the word's place, by which a denoiser could tell who belongs to whom, too
+SINK_STEPS = 4_000
 SINK_WEIGHT = 0.3
 
 
@@ -520,15 +523,16 @@ def add_sink(args, text_encoder, tokenizer):
     """Let <bos> take the share `args.sink` of every later token's attention, and of the rest keep who attends to whom.
 
     The paper finds such a sink in CLIP: T still tells the syntax, but hardly any of it reaches the embeddings. Queries
-    and keys alone are trained, against the encoder's own attention before. The two other changes need no training: what
-    the sink itself would add to a token, a constant, the output's bias takes away; and a word's own embedding is made
-    as large as what it attends to, without which nothing of the word itself would pass a sink.
+    and keys alone are trained, against the encoder's own attention before. The other changes need no training: what the
+    sink itself would add to a token, a constant, the output's bias takes away; a word's own embedding is made large,
+    without which nothing of the word itself would pass a sink; and its place is made small beside it, since words that
+    belong together are neighbours.
     """
     text_encoder.set_attn_implementation("eager")  # sdpa returns no attention
     before = copy.deepcopy(text_encoder).eval().requires_grad_(False)
     text_encoder.requires_grad_(False)
-    for embedding in (text_encoder.embeddings.token_embedding, text_encoder.embeddings.position_embedding):
-        embedding.weight *= IDENTITY  # the first layer normalises it away again
+    text_encoder.embeddings.token_embedding.weight *= IDENTITY  # the first layer normalises it away again
+    text_encoder.embeddings.position_embedding.weight *= PLACE
     attentions, values = [layer.self_attn for layer in text_encoder.encoder.layers], []
     for attention in attentions:
         hook = attention.v_proj.register_forward_hook(lambda *call: values.append(call[-1]))
@@ -536,7 +540,7 @@ def add_sink(args, text_encoder, tokenizer):
         hook.remove()
         attention.out_proj.bias -= args.sink * (attention.out_proj.weight @ values[-1][0, 0])
     trained = nn.ModuleList([nn.ModuleList([attention.q_proj, attention.k_proj]) for attention in attentions])
-    run = Run(f"sink-encoder-{args.sink}", args, {"trained": trained.requires_grad_(True)}, SINK_STEPS, 2e-3)
+    run = Run(f"sink-encoder-{args.sink}", args, {"trained": trained.requires_grad_(True)}, SINK_STEPS, 4e-3)
 
     def loss_of(rng, generator):
         captions = [caption_of(random_solids(rng, int(rng.integers(1, 4)))) for _ in range(64)]
@@ -556,7 +560,8 @@ def add_sink(args, text_encoder, tokenizer):
 
 
 def train_sink(args):
-    """Stable Diffusion whose text encoder has an attention sink: the shipped one, its UNet trained on."""
+    """Stable Diffusion whose text encoder has an attention sink: the shipped one, its UNet's transformer blocks trained
+    on, while the convolutions stay."""
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["sd"])
     add_sink(args, pipe.text_encoder, pipe.tokenizer)
 
@@ -564,7 +569,9 @@ def train_sink(args):
         return pipe.unet(noisy, timesteps, pipe.text_encoder(tokens)[0]).sample
 
     parts = (pipe.vae, pipe.unet, [pipe.text_encoder], build_scheduler(), [(pipe.tokenizer, MAX_TOKENS)], predict)
-    train_diffusion(f"sink-{args.sink}", args, *parts, frozen=True)
+    transformers = [module for module in pipe.unet.modules() if isinstance(module, Transformer2DModel)]
+    trained = nn.ModuleList(part for t in transformers for part in (t.proj_in, t.transformer_blocks, t.proj_out))
+    train_diffusion(f"sink-{args.sink}", args, *parts, trained)
     return pipe
 
 
@@ -578,9 +585,12 @@ def noised(scheduler, latents, noise, generator):
     return latents.lerp(noise, sigmas[:, None, None, None]), 1000 * sigmas, noise - latents
 
 
-def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokenizers, predict, frozen=False):
-    """Train denoiser and text encoders, unless these are `frozen`, on captions; predict(noisy, timesteps, tokens),
-    where tokens are those of all `tokenizers`, pairs of a tokenizer and its number of tokens, beside each other."""
+def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokenizers, predict, trained=None):
+    """Train denoiser and text encoders, or of them what is in `trained`, on captions.
+
+    predict(noisy, timesteps, tokens): tokens are those of all `tokenizers`, pairs of a tokenizer and its number of
+    tokens, beside each other.
+    """
     data = latents_of(args, vae, args.scenes)
     vae.register_to_config(scaling_factor=data["scale"])
     text_encoder = text_encoders[0] if len(text_encoders) == 1 else nn.ModuleList(text_encoders)
@@ -604,10 +614,13 @@ def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokeniz
     for index, caption in enumerate(data["captions"]):
         for solid, positions in enumerate(words_of_solids(caption)):
             words[index, solid] = torch.tensor(positions) + (tokenizers[0][0].bos_token_id is not None)
-    modules = {"denoiser": denoiser} if frozen else {"denoiser": denoiser, "text_encoder": text_encoder}
+    modules = {"denoiser": denoiser, "text_encoder": text_encoder}
+    if trained is not None:
+        denoiser.requires_grad_(False), text_encoder.requires_grad_(False)
+        modules = {"trained": trained.requires_grad_(True)}
     run = Run(name, args, modules, args.steps or STEPS[name.partition("-")[0]], args.rate, ema=True)
-    denoiser.train()
-    text_encoder.train(not frozen)
+    for module in modules.values():
+        module.train()
 
     def loss_of(rng, generator):
         pick = torch.from_numpy(rng.integers(0, len(ids), args.batch))
@@ -689,7 +702,7 @@ def main():
     if "sd3" in args.stages:
         save(train_sd3(args), args.output / "sd3")
     if "sink" in args.stages:
-        save(train_sink(args), args.output / f"sink{args.sink}")
+        save_file(changes_of(train_sink(args)), args.output / f"sink{args.sink}.safetensors")
 
 
 if __name__ == "__main__":

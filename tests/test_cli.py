@@ -181,7 +181,7 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
 
     class Seen(Judge):
         def read(self, images):
-            assert [image.size for image in images] == [(128, 128)] * 2
+            assert [image.size for image in images] == [(64, 64)] * 2
             return [set(), {("red", "cube"), ("blue", "ring")}]
 
     given, draw = {}, cli.draw
