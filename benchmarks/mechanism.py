@@ -1,11 +1,12 @@
 """The paper's mechanism on a model of the shapes world: what the embeddings, T and the maps say of who belongs to whom.
 
-    python benchmarks/mechanism.py --name sink0.95 --model shapes/sink
+    python -m diffusers_tsam.shapes.sink sink && python benchmarks/mechanism.py --name sink0.99 --model sink
 
 Over prompts of two coloured solids, stock's pictures. Pairs of words: "bound" (a solid and its own colour), "unbound"
 (a solid and the other's colour), "objects" (the two solids). A JSON line a picture holds for every pair the cosine
 similarity of their embeddings, T between them, and the cosine similarity C of their maps at the first step, at 40 % and
-at the last (1, 21 and 50 of 50 in the paper); `report.py` makes Section 4's numbers and figures of the lines.
+at the last (1, 21 and 50 of 50 in the paper); the first line also the whole matrices of its prompt. `report.py` makes
+Section 4's numbers and figures of the lines.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def pairs_of(words):
 
 @torch.no_grad()
 def measure(pipe, jobs, steps, arguments):
-    """For every (caption, seed) its picture and a list of its pairs, dicts as described above."""
+    """For every (caption, seed) its picture and a dict as described above."""
     captions = [caption for caption, _ in jobs]
     output = pipe(
         captions,
@@ -68,6 +69,7 @@ def measure(pipe, jobs, steps, arguments):
         similar = cosine_similarity(smooth(maps).flatten(2))
         found.append(
             {
+                "matrices": {"words": caption.split(), "embeddings": alike.tolist(), "syntax": syntax.tolist()},
                 "bos": text.attention[image][own, 0].mean().item(),  # what its tokens give to the first
                 "pairs": [
                     {"kind": kind, "embeddings": alike[i, j], "syntax": syntax[i, j], "maps": similar[:, i, j].tolist()}
@@ -128,24 +130,31 @@ def numbers_of(rows):
     return found
 
 
-def similarity_when(rows, kind, moment=1):
-    """Fig. 4: mean C of a kind of pairs, in pictures that are right and in those that lack a solid: {which: text}."""
-    found = {}
-    for which, wanted in (("right", lambda row: row["present"]), ("a solid missing", lambda row: not row["objects"])):
-        own = [[pair["maps"][moment] for pair in row["pairs"] if pair["kind"] == kind] for row in filter(wanted, rows)]
-        values = np.mean(own, 1) if own else []
-        half = 1.96 * np.std(values) / len(values) ** 0.5 if own else 0
-        found[which] = f"{np.mean(values):.2f} ± {half:.2f} ({len(values)})" if own else "-"
-    return found
+PICTURES = {  # Fig. 4's, by the judge's verdict
+    "right": lambda row: row["present"],
+    "a solid missing": lambda row: not row["objects"],
+    "a swap": lambda row: row["swap"],
+}
+
+
+def similarity_when(rows, kind, which, moment=1):
+    """Fig. 4: mean C of a kind of pairs in some of the PICTURES, in words."""
+    own = [
+        [pair["maps"][moment] for pair in row["pairs"] if pair["kind"] == kind] for row in filter(PICTURES[which], rows)
+    ]
+    if not own:
+        return "-"
+    values = np.mean(own, 1)
+    return f"{np.mean(values):.2f} ± {1.96 * np.std(values) / len(values) ** 0.5:.2f} ({len(values)})"
 
 
 def picture(models, shown, right):
-    """Fig. 2b and 6a of the model `shown`, and how both and the pictures change with the sink: a matplotlib Figure.
+    """Fig. 2b, 2c and 6a of the model `shown`, and how both and the pictures change with the sink: a matplotlib Figure.
 
     models: {name: its lines}. right: {setting: {name: (share, half of its 95 % interval)}} of right pictures.
     """
-    fig = Figure((11, 6.6), dpi=110, layout="constrained", facecolor="white")
-    (left, middle), (told, drawn) = fig.subplots(2, 2)
+    fig = Figure((15, 6.6), dpi=100, layout="constrained", facecolor="white")
+    (left, middle, above), (told, drawn, below) = fig.subplots(2, 3, width_ratios=(1, 1, 0.85))
     pairs = [pair for row in models[shown] for pair in row["pairs"]]
     share = f"<bos> takes {100 * sink_of(models[shown]):.0f} %"
     for axes, key, name in ((left, "embeddings", "cosine similarity of embeddings"), (middle, "syntax", "T, γ = 1")):
@@ -167,7 +176,20 @@ def picture(models, shown, right):
         some = [k for k, name in enumerate(names) if name in of_models]
         shares, halves = zip(*(of_models[names[k]] for k in some))
         drawn.errorbar(some, shares, halves, fmt="o-", capsize=3, color=colour, label=setting)
-    drawn.set(ylabel="right pictures, three solids, %", title="pictures")
+    drawn.set(ylabel="right pictures, two solids, %", title="pictures")
+    matrices = models[shown][0]["matrices"]
+    words, lower = matrices["words"], np.tri(len(matrices["words"]), dtype=bool)
+    for axes, key, name in ((above, "embeddings", "cosine similarity of embeddings"), (below, "syntax", "T, γ = 1")):
+        values = np.where(lower, matrices[key], np.nan)
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(values):
+            if lower[row, column]:
+                ink = "white" if value > 0.6 else "#222222"
+                axes.text(column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center", size=7, color=ink)
+        axes.set_xticks(range(len(words)), words, rotation=45, size=8)
+        axes.set_yticks(range(len(words)), words, size=8)
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{name}: {share}", size=10)
     for axes in (told, drawn):
         axes.set_xticks(*ticks)
         axes.set_xlabel("what <bos> takes of a word's attention")
@@ -210,7 +232,9 @@ def main():
         for first in range(0, len(jobs), args.batch):
             part = jobs[first : first + args.batch]
             images, found = measure(pipe, part, args.steps, ARGUMENTS[args.pipeline])
-            for (caption, seed), seen, pairs in zip(part, judge.read(images), found):
+            for index, ((caption, seed), seen, pairs) in enumerate(zip(part, judge.read(images), found), first):
+                if index:
+                    del pairs["matrices"]
                 row = {
                     "model": args.name,
                     "solids": 2,

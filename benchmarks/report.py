@@ -233,8 +233,7 @@ def by_model(rows):
 def sink_rows():
     """What was measured of models with attention sinks: {model: mechanism's lines}, {model: alignment's lines}."""
     models = by_model(load(RESULTS / "mechanism.jsonl"))
-    shipped = chosen(load(RESULTS / "alignment.jsonl"), "sd", 3)
-    pictures = by_model([*shipped, *load(RESULTS / "sink.jsonl")])
+    pictures = by_model(load(RESULTS / "sink.jsonl"))
     order = sorted(models, key=lambda name: mechanism.sink_of(models[name]))
     return {name: models[name] for name in order}, pictures
 
@@ -247,21 +246,24 @@ def mechanism_table(models):
 
 
 def overlap_table(models):
-    """Fig. 4: the two solids' maps, and a solid's with its colour's, in right and in wrong pictures."""
-    rows = []
-    for name, own in models.items():
-        cells = [mechanism.similarity_when(own, kind).values() for kind in ("objects", "bound")]
-        rows.append([name, *(cell for pair in cells for cell in pair)])
-    head = ["two solids, right", "one missing", "solid and colour, right", "one missing"]
-    return markdown(["C at 40 % of the steps", *head], rows)
+    """Fig. 4: the two solids' maps, and a solid's with its own and the other's colour, in right and wrong pictures."""
+    pairs = {"objects": "two solids", "bound": "a solid and its colour", "unbound": "a solid and the other's colour"}
+    columns = [
+        (kind, which) for kind in pairs for which in ("right", "a solid missing" if kind == "objects" else "a swap")
+    ]
+    rows = [
+        [name, *(mechanism.similarity_when(own, kind, which) for kind, which in columns)]
+        for name, own in models.items()
+    ]
+    return markdown(["C at 40 % of the steps", *(f"{pairs[kind]}, {which}" for kind, which in columns)], rows)
 
 
-def sink_table(models, pictures):
-    """Three solids on models with a sink: pictures by setting, and what becomes of the solids."""
+def sink_table(models, pictures, solids):
+    """Pictures of models with a sink by setting, and what becomes of the solids."""
     rows = []
     for model in models:
-        own = pictures.get(model, [])
-        for name in SINK_SETTINGS.values():
+        own = [row for row in pictures.get(model, []) if row["solids"] == solids]
+        for name in settings_of(own):
             pairs = paired(own, name, "stock")
             if not pairs:
                 continue
@@ -279,11 +281,12 @@ def mechanism_figure(models, pictures):
     right = {label: {} for label in SINK_SETTINGS}
     for label, name in SINK_SETTINGS.items():
         for model in models:
-            own = [row for row in pictures.get(model, []) if row["setting"] == name]
+            own = [row for row in pictures.get(model, []) if (row["setting"], row["solids"]) == (name, 2)]
             if own:
                 mean, half = interval([row["present"] for row in own], [row["caption"] for row in own])
                 right[label][model] = 100 * mean, 100 * half
-    return mechanism.picture(models, "sink0.95", right)
+    sinks = {name: rows for name, rows in models.items() if name != "sd"}  # all of one recipe
+    return mechanism.picture(sinks, "sink0.99", right)
 
 
 def gains_figure(rows, solids=3):
@@ -313,7 +316,8 @@ def parts():
     found["long-cost"] = long_prompts_cost()
     models, pictures = sink_rows()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
-    found["sinks"] = sink_table(models, pictures)
+    for solids in (2, 3):
+        found[f"sinks-{solids}"] = sink_table(models, pictures, solids)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
     joint = load(RESULTS / "joint.jsonl")
     for split, solids in {(row["split"], row["solids"]) for row in joint}:

@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_loaded_says_why_and_not_where_it_lies(tmp_path):
 def test_a_model_of_large_pictures_is_refused(local, monkeypatch):
     models, name = local
     monkeypatch.setattr(drawing, "MAX_SIDE", 16)
-    with pytest.raises(ValueError, match="draws 128 pixels a side, but 16 is the limit"):
+    with pytest.raises(ValueError, match="draws 64 pixels a side, but 16 is the limit"):
         models.load(name)
 
 
