@@ -126,6 +126,18 @@ def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run):
     assert (losses[:, -1] < losses[:, 0]).all()
 
 
+def test_solids_get_the_colours_back_that_stock_swaps(run):
+    from diffusers_tsam.shapes.judge import Judge
+    from diffusers_tsam.shapes.scenes import SOLIDS
+
+    defined, judge = run("sink"), Judge.from_pretrained()
+    for prompt, *pictures in zip(defined["SEEDS"], *defined["drawn"].values()):
+        words = prompt.split()
+        wanted = {(words[k - 1], words[k]) for k in range(len(words)) if words[k] in SOLIDS}
+        stock, tsam = judge.read(pictures)
+        assert tsam == wanted and not wanted & stock or prompt == "a black star and a red cone" and tsam == wanted != stock
+
+
 def test_solids_are_drawn_where_they_are_asked_for_and_where_they_are_not_when_asked_otherwise(run):
     from diffusers_tsam.shapes.judge import Judge
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 from diffusers_tsam.shapes import ARGUMENTS, JOINT_MODEL, MODELS, scenes
 from diffusers_tsam.shapes.judge import Judge, verdict
@@ -168,3 +169,25 @@ def test_a_sink_takes_its_share_of_attention_and_leaves_t_as_it_was(tmp_path, mo
     with_sink, after = read()
     assert share < 0.5 and with_sink == pytest.approx(0.9, abs=0.04)
     assert (after - before).abs().sum(-1).mean() < 0.25  # of at most 2
+
+
+def test_the_shipped_sink_is_what_changed_of_the_model_and_saves_as_an_ordinary_folder(tmp_path, monkeypatch):
+    from diffusers_tsam.shapes import sink
+
+    monkeypatch.setattr("sys.argv", ["sink", str(tmp_path / "model")])
+    sink.main()
+    pipe = KINDS["sd"].tsam.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    shipped, found = load_file(sink.WEIGHTS), sink.changes_of(pipe)
+    assert shipped.keys() == found.keys() and all(torch.equal(shipped[name], found[name]) for name in found)
+    assert sink.WEIGHTS.stat().st_size < 4e6 and {name.partition(".")[0] for name in found} == set(sink.CHANGED)
+
+    caption = "a purple cone and a blue cylinder"
+    text = pipe.get_text_self_attention([caption])
+    attention = text.attention[0, text.content[0]]
+    assert attention[:, 0].mean() > 0.98  # <bos>
+    before = KINDS["sd"].tsam.from_pretrained(MODELS["sd"], dtype=torch.float32).get_text_self_attention([caption])
+    own, others = (normalize_text_attention(x.attention[:, 1:8, 1:8], x.content[:, 1:8], 1.0) for x in (text, before))
+    assert (own - others).abs().sum(-1).max() < 0.5  # of at most 2: T stays
+    embeddings = pipe.encode_prompt(caption, "cpu", 1, False)[0][0]
+    other = pipe.encode_prompt("a red cone and a white cylinder", "cpu", 1, False)[0][0]
+    assert torch.cosine_similarity(embeddings[3], other[3], dim=0) > 0.95  # "cone" hardly knows its colour
