@@ -23,7 +23,7 @@ OPTIONAL = ("max_sequence_length", "regions", "region_weight")  # which a note i
 OBJECTIVES = ("l1", "l1_full", "cosine", "attainable")  # those of tsam.py, which `--help` has no time to import
 # Of 0 to 109, stock Stable Diffusion forgets the sphere of "a red cube and a blue sphere" at 74 only (at 30 and 41 it
 # draws something unasked beside); stock PixArt-α forgets nothing at 0 to 59.
-SEEDS = {"sd": 74, "pixart": 0}
+SEEDS = {"sd": 74, "pixart": 0, "sink": 0}
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
@@ -143,10 +143,11 @@ def arguments():
     )
     add = parser.add_argument
     names = " or ".join(family.name for family in FAMILIES.values())
-    seeds = "{sd}, for pixart {pixart}".format(**SEEDS)
+    seeds = "{sd}, for pixart {pixart}, with --sink {sink}".format(**SEEDS)
     add("prompt", help="what to draw, two words or more")
     add("--pipeline", choices=tuple(FAMILIES), help=f"{names} (what --model is, or sd)")
     add("--model", help="a folder or Hub id of either (the shipped model of shapes)")
+    add("--sink", action="store_true", help="the shipped sd with an attention sink on <bos>, which swaps colours")
     add("--output", default="tsam.png", help="the PNG to write (tsam.png)")
     add("--seed", type=int, help=f"seed of the noise that both pictures start from ({seeds})")
     add("--steps", type=int, default=50, help="denoising steps (50)")
@@ -181,6 +182,8 @@ def check(args):
         raise ValueError(f"--output is {args.output!r}, but there is no folder {str(output.parent)!r}.")
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
         raise ValueError(f"--output is {args.output!r}, which cannot be written.")
+    if args.sink and (args.model or args.pipeline == "pixart"):
+        raise ValueError("--sink is for the Stable Diffusion that ships. Leave --model and --pipeline out.")
     if args.tsam_steps == 0:
         raise ValueError("--tsam-steps is 0, so that nothing would be shown. Pass 1 or more.")
 
@@ -262,11 +265,11 @@ def _load(cls, model, denoiser, dtype):
     return pipe
 
 
-def settings_of(pipe, kind, shipped):
-    """The defaults of SETTINGS, for a pipeline or its class: its own, or what was tuned for the model that ships."""
+def settings_of(pipe, kind, tuned=None):
+    """The defaults of SETTINGS, for a pipeline or its class: its own, or those of TUNED for a model that ships."""
     parameters = inspect.signature(pipe.__call__).parameters
     settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
-    return settings | TUNED[kind] | ARGUMENTS[kind] if shipped else settings
+    return settings | TUNED[tuned] | ARGUMENTS[kind] if tuned else settings
 
 
 def judged(pictures):
@@ -283,8 +286,13 @@ def run(args):
     check(args)
     pipe, kind = load(args.model or MODELS[args.pipeline or "sd"], args.pipeline, args.device, args.dtype)
     shipped = args.model is None or Path(args.model).resolve() == MODELS[kind].resolve()
-    seed = SEEDS[kind] if args.seed is None else args.seed
-    settings = settings_of(pipe, kind, shipped)
+    tuned = "sink" if args.sink else kind if shipped else None
+    if args.sink:
+        from .shapes.sink import add_sink
+
+        add_sink(pipe)
+    seed = SEEDS[tuned or kind] if args.seed is None else args.seed
+    settings = settings_of(pipe, kind, tuned)
     given = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
     for name in given.keys() - settings.keys():
         raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")

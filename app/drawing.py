@@ -78,7 +78,7 @@ class Models:
             kind = cli.kind_of(source / "model_index.json" if local else hf_hub_download(source, "model_index.json"))
         except (OSError, ValueError) as error:
             raise _unloadable(name, source, error) from error
-        return cli.settings_of(getattr(diffusers_tsam, FAMILIES[kind].pipeline), kind, name in SHIPPED)
+        return cli.settings_of(getattr(diffusers_tsam, FAMILIES[kind].pipeline), kind, SHIPPED.get(name))
 
     def load(self, name):
         """A pipeline, and its VAE's `colours_of`."""

@@ -282,9 +282,7 @@ def sink_sentence(pictures, model="sink0.99"):
     own = [row for row in pictures[model] if row["solids"] == 2]
     pairs = paired(own, SINK_SETTINGS["T-SAM, attainable, light"], "stock")
     (mean, half), captions = gain(pairs), [row["caption"] for row, _ in pairs]
-    right, swap = (
-        [percent([pair[k][key] for pair in pairs], captions) for k in (1, 0)] for key in ("present", "swap")
-    )
+    right, swap = ([percent([pair[k][key] for pair in pairs], captions) for k in (1, 0)] for key in ("present", "swap"))
     return (
         f"two solids are right in {right[0]} of {len(pairs)} pictures with stock and in {right[1]} with T-SAM"
         f" ({100 * mean:+.1f} ± {100 * half:.1f} points); colours are swapped in {swap[0]} and in {swap[1]}."

@@ -14,4 +14,10 @@ ARGUMENTS = {  # what a call for them needs, guided or not
 TUNED = {
     "sd": {"objective": "attainable", "schedule": "light", "alpha": 4.0, "gamma": 4.0},
     "pixart": {"objective": "attainable", "schedule": "light", "relative_step": 0.05, "gamma": 4.0},
+    "sink": {
+        "objective": "attainable",
+        "schedule": "light",
+        "relative_step": 0.05,
+        "gamma": 4.0,
+    },  # sd with sink.py
 }

@@ -210,7 +210,7 @@ def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, mo
     *steps, result = drawn(models, values)
     assert [(step.name, step.step) for step in steps] == [(n, i) for n in ("T-SAM", "stock") for i in range(3)]
     pipe, kind = cli.load(MODELS[SHIPPED[model]], device="cpu")
-    settings = {**cli.settings_of(pipe, kind, True), "num_inference_steps": 3}
+    settings = {**cli.settings_of(pipe, kind, kind), "num_inference_steps": 3}
     (stock, tsam), *_ = cli.draw(pipe, values["prompt"], 3, **settings)
     assert np.array_equal(result.pair[0].picture, stock) and np.array_equal(result.pair[1].picture, tsam)
     assert not np.array_equal(stock, tsam)

@@ -200,12 +200,33 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
         ["--attention-resolution", "8"],
         ["--pipeline", "pixart", "--attention-layers", "2", "5"],
         ["--model", str(cli.MODELS["pixart"])],
+        ["--sink"],
     ],
 )
 def test_the_shipped_models_draw_and_are_judged(arguments, tmp_path, capsys):
     output = tmp_path / "shapes.png"
     cli.main(["a red cube and a blue sphere", "--steps", "1", "--output", str(output), *arguments])
     assert output.exists() and "the judge sees: stock " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [["--pipeline", "pixart"], ["--model", "somewhere"]])
+def test_the_sink_is_only_for_the_shipped_stable_diffusion(other, refused):
+    assert "Leave --model and --pipeline out." in refused([PROMPT, "--sink", *other])
+
+
+def test_the_sink_draws_with_the_weights_and_settings_of_its_own(monkeypatch, tmp_path, refused):
+    from diffusers_tsam.shapes import TUNED
+
+    found = {}
+
+    def draw(pipe, prompt, seed, **settings):
+        found.update(settings, seed=seed, bos=pipe.get_text_self_attention([prompt]).attention[0, 1:8, 0].mean().item())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "draw", draw)
+    assert refused(["a red cube and a blue sphere", "--sink", "--output", tmp_path / "a.png"]) == "tsam: enough"
+    assert found["seed"] == cli.SEEDS["sink"] and found["bos"] > 0.9
+    assert {name: found[name] for name in TUNED["sink"]} == TUNED["sink"]
 
 
 @pytest.mark.parametrize("name, number", [("attention_resolution", 8), ("attention_layers", (2, 5))])
