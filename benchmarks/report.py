@@ -217,8 +217,7 @@ def long_prompts_cost():
 
 SINK_SETTINGS = {  # of `alignment.py`
     "stock": "stock",
-    "T-SAM, attainable, light": "objective=attainable,gamma=4,schedule=light,relative_step=0.05",
-    "T-SAM, l1, fast": "schedule=fast,alpha=1,gamma=4",
+    "T-SAM": "objective=attainable,gamma=4,schedule=light,relative_step=0.05",
 }
 
 
@@ -277,15 +276,22 @@ def sink_table(models, pictures, solids):
     return markdown(["setting (pictures)", "right", "points over stock", "a solid missing", "a swap"], rows)
 
 
-def sink_sentence(pictures, model="sink0.99"):
+def sink_sentence(pictures, model="sink0.99", control="sink0.25"):
     """What the README says of the model with a sink that ships."""
-    own = [row for row in pictures[model] if row["solids"] == 2]
-    pairs = paired(own, SINK_SETTINGS["T-SAM, attainable, light"], "stock")
-    (mean, half), captions = gain(pairs), [row["caption"] for row, _ in pairs]
-    right, swap = ([percent([pair[k][key] for pair in pairs], captions) for k in (1, 0)] for key in ("present", "swap"))
+    own, without = ([row for row in pictures[name] if row["solids"] == 2] for name in (model, control))
+    pairs = paired(own, SINK_SETTINGS["T-SAM"], "stock")
+    mean, half = gain(pairs)
+
+    def share(rows, key):
+        return percent([row[key] for row in rows], [row["caption"] for row in rows])
+
+    ours, stock = zip(*pairs)
+    control = [row for row in without if row["setting"] == "stock"]
     return (
-        f"two solids are right in {right[0]} of {len(pairs)} pictures with stock and in {right[1]} with T-SAM"
-        f" ({100 * mean:+.1f} ± {100 * half:.1f} points); colours are swapped in {swap[0]} and in {swap[1]}."
+        f"two solids are right in {share(stock, 'present')} of {len(pairs)} pictures with stock and in"
+        f" {share(ours, 'present')} with T-SAM ({100 * mean:+.1f} ± {100 * half:.1f} points); colours are swapped in"
+        f" {share(stock, 'swap')} and in {share(ours, 'swap')}. Trained alike but without a sink, stock has"
+        f" {share(control, 'present')} right and {share(control, 'swap')} swapped."
     )
 
 
@@ -326,6 +332,8 @@ def parts():
     rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
     found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
     found["long-cost"] = long_prompts_cost()
+    for solids in (2, 3):
+        found[f"narrow-{solids}"] = alignment_table(chosen(load(RESULTS / "narrow.jsonl"), "sd", solids), "sd")
     models, pictures = sink_rows()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
     found["sink-sentence"] = sink_sentence(pictures)
@@ -341,6 +349,8 @@ def parts():
             found[f"alignment-{kind}-{solids}{longer}"] = alignment_table(own, kind)
             found[f"fates-{kind}-{solids}{longer}"] = confusion(own, settings_of(own), described)
         found[f"tuning-{kind}"] = tuning_table(tuning, kind)
+        if rules := [row for row in load(RESULTS / "rules.jsonl") if row["pipeline"] == kind]:
+            found[f"rules-{kind}"] = markdown(COMPARED, [compared(rules, name, name) for name in settings_of(rules)])
         for name in ("layout", "layout_tuning"):
             found[f"{name.replace('_', '-')}-{kind}"] = layout_table(layout.read(RESULTS / f"{name}.jsonl"), kind)
         found[f"long-{kind}"] = long_prompts_table(load(RESULTS / "long_prompts.jsonl"), kind)
