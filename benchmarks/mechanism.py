@@ -171,12 +171,12 @@ def picture(models, shown, right):
         middles, low, high = map(np.array, zip(*found))
         told.errorbar(ticks[0], middles, (middles - low, high - middles), fmt="o-", capsize=3, color=colour, label=name)
     told.axhline(0.5, color="#999999", linewidth=0.8)
-    told.set(ylabel="area under the curve", title="bound pairs told from unbound, by")
+    told.set(ylabel="area under the curve", title="how well bound pairs are told from unbound")
     for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4", "#3f9b57")):
         some = [k for k, name in enumerate(names) if name in of_models]
         shares, halves = zip(*(of_models[names[k]] for k in some))
         drawn.errorbar(some, shares, halves, fmt="o-", capsize=3, color=colour, label=setting)
-    drawn.set(ylabel="right pictures, two solids, %", title="pictures")
+    drawn.set(ylabel="right pictures, two solids, %", title="pictures", ylim=(0, 102))
     matrices = models[shown][0]["matrices"]
     words, lower = matrices["words"], np.tri(len(matrices["words"]), dtype=bool)
     for axes, key, name in ((above, "embeddings", "cosine similarity of embeddings"), (below, "syntax", "T, γ = 1")):
