@@ -788,10 +788,8 @@ def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed
     arguments = str(tmp_path / "code"), str(tmp_path / "weights"), call
     run_fresh(tmp_path, NOTHING_INSTALLED + LOAD.format(arguments=arguments))
     state = pipe(generator=torch.Generator().manual_seed(0), **call)
-    for name, drawn in zip(
-        ("latents", "losses"), torch.load(tmp_path / "drawn.pt")
-    ):  # another process may round otherwise
-        torch.testing.assert_close(drawn, state.get(name), rtol=1e-4, atol=1e-3)
+    for name, drawn in zip(("latents", "losses"), torch.load(tmp_path / "drawn.pt")):
+        torch.testing.assert_close(drawn, state.get(name), rtol=1e-4, atol=1e-3)  # another process rounds otherwise
 
 
 def test_a_folder_that_would_lose_t_sam_says_so_and_with_the_code_it_does_not(family, tmp_path, warnings_seen):
