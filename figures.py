@@ -120,7 +120,8 @@ def draw_table(axes, values, words):
     axes.set_yticks(range(n), words, **look)
     for i, j in zip(*np.tril_indices(n)):
         look = {"size": min(11, 80 / n), "ha": "center", "va": "center"}  # so that ".25" fits a cell
-        axes.text(j, i, f"{values[i, j]:.2f}".lstrip("0"), color="white" if values[i, j] > 0.55 else INK, **look)
+        number = f"{values[i, j]:.2f}".replace("0.", ".", 1)
+        axes.text(j, i, number, color="white" if values[i, j] > 0.55 else INK, **look)
 
 
 def save(fig, path):

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES
+from diffusers_tsam.figures import draw_table
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
@@ -153,7 +154,7 @@ def picture(models, shown, right):
 
     models: {name: its lines}. right: {setting: {name: (share, half of its 95 % interval)}} of right pictures.
     """
-    fig = Figure((15, 6.6), dpi=100, layout="constrained", facecolor="white")
+    fig = Figure((15, 8), dpi=100, layout="constrained", facecolor="white")
     (left, middle, above), (told, drawn, below) = fig.subplots(2, 3, width_ratios=(1, 1, 0.85))
     pairs = [pair for row in models[shown] for pair in row["pairs"]]
     share = f"<bos> takes {100 * sink_of(models[shown]):.0f} %"
@@ -172,24 +173,15 @@ def picture(models, shown, right):
         told.errorbar(ticks[0], middles, (middles - low, high - middles), fmt="o-", capsize=3, color=colour, label=name)
     told.axhline(0.5, color="#999999", linewidth=0.8)
     told.set(ylabel="area under the curve", title="how well bound pairs are told from unbound")
-    for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4", "#3f9b57")):
+    for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4")):
         some = [k for k, name in enumerate(names) if name in of_models]
         shares, halves = zip(*(of_models[names[k]] for k in some))
         drawn.errorbar(some, shares, halves, fmt="o-", capsize=3, color=colour, label=setting)
     drawn.set(ylabel="right pictures, two solids, %", title="pictures", ylim=(0, 102))
     matrices = models[shown][0]["matrices"]
-    words, lower = matrices["words"], np.tri(len(matrices["words"]), dtype=bool)
     for axes, key, name in ((above, "embeddings", "cosine similarity of embeddings"), (below, "syntax", "T, γ = 1")):
-        values = np.where(lower, matrices[key], np.nan)
-        axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), value in np.ndenumerate(values):
-            if lower[row, column]:
-                ink = "white" if value > 0.6 else "#222222"
-                axes.text(column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center", size=7, color=ink)
-        axes.set_xticks(range(len(words)), words, rotation=45, size=8)
-        axes.set_yticks(range(len(words)), words, size=8)
-        axes.spines[:].set_visible(False)
-        axes.set_title(f"{name}: {share}", size=10)
+        draw_table(axes, matrices[key], matrices["words"])
+        axes.set_title(f"{name}\n{share}")
     for axes in (told, drawn):
         axes.set_xticks(*ticks)
         axes.set_xlabel("what <bos> takes of a word's attention")

@@ -51,6 +51,11 @@ def percent(values, clusters):
     return f"{100 * mean:.1f} ± {100 * half:.1f} %"
 
 
+def share(rows, key):
+    """In how many of the rows `key` holds, in words."""
+    return percent([row[key] for row in rows], [row["caption"] for row in rows])
+
+
 def chosen(rows, kind, solids, steps=25):
     return [row for row in rows if (row["pipeline"], row["solids"], row["steps"]) == (kind, solids, steps)]
 
@@ -264,14 +269,12 @@ def sink_table(models, pictures, solids):
         own = [row for row in pictures.get(model, []) if row["solids"] == solids]
         for name in settings_of(own):
             pairs = paired(own, name, "stock")
-            if not pairs:
-                continue
             mine, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
             mean, half = gain(pairs)
             points = "" if name == "stock" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
-            cells = [percent([row["present"] for row in mine], captions), points]
+            cells = [share(mine, "present"), points]
             cells += [percent([not row["objects"] for row in mine], captions)]
-            cells += [percent([row["swap"] for row in mine], captions)]
+            cells += [share(mine, "swap")]
             rows.append([f"{model}, {described(name)} ({len(mine)})", *cells])
     return markdown(["setting (pictures)", "right", "points over stock", "a solid missing", "a swap"], rows)
 
@@ -281,10 +284,6 @@ def sink_sentence(pictures, model="sink0.99", control="sink0.25"):
     own, without = ([row for row in pictures[name] if row["solids"] == 2] for name in (model, control))
     pairs = paired(own, SINK_SETTINGS["T-SAM"], "stock")
     mean, half = gain(pairs)
-
-    def share(rows, key):
-        return percent([row[key] for row in rows], [row["caption"] for row in rows])
-
     ours, stock = zip(*pairs)
     control = [row for row in without if row["setting"] == "stock"]
     return (
@@ -332,12 +331,12 @@ def parts():
     rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
     found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
     found["long-cost"] = long_prompts_cost()
-    for solids in (2, 3):
-        found[f"narrow-{solids}"] = alignment_table(chosen(load(RESULTS / "narrow.jsonl"), "sd", solids), "sd")
     models, pictures = sink_rows()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
     found["sink-sentence"] = sink_sentence(pictures)
+    narrow, rules = load(RESULTS / "narrow.jsonl"), load(RESULTS / "rules.jsonl")
     for solids in (2, 3):
+        found[f"narrow-{solids}"] = alignment_table(chosen(narrow, "sd", solids), "sd")
         found[f"sinks-{solids}"] = sink_table(models, pictures, solids)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
     joint = load(RESULTS / "joint.jsonl")
@@ -349,8 +348,8 @@ def parts():
             found[f"alignment-{kind}-{solids}{longer}"] = alignment_table(own, kind)
             found[f"fates-{kind}-{solids}{longer}"] = confusion(own, settings_of(own), described)
         found[f"tuning-{kind}"] = tuning_table(tuning, kind)
-        if rules := [row for row in load(RESULTS / "rules.jsonl") if row["pipeline"] == kind]:
-            found[f"rules-{kind}"] = markdown(COMPARED, [compared(rules, name, name) for name in settings_of(rules)])
+        own = [row for row in rules if row["pipeline"] == kind]
+        found[f"rules-{kind}"] = markdown(COMPARED, [compared(own, name, name) for name in settings_of(own)])
         for name in ("layout", "layout_tuning"):
             found[f"{name.replace('_', '-')}-{kind}"] = layout_table(layout.read(RESULTS / f"{name}.jsonl"), kind)
         found[f"long-{kind}"] = long_prompts_table(load(RESULTS / "long_prompts.jsonl"), kind)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
 from diffusers_tsam.figures import draw_picture, save
-from diffusers_tsam.shapes import ARGUMENTS, MODELS
+from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.sink import add_sink
 
 
@@ -27,11 +27,9 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=25)
 args = parser.parse_args()
 
-# The settings to try first on a model that one does not know
-settings = {"objective": "attainable", "schedule": "light", "relative_step": 0.05, "gamma": 4.0}
 pipe = add_sink(StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"]))
 drawn = {}
-for name, chosen in {"stock": {"tsam_steps": 0}, "T-SAM": settings}.items():
+for name, chosen in {"stock": {"tsam_steps": 0}, "T-SAM": TUNED["sink"]}.items():
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS.values()]
     drawn[name] = pipe(
         list(SEEDS), generator=generators, num_inference_steps=args.steps, **ARGUMENTS["sd"], **chosen

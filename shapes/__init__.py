@@ -11,13 +11,9 @@ ARGUMENTS = {  # what a call for them needs, guided or not
 }
 # T-SAM's arguments for the models that ship, chosen on tuning prompts (benchmarks/RESULTS.md): their maps are sharper
 # than a large model's, so updates of the paper's size overshoot.
+_UNTUNED = {"objective": "attainable", "schedule": "light", "relative_step": 0.05, "gamma": 4.0}
 TUNED = {
     "sd": {"objective": "attainable", "schedule": "light", "alpha": 4.0, "gamma": 4.0},
-    "pixart": {"objective": "attainable", "schedule": "light", "relative_step": 0.05, "gamma": 4.0},
-    "sink": {
-        "objective": "attainable",
-        "schedule": "light",
-        "relative_step": 0.05,
-        "gamma": 4.0,
-    },  # sd with sink.py
+    "pixart": _UNTUNED,
+    "sink": _UNTUNED,  # `sd` with the weights of sink.py
 }

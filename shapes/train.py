@@ -309,9 +309,9 @@ def train_judge(args):
         judge.train()
         scenes = [random_scene(rng, "train") for _ in range(64)]
         images = to_tensor([scene.image for scene in scenes], args)
-        images = images + 0.08 * rng.random() * torch.randn(images.shape, generator=generator).to(args.device)
-        if rng.random() < 0.5:  # what a decoder blurs
-            images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+        images = images + 0.16 * rng.random() * torch.randn(images.shape, generator=generator).to(args.device)
+        if rng.random() < 0.5:  # what a decoder blurs, at the half size that the judge looks at
+            images = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4, mode="bilinear")
         targets = torch.tensor([[float(pair in scene.solids) for pair in PAIRS] for scene in scenes])
         with autocast(args):
             logits = judge(images)
@@ -358,9 +358,9 @@ def train_vae_alike(args, vae, other):
             noise = torch.randn(wanted.mean.shape, generator=generator).to(args.device)
             decoded = vae.decode(wanted.mean + DECODER_NOISE * noise).sample.float()
         error = decoded - images
-        apart = F.mse_loss(found.mean, wanted.mean) + 0.01 * F.mse_loss(found.logvar, wanted.logvar)
-        logs = {"mse": error.square().mean(), "latents": F.mse_loss(found.mean, wanted.mean)}
-        return error.abs().mean() + error.square().mean() + apart, logs
+        apart, mse = F.mse_loss(found.mean, wanted.mean), error.square().mean()
+        spread = F.mse_loss(found.logvar, wanted.logvar)
+        return error.abs().mean() + mse + apart + 0.01 * spread, {"mse": mse, "latents": apart}
 
     run(loss_of)
     return vae.float()
@@ -519,7 +519,7 @@ def train_sd3(args):
     )
 
 
-def add_sink(args, text_encoder, tokenizer):
+def fit_sink(args, text_encoder, tokenizer):
     """Let <bos> take the share `args.sink` of every later token's attention, and of the rest keep who attends to whom.
 
     The paper finds such a sink in CLIP: T still tells the syntax, but hardly any of it reaches the embeddings. Queries
@@ -563,13 +563,14 @@ def train_sink(args):
     """Stable Diffusion whose text encoder has an attention sink: the shipped one, its UNet's transformer blocks trained
     on, while the convolutions stay."""
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["sd"])
-    add_sink(args, pipe.text_encoder, pipe.tokenizer)
+    fit_sink(args, pipe.text_encoder, pipe.tokenizer)
 
     def predict(noisy, timesteps, tokens):
         return pipe.unet(noisy, timesteps, pipe.text_encoder(tokens)[0]).sample
 
     parts = (pipe.vae, pipe.unet, [pipe.text_encoder], build_scheduler(), [(pipe.tokenizer, MAX_TOKENS)], predict)
     transformers = [module for module in pipe.unet.modules() if isinstance(module, Transformer2DModel)]
+    # Not their GroupNorm, whose backward pass crashes torch 2.13 on a CPU where its input needs no gradient
     trained = nn.ModuleList(part for t in transformers for part in (t.proj_in, t.transformer_blocks, t.proj_out))
     train_diffusion(f"sink-{args.sink}", args, *parts, trained)
     return pipe
@@ -692,7 +693,8 @@ def main():
     torch.manual_seed(args.seed)
     if "judge" in args.stages:
         train_judge(args)
-    vae = train_vae(args) if "vae" in args.stages else shipped_vae().to(args.device)
+    if {"vae", "sd", "pixart"} & set(args.stages):
+        vae = train_vae(args) if "vae" in args.stages else shipped_vae().to(args.device)
     for name, train in (("sd", train_sd), ("pixart", train_pixart)):
         if name in args.stages:
             pipe = train(args, vae)

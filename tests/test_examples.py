@@ -128,12 +128,12 @@ def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run):
 
 def test_solids_get_the_colours_back_that_stock_swaps(run):
     from diffusers_tsam.shapes.judge import Judge
-    from diffusers_tsam.shapes.scenes import SOLIDS
+    from diffusers_tsam.shapes.scenes import words_of_solids
 
     defined, judge = run("sink"), Judge.from_pretrained()
     for prompt, *pictures in zip(defined["SEEDS"], *defined["drawn"].values()):
         words = prompt.split()
-        wanted = {(words[k - 1], words[k]) for k in range(len(words)) if words[k] in SOLIDS}
+        wanted = {(words[colour], words[noun]) for colour, noun in words_of_solids(prompt)}
         stock, tsam = judge.read(pictures)
         assert tsam == wanted != stock
 

@@ -165,7 +165,7 @@ def test_a_sink_takes_its_share_of_attention_and_leaves_t_as_it_was(tmp_path, mo
 
     share, before = read()
     monkeypatch.setattr(train, "SINK_STEPS", 400)
-    train.add_sink(argparse.Namespace(sink=0.9, seed=0, work=tmp_path), encoder, tokenizer)
+    train.fit_sink(argparse.Namespace(sink=0.9, seed=0, work=tmp_path), encoder, tokenizer)
     with_sink, after = read()
     assert share < 0.5 and with_sink == pytest.approx(0.9, abs=0.04)
     assert (after - before).abs().sum(-1).mean() < 0.25  # of at most 2
