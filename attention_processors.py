@@ -7,15 +7,15 @@ Shapes: B images, N tokens, P = H x W positions of a layer's query grid.
 """
 
 import functools
-import json
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock, RLock, get_ident
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+
+from .tsam import full_precision
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def mean_self_attention(recordings):
 
 def attention_probabilities(query, key, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     """What `scaled_dot_product_attention` weighs the values with, float32 (B, heads, P, N)."""
-    with _full_precision(query.device.type):
+    with full_precision(query.device.type):
         scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -105,12 +105,6 @@ def attention_probabilities(query, key, value=None, attn_mask=None, dropout_p=0.
     elif attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1)
-
-
-def _full_precision(device_type):
-    """Outside of the caller's `torch.autocast`. As in tsam.py: the two files share nothing, for diffusers' loader."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,19 +119,20 @@ class TSAMAttnProcessor:
     """Stands before a layer's processor, returns exactly what that one returns, and records the probabilities beside.
 
     maps: dict that receives this layer's probabilities, mean over heads, float32 (B, P, num_tokens), under `index`
-    (overwritten when gradient checkpointing calls again). last: whether to raise `LastMapRecorded` then.
+    (overwritten when gradient checkpointing calls again). last: whether to raise `LastMapRecorded` then. graph: whether
+    passes with a gradient are recorded.
     """
 
-    def __init__(self, processor, maps, index, num_tokens, last=False):
+    def __init__(self, processor, maps, index, num_tokens, last=False, graph=True):
         self.processor, self.maps, self.index, self.num_tokens, self.last = processor, maps, index, num_tokens, last
-        self.thread = get_ident()
+        self.graph, self.thread = graph, get_ident()
 
         vars(self)["__call__"] = processor.__call__  # whose arguments `Attention` passes, and only those
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
-        # Others may use the model meanwhile. In autograd's threads, where checkpointing computes again, there are
-        # gradients.
-        if get_ident() == self.thread or hidden_states.requires_grad:
+        # Skip other threads' passes, but not autograd's: gradient checkpointing recomputes there, with gradients on.
+        own = get_ident() == self.thread or hidden_states.requires_grad
+        if own and (self.graph or not torch.is_grad_enabled()):
             context = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
             probabilities = cross_attention_probabilities(attn, hidden_states, context, attention_mask)
             self.maps[self.index] = probabilities.mean(1)[..., : self.num_tokens]
@@ -196,17 +191,18 @@ def unet_cross_attention_layers(unet, attention_resolution):
 
 
 @contextmanager
-def record_cross_attention(layers, num_tokens, stop=False):
+def record_cross_attention(layers, num_tokens, stop=False, graph=True):
     """Record the probabilities of `layers` (a list of `Attention`, in the order they run) while the context is open.
 
     Yields a dict of one (B, P, num_tokens) map a layer, filled anew by every forward, which ends with `LastMapRecorded`
-    at the last of them if `stop`. Afterwards each layer has its own processor again.
+    at the last of them if `stop`. Without `graph`, passes with a gradient are left out, so that an observer of a whole
+    call sees its noise predictions alone. Afterwards each layer has its own processor again.
     """
     maps = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             last = stop and layer is layers[-1]
-            processor = TSAMAttnProcessor(layer.processor, maps, index, num_tokens, last)
+            processor = TSAMAttnProcessor(layer.processor, maps, index, num_tokens, last, graph)
             stack.enter_context(shadowed(layer, "processor", processor))
         yield maps
 
@@ -263,25 +259,6 @@ def record_joint_attention(layers, num_tokens, num_text, all_keys=False, stop=Fa
         yield maps
 
 
-@contextmanager
-def shadowed(owner, name, value):
-    """While the context is open, `owner` has `value` before its own attribute `name`, in every thread.
-
-    Unlike setting a module (a processor of an IP-Adapter) anew, it leaves no moment without one, and what is registered
-    stays registered.
-    """
-    attributes = vars(owner)
-    had, own = name in attributes, attributes.get(name)
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            attributes[name] = own
-        else:
-            del attributes[name]
-
-
 def run_to_last_map(model, *args, **kwargs):
     """Run a denoiser no further than to the last map that is recorded.
 
@@ -325,80 +302,27 @@ def mean_maps(maps, height, width):
     return mean.mT.unflatten(-1, grid)
 
 
-def conditional_rows(conditions, batch):
-    """What a denoiser is called with, for the conditional half alone: the last `batch` rows of every tensor.
-
-    With and without classifier-free guidance, in nested dicts and lists. cross_attention_kwargs are left as they are.
-    """
-    if torch.is_tensor(conditions):
-        return conditions[-batch:]
-    if isinstance(conditions, dict):
-        return {
-            name: value if name == "cross_attention_kwargs" else conditional_rows(value, batch)
-            for name, value in conditions.items()
-        }
-    return [conditional_rows(value, batch) for value in conditions] if isinstance(conditions, list) else conditions
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# What a call does to models and schedulers, and puts back
+# What readers share a model by
 
 
 @contextmanager
-def frozen(model):
-    """While the context is open, no parameter of `model` asks for a gradient, and a backward pass finds every weight as
-    its forward pass used it.
+def shadowed(owner, name, value):
+    """While the context is open, `owner` has `value` before its own attribute `name`, in every thread.
 
-    With gradient checkpointing parameters may go on to ask: its recomputation keeps copies of those that do, and of the
-    others what offloading and layerwise casting have left when the gradient is taken.
+    Unlike setting a module (a processor of an IP-Adapter) anew, it leaves no moment without one, and what is registered
+    stays registered.
     """
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise RuntimeError(
-            f"The weights of {type(model).__name__} were made inside `torch.inference_mode()`, so that no gradient"
-            " passes through them. Load the pipeline and call `.to(...)` outside of it, or pass `tsam_steps=0`."
-        )
-    checkpointing = getattr(model, "is_gradient_checkpointing", False)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Group offloading and layerwise casting exchange the data under a weight as soon as its layer has run.
-    exchanging = any(hasattr(module, "_diffusers_hook") for module in model.modules())
+    attributes = vars(owner)
+    had, own = name in attributes, attributes.get(name)
+    attributes[name] = value
     try:
-        if not checkpointing:
-            model.requires_grad_(False)
-        with saved_tensors_hooks(_keep, lambda tensor: tensor) if exchanging else nullcontext():
-            yield
+        yield
     finally:
-        for name, parameter in model.named_parameters():  # by name: offloading replaces parameters
-            if name in flags:
-                parameter.requires_grad_(flags[name])
-
-
-def _keep(tensor):
-    """What autograd saves, of the data and not of the parameter."""
-    tensor = tensor.detach()
-    if tensor.is_cuda:  # loaded on another stream, which must not reuse it while the backward pass reads it
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
-    return tensor
-
-
-@contextmanager
-def uncorrected(scheduler, moved):
-    """While the context is open, the scheduler corrects no image that was `moved`, (B,) or None.
-
-    UniPC and SA-Solver start their corrector again from the previous sample, which would undo the move.
-    """
-    names = ("multistep_uni_c_bh_update", "stochastic_adams_moulton_update")
-    name = next((name for name in names if hasattr(scheduler, name)), None)
-    if name is None or moved is None or not moved.any():
-        yield
-        return
-    correct = getattr(scheduler, name)
-
-    def correct_unmoved(*args, this_sample, **kwargs):
-        corrected = correct(*args, this_sample=this_sample, **kwargs)
-        return this_sample.where(moved.reshape(-1, *[1] * (this_sample.dim() - 1)), corrected)
-
-    with shadowed(scheduler, name, correct_unmoved):
-        yield
+        if had:
+            attributes[name] = own
+        else:
+            del attributes[name]
 
 
 class ModelLock:
@@ -426,49 +350,3 @@ def lock_of(model):
     if attributes.get("_tsam_lock", False) is None:  # was pickled
         attributes["_tsam_lock"] = ModelLock()
     return attributes.setdefault("_tsam_lock", ModelLock())
-
-
-def one_at_a_time(denoiser):
-    """Decorates a pipeline's call: calls that share their component named `denoiser` wait for each other.
-
-    Drawing changes its pipeline's state, and guidance its model's, so that two threads would spoil each other's.
-    """
-
-    def decorate(call):
-        @functools.wraps(call)
-        def alone(self, *args, **kwargs):
-            model = getattr(self, denoiser)
-            if model is None:
-                raise ValueError(f"This pipeline was made with `{denoiser}=None` and cannot draw. Give it one.")
-            with lock_of(model):
-                return call(self, *args, **kwargs)
-
-        return alone
-
-    return decorate
-
-
-class TSAMPipelineMixin:
-    """How both pipelines share and save their components otherwise than stock."""
-
-    @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """As the stock method, but components are shared as they are: cast only to a dtype that is given."""
-        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
-            return super().from_pipe(pipeline, **kwargs)
-        sharing = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})  # stock always casts
-        shared = super(TSAMPipelineMixin, sharing).from_pipe(pipeline, **kwargs)
-        shared.__class__ = cls
-        return shared
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """As the stock method; where a folder names code beside its weights, it is this class that loads them."""
-        config = super()._dict_from_json_file(json_file)
-        return config | {"_class_name": cls.__name__} if isinstance(config.get("_class_name"), list) else config
-
-    def to_json_string(self):
-        """As the stock method, naming the stock class: a saved folder is an ordinary one, which every class loads."""
-        stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("diffusers."))
-        config = json.loads(super().to_json_string()) | {"_class_name": stock.__name__}
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"

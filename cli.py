@@ -1,119 +1,26 @@
 """`tsam "a red cube and a blue sphere"`: what T-SAM changes in a picture, and why, drawn into one PNG."""
 
 import argparse
-import functools
 import importlib
-import inspect
 import io
 import json
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from . import FAMILIES
 from .shapes import ARGUMENTS, MODELS, TUNED
+from .tsam_arguments import PixArtAlphaSettings, StableDiffusionSettings, kind_of_field
 
 
-READ = ("attention_resolution", "attention_layers")  # whose maps are read: one pipeline has the one, one the other
-SETTINGS = ("objective", "schedule", "tsam_steps", "refinement_iterations", "alpha", "relative_step", "gamma")
-SETTINGS += ("guidance_scale", *READ)
-OPTIONAL = ("max_sequence_length", "regions", "region_weight")  # which a note is of only where they are given
-OBJECTIVES = ("l1", "l1_full", "cosine", "attainable")  # those of tsam.py, which `--help` has no time to import
+# What the command takes of T-SAM's settings. The rest is for programs, or has a flag of its own form.
+NOT_FLAGS = ("text_self_attention", "output_attentions", "regions")
 # Of 0 to 109, stock Stable Diffusion forgets the sphere of "a red cube and a blue sphere" at 74 only (at 30 and 41 it
 # draws something unasked beside); stock PixArt-α forgets nothing at 0 to 59.
 SEEDS = {"sd": 74, "pixart": 0, "sink": 0}
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
-
-
-class Drawn(NamedTuple):
-    """A picture, and what was seen in its G denoising steps, when they predict the noise: after a guided one's updates.
-
-    losses: G numbers. guided: which steps were. attentions: what `LatentAlignment.attentions` returns, of all steps;
-    with regions also these, as `figures.figure` draws them.
-    """
-
-    picture: Any
-    losses: list
-    guided: list
-    attentions: dict
-
-
-def compare(pipe, prompt, seed=0, on_step=None, **settings):
-    """One prompt without and with T-SAM, from one seed: a pair of `Drawn`. `settings` are arguments of the pipeline.
-
-    on_step: called as (pipe, "T-SAM" or "stock", step, latents, loss) after every step. None is returned where it sets
-    `pipe._interrupt`, which ends the drawing.
-    """
-    from .attention_processors import mean_maps, record_cross_attention
-    from .tsam import LatentAlignment, check_regions, layout_of
-
-    defaults = {name: argument.default for name, argument in inspect.signature(pipe.__call__).parameters.items()}
-    given = {**defaults, **settings, "prompt": prompt}
-    layers = pipe.cross_attention_layers(*(given[name] for name in READ if name in given))
-
-    def named(method):
-        """The arguments of `method` that are given."""
-        names = given.keys() & inspect.signature(method).parameters.keys()
-        return functools.partial(method, **{name: given[name] for name in names})
-
-    text = named(pipe.get_text_self_attention)()
-    if text.content.sum() < 2:
-        raise ValueError(f"T-SAM aligns words with each other: {prompt!r} needs two or more.")
-    layout = layout_of(check_regions(given["regions"], 1), text, named(pipe.words_of))
-    how = {"device": "cpu", "layout": layout, "region_weight": given["region_weight"]}
-
-    def run(name, **changes):
-        import torch
-
-        steps, seen = [], LatentAlignment(text, 0, given["gamma"], given["objective"], **how)
-
-        def keep(pipe, i, t, tensors):
-            latents = tensors["latents"]
-            maps = mean_maps(recorded, *latents.shape[-2:])[-1:].cpu()  # of the half with the prompt
-            steps.append(i)
-            seen.maps.append(maps)
-            seen.losses.append(seen.loss_of(maps))
-            if on_step is not None:
-                on_step(pipe, name, i, latents, seen.losses[-1].item())
-            return {}
-
-        pipe.set_progress_bar_config(desc=name)
-        generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
-        arguments = {**settings, **changes, "generator": generator, "callback_on_step_end": keep}
-        with record_cross_attention(layers, seen.num_tokens) as recorded:
-            output = pipe(prompt, **arguments)
-        guided = output.attentions[0]["steps"] if output.attentions else []
-        attentions = seen.attentions(steps)[0]
-        if layout is not None:
-            words = layout.tokens[0][:, text.content[0]]
-            own = [of_phrase.nonzero().flatten().tolist() for of_phrase in words]
-            attentions["regions"] = list(zip(layout.regions[0], own))
-        return Drawn(output.images[0], seen.losses_per_image()[0].tolist(), guided, attentions)
-
-    tsam = run("T-SAM", output_attentions=True)  # first, since it is this one that checks the settings
-    stock = None if pipe.interrupt else run("stock", tsam_steps=0)
-    return None if pipe.interrupt else (stock, tsam)
-
-
-def draw(pipe, prompt, seed=0, **settings):
-    """`compare` at the last guided step: both pictures, both losses, how many steps were guided, and the attentions,
-    with stock and T-SAM in place of the steps."""
-    import torch
-
-    pair = compare(pipe, prompt, seed, **settings)
-    guided = pair[1].guided
-    pictures, losses = [drawn.picture for drawn in pair], [drawn.losses[guided[-1]] for drawn in pair]
-    attentions = {**pair[1].attentions, "steps": ["stock", "T-SAM"]}
-    for name in ("maps", "similarity"):
-        attentions[name] = torch.stack([drawn.attentions[name][guided[-1]] for drawn in pair])
-    if "region_shares" in attentions:
-        shares = [drawn.attentions["region_shares"] for drawn in pair]
-        attentions["region_shares"] = {
-            phrase: torch.stack([share[phrase][guided[-1]] for share in shares]) for phrase in shares[0]
-        }
-    return pictures, losses, len(guided), attentions
 
 
 def region(text):
@@ -135,6 +42,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(status, f"tsam: {' '.join(str(message).split())}\n")
 
 
+def flags():
+    """The fields of both families' settings that are flags."""
+    found = {each.name: each for cls in (StableDiffusionSettings, PixArtAlphaSettings) for each in fields(cls)}
+    return [each for name, each in found.items() if name not in NOT_FLAGS]
+
+
 def arguments():
     parser = Parser(
         "tsam",
@@ -151,23 +64,20 @@ def arguments():
     add("--output", default="tsam.png", help="the PNG to write (tsam.png)")
     add("--seed", type=int, help=f"seed of the noise that both pictures start from ({seeds})")
     add("--steps", type=int, default=50, help="denoising steps (50)")
-    add("--schedule", choices=("paper", "fast", "light"), help="where the updates are, where not given below")
-    add("--tsam-steps", type=int, help="how many of the first steps are guided")
     add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="precision (float32 on the cpu, else float16)")
-    add("--alpha", type=float, help="size of an update; too much breaks the picture")
-    add("--relative-step", type=float, help="instead of alpha: the first update, as a share of the input")
-    add("--gamma", type=float, help="more keeps only the strongest bonds between words")
-    add("--objective", choices=OBJECTIVES, help="how S is compared with T")
+    add("--guidance-scale", type=float, help="how closely to follow the prompt")
     where = "where words of the prompt are to be: left, top, right, bottom in fractions of the picture; may be repeated"
     add("--region", type=region, action="append", metavar='"WORDS=X0,Y0,X1,Y1"', help=where)
-    add("--region-weight", type=float, help="holds them there harder (10)")
-    add("--max-sequence-length", type=int, help="sd: tokens of a long prompt, 300 for instance (77 with truncation)")
-    add("--refinement-iterations", type=int, help="how many more updates at a few steps")
-    add("--guidance-scale", type=float, help="how closely to follow the prompt")
-    add("--attention-resolution", type=int, help="sd: side of the grid whose maps are read (16; 24 for 2.1 at 768)")
-    blocks = "pixart: first and last block whose maps are read (10 18)"
-    add("--attention-layers", type=int, nargs=2, metavar=("FIRST", "LAST"), help=blocks)
+    for each in flags():
+        kind, choices, help = kind_of_field(each), each.metadata["choices"], each.metadata["help"].replace("%", "%%")
+        if choices:
+            how = {"choices": choices}
+        elif kind in (int, float):
+            how = {"type": kind}
+        else:  # integers: two blocks, or any number of steps
+            how = {"type": int, "nargs": 2 if kind is tuple else "*"}
+        add(f"--{each.name.replace('_', '-')}", help=help, **how)
     return parser
 
 
@@ -265,11 +175,16 @@ def _load(cls, model, denoiser, dtype):
     return pipe
 
 
-def settings_of(pipe, kind, tuned=None):
-    """The defaults of SETTINGS, for a pipeline or its class: its own, or those of TUNED for a model that ships."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    settings = {name: parameters[name].default for name in SETTINGS if name in parameters}
-    return settings | TUNED[tuned] | ARGUMENTS[kind] if tuned else settings
+def settings_of(pipe, kind, tuned=None, **given):
+    """A pipeline's or its class's `Settings`, from what is given, for a model that ships from TUNED where not, and else
+    from the preset. ValueError for what is not this pipeline's."""
+    known = {each.name for each in fields(pipe.settings)}
+    for name in given.keys() - known:
+        raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
+    usual = dict(TUNED[tuned]) if tuned else {}
+    if given.keys() & {"alpha", "relative_step", "preset"}:
+        usual = {name: value for name, value in usual.items() if name not in ("alpha", "relative_step")}
+    return pipe.settings(**usual | given)
 
 
 def judged(pictures):
@@ -281,7 +196,8 @@ def judged(pictures):
 
 def run(args):
     """Everything the command does; the lines it prints."""
-    from . import figures  # here, since matplotlib takes its time
+    from . import figures  # here, because matplotlib takes its time
+    from .comparing import draw
 
     check(args)
     pipe, kind = load(args.model or MODELS[args.pipeline or "sd"], args.pipeline, args.device, args.dtype)
@@ -292,16 +208,15 @@ def run(args):
 
         add_sink(pipe)
     seed = SEEDS[tuned or kind] if args.seed is None else args.seed
-    settings = settings_of(pipe, kind, tuned)
-    given = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
-    for name in given.keys() - settings.keys():
-        raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
-    settings.update(given)
-    optional = {**vars(args), "regions": dict(args.region) if args.region else None}
-    settings.update({name: optional[name] for name in OPTIONAL if optional[name] is not None})
-    if "alpha" in given and "relative_step" not in given:
-        settings["relative_step"] = None
-    pictures, losses, guided, seen = draw(pipe, args.prompt, seed, num_inference_steps=args.steps, **settings)
+    given = {each.name: getattr(args, each.name) for each in flags() if getattr(args, each.name) is not None}
+    if args.region:
+        given["regions"] = dict(args.region)
+    settings = settings_of(pipe, kind, tuned, **given)
+    usual = ARGUMENTS[kind] if shipped else {}
+    scale = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    pictures, losses, guided, seen = draw(
+        pipe, args.prompt, seed, settings, num_inference_steps=args.steps, **usual | scale
+    )
     captions = [f"loss {loss:.3f}" for loss in losses]
     when = f"at step {guided} of {args.steps}, after its updates"
     lines = [args.output, f"loss {when}: " + "stock {:.3f}, T-SAM {:.3f}".format(*losses)]
@@ -310,13 +225,13 @@ def run(args):
         captions = [f"{caption} · the judge sees: {found}" for caption, found in zip(captions, solids)]
         lines.append("the judge sees: stock {}; T-SAM {}".format(*solids))
     notes = [f"maps and S {when}, one scale a word", f"seed {seed}"]
-    named = (*SETTINGS, "max_sequence_length", "region_weight")
-    notes += [f"{name.replace('_', ' ')} {settings[name]}" for name in named if settings.get(name) is not None]
+    shown = {name: value for name, value in settings.given.items() if name not in NOT_FLAGS} | scale
+    notes += [f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value is not None]
     for phrase, (before, after) in seen.get("region_shares", {}).items():
         lines.append(f"attention of {phrase!r} inside its region: stock {before:.0%}, T-SAM {after:.0%}")
     rows = list(zip(("Stock", "T-SAM, same seed"), captions, pictures, seen["maps"]))
     tables = [("T: what the text encoder reads", seen["text_attention"])]
-    if settings["objective"] == "attainable":
+    if settings.objective == "attainable":
         from .tsam import attainable_target
 
         tables.append(("T as S can take it", attainable_target(seen["text_attention"])))

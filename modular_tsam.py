@@ -10,6 +10,7 @@ The paper knows none of these models. What had to be chosen without it is marked
 import functools
 import shutil
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,11 +26,9 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_3.encoders import StableDiffusion3TextEncoderStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
-from diffusers.utils import logging
 from transformers import T5EncoderModel
 
 from .attention_processors import (
-    frozen,
     lock_of,
     mean_maps,
     mean_self_attention,
@@ -37,41 +36,32 @@ from .attention_processors import (
     record_joint_attention,
     record_self_attention,
     run_to_last_map,
-    uncorrected,
     unet_cross_attention_layers,
 )
-from .tsam import (
-    LatentAlignment,
-    check_alignment,
-    check_integer,
-    check_text_self_attention,
-    content_of,
-    input_scale,
-    resolve_schedule,
-    symmetrize,
-    text_of,
-    updates_per_timestep,
-)
+from .tsam import LatentAlignment, content_of, logger, symmetrize, text_of
+from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
+from .tsam_pipeline import StandIn, frozen, input_scale, uncorrected, updates_per_timestep
 
 
-logger = logging.get_logger("diffusers.tsam")
+CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
+CODE += [f"tsam_{name}.py" for name in ("arguments", "layout", "pipeline")]
+UNSUPPORTED = ("regions", "region_weight")  # the blocks have no phrases
 
-CODE = ("modular_tsam.py", "attention_processors.py", "tsam.py")
-TSAM_STEPS = InputParam("tsam_steps", description="How many of the first steps are guided. 0: off, the stock picture.")
-TSAM_INPUTS = [  # as of our other pipelines, where they are explained
-    TSAM_STEPS,
-    InputParam("refinement_steps", description="Guided steps with more updates."),
-    InputParam("refinement_iterations", description="How many more."),
-    InputParam("schedule", default="paper", description='"paper", "fast" or "light": what is None above.'),
-    InputParam("objective", default="l1", description='"l1", "l1_full", "cosine", "attainable", or a function.'),
-    InputParam("relative_step", description="Instead of `alpha`, the first update's share of the input's norm: 0.05."),
-    InputParam("text_self_attention", description="What the text step returns, where that step does not run."),
-    InputParam("output_attentions", default=False, description="Also return tokens, T, and per guided step maps, S."),
-]
-ALPHA, GAMMA = "α, the size of an update.", "γ, the exponent of the text's self-attention."
+
+def inputs_of(settings):
+    """The fields of `settings` as a block's inputs."""
+    return [
+        InputParam(each.name, default=each.default, description=each.metadata["help"])
+        for each in fields(settings)
+        if each.name not in UNSUPPORTED
+    ]
+
+
+TSAM_STEPS = next(each for each in inputs_of(Settings) if each.name == "tsam_steps")
 TEXT_SELF_ATTENTION = OutputParam("text_self_attention", description="`TextSelfAttention` of the prompts.")
 TSAM_OUTPUTS = [
     OutputParam("losses", description="(images, updates) float32, each taken before its update."),
+    OutputParam("steps", description="The denoising step of each column of `losses`."),
     OutputParam("attentions", description="With `output_attentions` a dict per image: `LatentAlignment.attentions`."),
 ]
 
@@ -166,18 +156,9 @@ class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
 class Called(Exception):
     """What a stand-in for the denoiser raises: how it was called."""
 
-
-class StandIn:
-    """A model, or the components with other `models`, as its callers see it; called, it tells how."""
-
-    def __init__(self, original, **models):
-        vars(self).update(models, original=original)
-
-    def __getattr__(self, name):
-        return getattr(self.original, name)
-
-    def __call__(self, *args, **kwargs):
-        raise Called(args, kwargs)
+    @classmethod
+    def how(cls, *args, **kwargs):
+        raise cls(args, kwargs)
 
 
 def usable(value):
@@ -194,17 +175,17 @@ class AlignedLoop:
     """Before a stock denoising loop: moves the latents before the predictions of its first steps."""
 
     denoiser = "transformer"
-    own_inputs: list = []
+    settings = Settings
 
     @property
     def loop_inputs(self):
-        return [*super().loop_inputs, *TSAM_INPUTS, *self.own_inputs]
+        return [*super().loop_inputs, *inputs_of(self.settings)]
 
     @property
     def loop_intermediate_outputs(self):
         return [*super().loop_intermediate_outputs, *TSAM_OUTPUTS]
 
-    def layers(self, model, block_state):
+    def layers(self, model, settings):
         """Whose maps are read, in the order they run."""
         raise NotImplementedError
 
@@ -231,47 +212,35 @@ class AlignedLoop:
         remind(components)
         given, scheduler, timesteps = block_state, components.scheduler, block_state.timesteps
         block_state.alignment, block_state.updates = None, [0] * len(timesteps)
-        check_alignment(given.alpha, given.gamma, given.objective, given.relative_step)
-        planned = resolve_schedule(
-            given.num_inference_steps,
-            given.schedule,
-            given.tsam_steps,
-            given.refinement_steps,
-            given.refinement_iterations,
-        )
-        if planned[0] == 0:
+        names = [each.name for each in fields(self.settings) if each.name not in UNSUPPORTED]
+        block_state.given = settings = self.settings(**{name: getattr(given, name) for name in names})
+        plan = settings.plan(given.num_inference_steps)
+        if plan.tsam_steps == 0:
             return
-        block_state.layers = self.layers(getattr(components, self.denoiser), block_state)
-        text, latents = given.text_self_attention, given.latents
+        model = getattr(components, self.denoiser)
+        block_state.layers = self.layers(model, settings)
+        text, latents = settings.text_self_attention, given.latents
         if text is None:
             raise ValueError(
                 "T is not known, since no text step of T-SAM ran with `tsam_steps` above 0. Pass the"
                 " `text_self_attention` that it returns for the same prompts, or `tsam_steps=0`."
             )
-        check_text_self_attention(text, None, len(text.tokens), given.prompt_embeds.shape[1])
-        block_state.alignment = LatentAlignment(
-            text,
-            given.alpha,
-            given.gamma,
-            given.objective,
-            given.relative_step,
-            given.output_attentions,
-            max(len(latents) // len(text.tokens), 1),
-            latents.device,
-        )
+        check_text_self_attention(text, None, None, given.prompt_embeds.shape[1])
+        images = max(len(latents) // len(text.tokens), 1)
+        block_state.alignment = LatentAlignment(text, settings, images, latents.device)
         if block_state.alignment.possible:
-            whole = len(timesteps) == len(scheduler.timesteps)  # not of image to image, which leaves the first out
-            plan = SimpleNamespace(
+            whole = len(timesteps) == len(scheduler.timesteps)  # not in image to image, which leaves the first out
+            entries = SimpleNamespace(
                 timesteps=timesteps,
                 order=scheduler.order,
                 prk_timesteps=getattr(scheduler, "prk_timesteps", None) if whole else None,
             )
-            block_state.updates = updates_per_timestep(plan, given.num_inference_steps, *planned)
+            block_state.updates = updates_per_timestep(entries, given.num_inference_steps, *plan)
 
     def conditional_call(self, components, block_state, i, t):
         """How this loop would call the denoiser: the arguments of its first call, every guider's conditional one."""
         model = getattr(components, self.denoiser)
-        components = StandIn(components, **{self.denoiser: StandIn(model)})
+        components = StandIn(components, **{self.denoiser: StandIn(model, Called.how)})
         block_state = BlockState(**block_state.as_dict())
         try:
             for block in self.sub_blocks.values():
@@ -289,7 +258,7 @@ class AlignedLoop:
         sample, *args = args or [kwargs.pop("hidden_states")]
         beside = sample[:, latents.shape[1] :]  # an inpainting model's mask and picture
         kwargs.pop("return_dict", None)
-        with lock_of(model), frozen(model), self.recording(block_state) as maps:
+        with lock_of(model), frozen(model) as saving, saving(), self.recording(block_state) as maps:
 
             def maps_at(model_input):
                 model_input = torch.cat([model_input.to(sample.dtype), beside], 1)
@@ -301,12 +270,13 @@ class AlignedLoop:
 
     def set_block_state(self, state, block_state):
         alignment = getattr(block_state, "alignment", None)
-        block_state.losses, block_state.attentions = torch.empty(len(block_state.latents), 0), None
+        block_state.losses, block_state.steps = torch.empty(len(block_state.latents), 0), []
+        block_state.attentions = None
         if alignment is not None:
             block_state.losses = alignment.losses_per_image()
-            if block_state.output_attentions:
-                guided = [i for i, number in enumerate(block_state.updates) if number > 0]
-                block_state.attentions = alignment.attentions(guided)
+            block_state.steps = [step for step, number in enumerate(block_state.updates) for _ in range(number)]
+            if alignment.keep_maps:
+                block_state.attentions = alignment.attentions(list(dict.fromkeys(block_state.steps)))
         super().set_block_state(state, block_state)
 
 
@@ -315,14 +285,10 @@ class UNetLoop(AlignedLoop):
     is of Stable Diffusion 1.x."""
 
     denoiser = "unet"
-    own_inputs = [
-        InputParam("alpha", default=10.0, description=ALPHA),
-        InputParam("gamma", default=2.0, description=GAMMA),
-        InputParam("attention_resolution", description="Side of the grid that is read. None: the latent's quarter."),
-    ]
+    settings = UNetSettings
 
-    def layers(self, model, block_state):
-        side = block_state.attention_resolution
+    def layers(self, model, settings):
+        side = settings.attention_resolution
         if side is None and model.config.sample_size is not None:
             size = model.config.sample_size
             side = (size if isinstance(size, int) else size[0]) // 4
@@ -338,20 +304,11 @@ class JointLoop(AlignedLoop):
     FLUX's single blocks count on from its double ones, among which the default is: read, they cost three times as much.
     """
 
-    own_inputs = [
-        InputParam("alpha", default=15.0, description=ALPHA),  # PixArt-α's, whose T is T5's, too
-        InputParam("gamma", default=4.0, description=GAMMA),
-        InputParam(
-            "attention_layers", description="First and last block that are read. None: those at 10/28 to 18/28."
-        ),
-        InputParam("attention_keys", default="text", description='"text": a softmax over the text\'s keys, or "all".'),
-    ]
+    settings = JointSettings
 
-    def layers(self, model, block_state):
-        if block_state.attention_keys not in ("text", "all"):
-            raise ValueError(f"`attention_keys` is {block_state.attention_keys!r}, but has to be 'text' or 'all'.")
+    def layers(self, model, settings):
         blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
-        depth, given = len(blocks), block_state.attention_layers
+        depth, given = len(blocks), settings.attention_layers
         usual = tuple(share * len(model.transformer_blocks) // 28 for share in (10, 18))  # where PixArt-α's are
         remedy = f"Pass the first and the last block to read, {usual} for instance, or `tsam_steps=0`."
         given = usual if given is None else given
@@ -367,7 +324,7 @@ class JointLoop(AlignedLoop):
 
     def recording(self, block_state):
         num_tokens, num_text = block_state.alignment.num_tokens, block_state.prompt_embeds.shape[1]
-        all_keys = block_state.attention_keys == "all"
+        all_keys = block_state.given.attention_keys == "all"
         return record_joint_attention(block_state.layers, num_tokens, num_text, all_keys, stop=True)
 
 
@@ -410,7 +367,7 @@ class TSAMBlocks:
         self._replace(self.sub_blocks)
 
     def _replace(self, blocks):
-        stock = self.text_step.__mro__[-len(ModularPipelineBlocks.__mro__) - 1]
+        stock = next(cls for cls in self.text_step.__mro__ if cls.__module__.startswith("diffusers."))
         for name, block in blocks.items():
             if type(block) is stock:
                 blocks[name] = self.text_step()

@@ -9,11 +9,10 @@ ARGUMENTS = {  # what a call for them needs, guided or not
     "sd": {"guidance_scale": 4.0},
     "pixart": {"guidance_scale": 4.0, "use_resolution_binning": False, "clean_caption": False},
 }
-# T-SAM's arguments for the models that ship, chosen on tuning prompts (benchmarks/RESULTS.md): their maps are sharper
-# than a large model's, so updates of the paper's size overshoot.
-_UNTUNED = {"objective": "attainable", "schedule": "light", "relative_step": 0.05, "gamma": 4.0}
+# T-SAM's settings for the models that ship, chosen on tuning prompts (benchmarks/RESULTS.md): their maps are sharper
+# than a large model's, so that updates of the paper's size overshoot. "sink": `sd` with the weights of sink.py.
 TUNED = {
-    "sd": {"objective": "attainable", "schedule": "light", "alpha": 4.0, "gamma": 4.0},
-    "pixart": _UNTUNED,
-    "sink": _UNTUNED,  # `sd` with the weights of sink.py
+    "sd": {"preset": "light", "alpha": 4.0},
+    "pixart": {"preset": "light"},
+    "sink": {"preset": "light"},
 }

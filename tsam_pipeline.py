@@ -1,0 +1,460 @@
+"""How a stock pipeline is guided: its own denoising loop runs, and `GuidedLoop` answers what that asks for in a step.
+
+Also what a call does to models and schedulers and puts back, and how our pipelines share and save their components.
+"""
+
+import functools
+import inspect
+import json
+import textwrap
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch.autograd.graph import saved_tensors_hooks
+
+from .attention_processors import (
+    lock_of,
+    mean_maps,
+    record_cross_attention,
+    record_self_attention,
+    run_to_last_map,
+    shadowed,
+)
+from .tsam import LatentAlignment
+from .tsam_arguments import check_text_self_attention
+from .tsam_layout import check_regions, layout_of
+
+
+TESTED = "0.42"  # diffusers, whose loops these are
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class StandIn:
+    """`original` as its callers see it, but for the attributes in `own`. Called, it calls `call`."""
+
+    def __init__(self, original, call=None, **own):
+        vars(self).update(own, original=original, call=call)
+
+    @property
+    def __class__(self):  # for isinstance
+        return type(self.original)
+
+    def __getattr__(self, name):
+        return getattr(self.original, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.original, name, value)
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+class GuidedLoop:
+    """A stock denoising loop, by what it asks for in a step: the scheduler scales the latents, the denoiser predicts,
+    the scheduler steps.
+
+    Before a prediction the latents are moved, and the step starts where they are then. While the loop is `open`, only
+    `pipe` sees who stands in for its scheduler and denoiser: the models are as they were.
+
+    given: stock's arguments by name. settings: `Settings`. on_step_end: a callback that stock does not have.
+    losses: (images, updates) float32 on the CPU, after the call. steps: one a column, counted as in callbacks.
+    """
+
+    def __init__(self, pipe, given, settings, on_step_end=None):
+        self.pipe, self.given, self.settings, self.on_step_end = pipe, given, settings, on_step_end
+        self.model, self.scheduler = pipe.components[pipe.denoiser], pipe.components["scheduler"]
+        custom = next((given[name] for name in ("timesteps", "sigmas") if given[name] is not None), None)
+        self.num_steps = given["num_inference_steps"] if custom is None else len(custom)
+        self.plan = settings.plan(self.num_steps)
+        self.layers = pipe.layers_of(settings) if self.guided else []
+        self.conditions = {}  # what the denoiser is given beside what stock gives it
+        self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
+        self.updates, self.index, self.encoded = None, -1, False
+        self.latents, self.moved = None, None  # those of this step, and which of them were moved
+
+    @property
+    def guided(self):
+        return self.plan.tsam_steps > 0
+
+    @property
+    def needed(self):
+        """Whether the call is anything but stock's."""
+        return self.guided or self.on_step_end is not None
+
+    @contextmanager
+    def open(self):
+        def method(call, stock):
+            return functools.wraps(stock)(lambda *args, **kwargs: call(stock, *args, **kwargs))
+
+        scheduler = StandIn(
+            self.scheduler,
+            scale_model_input=method(self.scale_model_input, self.scheduler.scale_model_input),
+            step=method(self.step, self.scheduler.step),
+        )
+        with (
+            frozen(self.model) if self.guided else nullcontext(nullcontext) as self.saving,
+            shadowed(self.pipe, "encode_prompt", method(self.encode_prompt, self.pipe.encode_prompt)),
+            shadowed(self.pipe, "progress_bar", method(self.progress_bar, self.pipe.progress_bar)),
+            shadowed(self.pipe, "scheduler", scheduler),
+            shadowed(self.pipe, self.pipe.denoiser, StandIn(self.model, self.predict)),
+        ):
+            yield
+            self.check_updates()
+
+    def progress_bar(self, stock, *args, **kwargs):
+        self.bar = stock(*args, **kwargs)
+        return self.bar
+
+    def encode_prompt(self, stock, *args, **kwargs):
+        """Stock has checked its arguments and run no denoiser yet: check ours, and read T while it encodes."""
+        if self.encoded:  # a callback's
+            return stock(*args, **kwargs)
+        self.encoded = True
+        if not self.guided:
+            return self.encode(stock, *args, **kwargs)
+        prompt, embeds = self.given["prompt"], self.given["prompt_embeds"]
+        count = 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
+        regions = check_regions(self.settings.regions, count)
+        check_text_self_attention(self.text, prompt, count, self.num_tokens, self.pipe.window)
+        if self.text is None:
+            with record_self_attention(self.pipe.text_encoder) as recordings:
+                encoded = self.encode(stock, *args, **kwargs)
+            self.text = self.read(recordings)
+        else:
+            encoded = self.encode(stock, *args, **kwargs)
+        self.layout = layout_of(regions, self.text, self.words_of, self.given["num_images_per_prompt"])
+        return encoded
+
+    def encode(self, stock, *args, **kwargs):
+        return stock(*args, **kwargs)
+
+    def read(self, recordings):
+        return self.pipe.read_text_self_attention(recordings)
+
+    def words_of(self, phrase):
+        return self.pipe.words_of(phrase)
+
+    @property
+    def num_tokens(self):
+        """How many tokens a prompt is encoded in, padding included."""
+        embeds = self.given["prompt_embeds"]
+        return self.pipe.window if embeds is None else embeds.shape[1]
+
+    def begin(self):
+        """Plan the updates, now that the timesteps are known."""
+        self.updates = [0] * len(self.scheduler.timesteps)
+        if self.guided:
+            images, device = self.given["num_images_per_prompt"], self.latents.device
+            self.alignment = LatentAlignment(self.text, self.settings, images, device, self.layout)
+            if self.alignment.possible:
+                self.updates = updates_per_timestep(self.scheduler, self.num_steps, *self.plan)
+
+    def scale_model_input(self, stock, sample, t):
+        self.index, self.t = self.index + 1, t
+        self.halves = 2 if self.pipe.do_classifier_free_guidance else 1
+        self.latents, self.moved = sample.chunk(self.halves)[-1], None
+        return stock(sample, t)
+
+    def predict(self, sample, *args, **kwargs):
+        if self.latents is None:
+            raise RuntimeError(
+                f"The loop of {type(self.pipe).__name__} predicts before the scheduler scales its latents, so that"
+                f" T-SAM cannot move them. It was tested with diffusers {TESTED}; pass `tsam_steps=0`."
+            )
+        if self.pipe.interrupt:  # where stock goes on all the same
+            return (torch.zeros_like(sample),)
+        if self.updates is None:
+            self.begin()
+        kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
+        if self.updates[self.index] > 0:
+            self.latents = self.move(args, kwargs)
+            self.moved = self.alignment.moved
+            sample = torch.cat([self.latents] * self.halves)
+            sample = self.scheduler.scale_model_input(sample, self.t)
+        return self.model(sample, *args, **kwargs)
+
+    def move(self, args, kwargs):
+        """The latents of this step after its updates. args, kwargs: what the denoiser is called with. Eq. (15)."""
+        latents = self.pipe.align_latents(
+            self.alignment, self.latents, self.t, args, kwargs, self.layers, self.updates[self.index], self.saving
+        )
+        if hasattr(self.bar, "set_postfix") and not getattr(self.bar, "disable", False):
+            self.bar.set_postfix(loss=f"{self.alignment.losses[-1].mean().item():.3f}", refresh=False)
+        return latents
+
+    def step(self, stock, prediction, t, sample, *args, **kwargs):
+        if self.pipe.interrupt:
+            return sample, sample
+        sample, self.latents = sample if self.moved is None else self.latents, None
+        with uncorrected(self.scheduler, self.moved):
+            latents, *others = stock(prediction, t, sample, *args, **kwargs)
+        if self.on_step_end is not None:
+            latents = self.on_step_end(self.pipe, self.index, t, {"latents": latents}).pop("latents", latents)
+        return latents, *others
+
+    @property
+    def steps(self):
+        updates = [] if self.alignment is None else self.alignment.losses
+        return [step for step, number in enumerate(self.updates or []) for _ in range(number)][: len(updates)]
+
+    def losses(self, images):
+        return torch.empty(images, 0) if self.alignment is None else self.alignment.losses_per_image()
+
+    @property
+    def attentions(self):
+        """With `output_attentions`, a dict per image: `LatentAlignment.attentions`."""
+        if self.alignment is None or not self.settings.output_attentions:
+            return None
+        return self.alignment.attentions(list(dict.fromkeys(self.steps)))
+
+    def check_updates(self):
+        """Raise where stock's loop ran and asked for nothing that was planned."""
+        planned = None if self.updates is None else sum(self.updates)
+        if self.guided and not self.pipe.interrupt and planned != len(self.steps):
+            raise RuntimeError(
+                f"Of {'all' if planned is None else planned} updates {len(self.steps)} were made. Either a callback"
+                f" gave the pipeline another {self.pipe.denoiser} or scheduler, or its loop is not that of diffusers"
+                f" {TESTED}, with which T-SAM was tested. Pass `tsam_steps=0`."
+            )
+
+
+def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations):
+    """How many updates the latent gets before each entry of the scheduler's timesteps.
+
+    A denoising step may take several entries: second-order schedulers evaluate the model twice, PNDM four times in its
+    Runge-Kutta steps or, without these, twice in its first. Only a step's first evaluation is guided, because the later
+    ones start again from the sample that the scheduler kept.
+    """
+    number, runge_kutta = len(scheduler.timesteps), getattr(scheduler, "prk_timesteps", None)
+    if runge_kutta is not None and len(runge_kutta):
+        first = len(runge_kutta)
+        steps = [i // 4 if i < first else first // 4 + i - first for i in range(number)]
+    else:
+        warmup = max(number - num_inference_steps * scheduler.order, 0)
+        steps = [max(i - warmup, 0) // scheduler.order for i in range(number)]
+    return [
+        0
+        if step >= tsam_steps or (i > 0 and step == steps[i - 1])
+        else 1 + refinement_iterations * (step in refinement_steps)
+        for i, step in enumerate(steps)
+    ]
+
+
+def input_scale(scheduler, t):
+    """c, by which the scheduler scales the model's input at timestep t; 1 where it does not."""
+    one = torch.ones(())
+    return scheduler.scale_model_input(one, t) if hasattr(scheduler, "scale_model_input") else one
+
+
+def conditional_rows(conditions, batch):
+    """What a denoiser is called with, for the conditional half alone: the last `batch` rows of every tensor.
+
+    With and without classifier-free guidance, in nested dicts, lists and tuples. cross_attention_kwargs are left as
+    they are.
+    """
+    if torch.is_tensor(conditions):
+        return conditions[-batch:] if conditions.dim() else conditions
+    if isinstance(conditions, dict):
+        return {
+            name: value if name == "cross_attention_kwargs" else conditional_rows(value, batch)
+            for name, value in conditions.items()
+        }
+    if isinstance(conditions, (list, tuple)):
+        return type(conditions)(conditional_rows(value, batch) for value in conditions)
+    return conditions
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a call does to models and schedulers, and puts back
+
+
+@contextmanager
+def frozen(model):
+    """While the context is open, no parameter of `model` asks for a gradient. Yields a context for forward passes whose
+    backward pass then finds every weight as the forward pass used it.
+
+    With gradient checkpointing parameters go on asking, because its recomputation keeps copies of those that do, and of
+    the others what offloading and layerwise casting have left when the gradient is taken.
+    """
+    parameters = dict(model.named_parameters())
+    if any(parameter.is_inference() for parameter in parameters.values()):
+        raise RuntimeError(
+            f"The weights of {type(model).__name__} were made inside `torch.inference_mode()`, so that no gradient"
+            " passes through them. Load the pipeline and call `.to(...)` outside of it, or pass `tsam_steps=0`."
+        )
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    # Group offloading and layerwise casting exchange the data under a weight as soon as its layer has run.
+    exchanging = any(hasattr(module, "_diffusers_hook") for module in model.modules())
+    try:
+        if not getattr(model, "is_gradient_checkpointing", False):
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+        yield functools.partial(saved_tensors_hooks, _keep, lambda tensor: tensor) if exchanging else nullcontext
+    finally:
+        for name, parameter in model.named_parameters():  # by name: offloading replaces parameters
+            if name in flags:
+                parameter.requires_grad_(flags[name])
+
+
+def _keep(tensor):
+    """What autograd saves: the data, not the parameter."""
+    tensor = tensor.detach()
+    if tensor.is_cuda:  # loaded on another stream, which must not reuse it while the backward pass reads it
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
+
+
+@contextmanager
+def uncorrected(scheduler, moved):
+    """While the context is open, the scheduler corrects no image that was `moved`, (B,) or None.
+
+    UniPC and SA-Solver start their corrector again from the previous sample, which would undo the move.
+    """
+    names = ("multistep_uni_c_bh_update", "stochastic_adams_moulton_update")
+    name = next((name for name in names if hasattr(scheduler, name)), None)
+    if name is None or moved is None or not moved.any():
+        yield
+        return
+    correct = getattr(scheduler, name)
+
+    def correct_unmoved(*args, this_sample, **kwargs):
+        corrected = correct(*args, this_sample=this_sample, **kwargs)
+        return this_sample.where(moved.reshape(-1, *[1] * (this_sample.dim() - 1)), corrected)
+
+    with shadowed(scheduler, name, correct_unmoved):
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pipelines
+
+
+def extends(stock, settings_class, deprecated=()):
+    """Decorates a call (self, given, settings, **hooks): outside it has stock's flat signature, with the hooks and the
+    fields of `settings_class` behind, and these in its docstring in place of `{arguments}`.
+
+    given: stock's arguments by name, defaults included. deprecated: what stock takes by **kwargs. TypeError for other
+    names that stock would swallow.
+    """
+
+    def decorate(call):
+        theirs = [*inspect.signature(stock.__call__).parameters.values()]
+        swallow = [parameter for parameter in theirs if parameter.kind is parameter.VAR_KEYWORD]
+        own = [p for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        hooks = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own]
+        names = [each.name for each in fields(settings_class)]
+        ours = [
+            inspect.Parameter(each.name, swallow[0].POSITIONAL_OR_KEYWORD, default=each.default, annotation=each.type)
+            for each in fields(settings_class)
+        ]
+        signature = inspect.Signature([*theirs[: len(theirs) - len(swallow)], *hooks, *ours, *swallow])
+
+        # Inference mode makes tensors that autograd cannot use later; its callers get the same results without it.
+        @torch.inference_mode(False)
+        @torch.no_grad()
+        @functools.wraps(call)
+        def flat(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            others = given.pop("kwargs", {})
+            unknown = [name for name in others if name not in deprecated]
+            if unknown:
+                raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, unknown))}.")
+            self, settings = given.pop("self"), settings_class(**{name: given.pop(name) for name in names})
+            hooked = {hook.name: given.pop(hook.name) for hook in hooks}
+            return call(self, given | others, settings, **hooked)
+
+        indent = " " * 12
+        lines = (
+            textwrap.fill(line, 120, initial_indent=indent, subsequent_indent=indent + "    ")
+            for line in settings_class.documentation()
+        )
+        flat.__doc__ = (call.__doc__ or "").replace(f"{indent}{{arguments}}", "\n".join(lines))
+        flat.__signature__ = signature
+        return flat
+
+    return decorate
+
+
+class TSAMPipelineMixin:
+    """What our pipelines are beside stock: the guided call, and how components are shared and saved.
+
+    A subclass names its `denoiser`, `loop` (a `GuidedLoop`), `settings` and `output`, and has `layers_of(settings)`,
+    `window` (how many tokens its text encoder takes at once, or None), `read_text_self_attention` and `words_of`.
+    """
+
+    loop = GuidedLoop
+
+    @property
+    def components(self):
+        return {name: part.original if isinstance(part, StandIn) else part for name, part in super().components.items()}
+
+    def align_latents(self, alignment, latents, t, args, kwargs, layers, iterations=1, saving=nullcontext):
+        """Move latents (B, C, h, w) `iterations` times before the noise prediction at timestep `t`. Eq. (15).
+
+        args, kwargs: what the denoiser is called with behind the latents, for both halves of classifier-free guidance
+        or for the conditional one alone. layers: whose maps are read. saving: what `frozen` yields.
+        """
+        components = self.components
+        model, scale = components[self.denoiser], input_scale(components["scheduler"], t)
+        args, kwargs = conditional_rows((args, kwargs), len(latents))
+        kwargs.pop("return_dict", None)
+        with saving(), record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
+
+            def maps_at(model_input):
+                run_to_last_map(model, model_input, *args, **kwargs)
+                return mean_maps(maps, *latents.shape[-2:])
+
+            return alignment.update(latents, scale, maps_at, iterations)
+
+    def guided_call(self, given, settings, on_step_end=None):
+        """Stock's call, guided. Calls that share a denoiser wait for each other: drawing changes the pipeline's state,
+        and guidance the model's, so that two threads would spoil each other's."""
+        model, stock = self.components[self.denoiser], super().__call__
+        if model is None:
+            raise ValueError(f"This pipeline was made with `{self.denoiser}=None` and cannot draw. Give it one.")
+        with lock_of(model):
+            loop = self.loop(self, given, settings, on_step_end)
+            with loop.open() if loop.needed else nullcontext():
+                output = stock(**given | {"return_dict": False})
+        fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions)
+        return self.output(*fields) if given["return_dict"] else fields
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As the stock method, but components are shared as they are: cast only to a dtype that is given."""
+        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        sharing = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})  # stock always casts
+        shared = super(TSAMPipelineMixin, sharing).from_pipe(pipeline, **kwargs)
+        shared.__class__ = cls
+        return shared
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """As the stock method. A folder that names code beside its weights is loaded by this class."""
+        config = super()._dict_from_json_file(json_file)
+        return config | {"_class_name": cls.__name__} if isinstance(config.get("_class_name"), list) else config
+
+    def to_json_string(self):
+        """As the stock method, naming the stock class: a saved folder is an ordinary one, which every class loads."""
+        stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("diffusers."))
+        config = json.loads(super().to_json_string()) | {"_class_name": stock.__name__}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def observed(callback, tensor_inputs, known=("latents",)):
+    """`callback_on_step_end` for a stock pipeline that has none, checked: only `known` tensors are handed to it."""
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        tensor_inputs = callback.tensor_inputs
+    if not set(tensor_inputs) <= set(known):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {[*known]}, but is {tensor_inputs}.")
+    if callback is None or "latents" in tensor_inputs:
+        return callback
+    return lambda pipe, step, t, tensors: callback(pipe, step, t, {})
