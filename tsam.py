@@ -26,6 +26,8 @@ logger = logging.get_logger("diffusers.tsam")  # below its own, so that its verb
 
 SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
+RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
+PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
 FP16_ATTEMPTS = 6  # the last one scales by 2^-8
@@ -169,13 +171,15 @@ class Syntax(NamedTuple):
     """What an objective may know of the prompts of B images.
 
     target: T (B, N, N), sharpened and normalised. attention: T' (B, N, N). content: (B, N). tokens: the content tokens'
-    texts, a list of strings per image. A prompt's windows are as many rows, (B·K, n, n), the first to the last.
+    texts, a list of strings per image. relation: R (B, N, N). A prompt's windows are as many rows, (B·K, n, n), the
+    first to the last.
     """
 
     target: torch.Tensor
     attention: torch.Tensor
     content: torch.Tensor
     tokens: list
+    relation: torch.Tensor
 
 
 def l1_loss(text_attention, similarity, content):
@@ -218,7 +222,98 @@ def attainable(maps, text):
     return l1_loss(attainable_target(text.target), similarity_of(maps, text.content), text.content)
 
 
-OBJECTIVES = {"l1": l1, "cosine": cosine, "attainable": attainable}
+def lift_of(attention, content):
+    """How much more a token gives to each earlier one than later tokens do on average, zero elsewhere.
+
+    A_ij / mean_{k>j} A_kj for j < i, A being rows of T' over the content tokens up to their own: T' (B, N, N), content
+    (B, N) -> (B, N, N). Some words get attention from every word, whatever they mean; that is taken out. Ours.
+    """
+    shares = _normalize_rows(attention.float().where(_pairs(content).tril(), 0))
+    earlier = _pairs(content).tril(-1)
+    shares = shares.where(earlier, 0)
+    mean = shares.sum(-2, keepdim=True) / earlier.sum(-2, keepdim=True).clamp(min=1)
+    return shares / torch.where(mean > 0, mean, 1)
+
+
+def relation_of(attention, content):
+    """R: rows of the lift divided by their largest, 0 to 1, zero where j >= i: T' (B, N, N) -> (B, N, N). Ours."""
+    lift = lift_of(attention, content)
+    largest = lift.amax(-1, keepdim=True)
+    return lift / torch.where(largest > 0, largest, 1)
+
+
+def weight_of(maps):
+    """How localised each word's map is, w = (1 - mean/max)², without a gradient: (B, N, H, W) -> (B, N), 0 to 1.
+
+    A map that is spread out, as function words' are, says nothing about where its word is. Ours.
+    """
+    maps = maps.detach().flatten(2)
+    largest = maps.amax(-1)
+    return (1 - maps.mean(-1) / torch.where(largest > 0, largest, 1)).where(largest > 0, 0) ** 2
+
+
+def relation_loss(relation, similarity, weight, content):
+    """How much unrelated words share a place, and λ times how far related ones are apart, each 0 to 1: (B,). Ours.
+
+    Σ w_i w_j (1 - R_ij) C_ij / Σ w_i w_j (1 - R_ij) + λ Σ w_i w_j R_ij (1 - C_ij) / Σ w_i w_j R_ij over j < i;
+    R, C (B, N, N), w (B, N).
+    """
+    both = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).where(_pairs(content).tril(-1), 0)
+    apart, together = both * (1 - relation), both * relation
+    return _mean(similarity, apart) + RELATED_WEIGHT * _mean(1 - similarity, together)
+
+
+def _mean(values, weights):
+    """Weighted, over all but the batch; 0 where all weights are. (B, ...) -> (B,)."""
+    total = weights.flatten(1).sum(-1)
+    return (weights * values).flatten(1).sum(-1) / torch.where(total > 0, total, 1)
+
+
+def spread_of(maps):
+    """The variance of each map less its minimum as a distribution over places: (B, N, H, W) -> (B, N). Ours.
+
+    v = 6 (Var x + Var y), places from 0 to 1 across the picture, so that a uniform map has 1.
+    """
+    maps = maps - maps.amin((-2, -1), keepdim=True)
+    total = maps.sum((-2, -1), keepdim=True)
+    maps = maps / torch.where(total > 0, total, 1)
+    variance = 0
+    for marginal in (maps.sum(-1), maps.sum(-2)):
+        place = _places(marginal.shape[-1], maps.dtype, maps.device)
+        variance = variance + marginal @ place**2 - (marginal @ place) ** 2
+    return 6 * variance
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _places(side, dtype, device):
+    """The middle of each of `side` positions, from the picture's middle: (side,), -0.5 to 0.5."""
+    return ((torch.arange(side) + 0.5) / side - 0.5).to(device, dtype)
+
+
+def relation(maps, text):
+    """Unrelated words apart, related ones together; as `contrast`, for prompts in which a word means several things, as
+    in "two cats". Ours."""
+    blurred = smooth(maps)
+    return relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight_of(blurred), text.content)
+
+
+def contrast(maps, text):
+    """The same, and one place for a word: μ Σ w_i v_i / Σ w_i. Without it two blobs of one colour satisfy the other
+    terms, because the colour's map has two as well. It takes a word to mean one thing. Ours."""
+    blurred, content = smooth(maps), text.content
+    weight = weight_of(blurred).where(content & (content.sum(-1, keepdim=True) > 1), 0)  # one word alone is left
+    loss = relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight, content)
+    return loss + PLACE_WEIGHT * _mean(spread_of(blurred), weight)
+
+
+OBJECTIVES = {
+    "l1": l1,
+    "cosine": cosine,
+    "attainable": attainable,
+    "relation": relation,
+    "contrast": contrast,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,8 +325,8 @@ class LatentAlignment:
 
     text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times. settings: `Settings`, of which
     it reads alpha, relative_step, gamma, objective, region_weight and output_attentions, which keeps the maps before
-    each step's first update. A user's objective gets a prompt's windows as rows, (B·K, n, H, W); an image's loss is their
-    sum. device: the latents'. layout: a `Layout` of the images, whose loss is added.
+    each step's first update. A user's objective gets a prompt's windows as rows, (B·K, n, H, W), and an image's
+    loss is their sum. device: the latents'. layout: a `Layout` of the images, whose loss is added.
 
     num_tokens: N, the columns of maps that are needed. losses: one (B,) tensor an update, each taken before it. moved:
     (B,), which images the last `update` has moved.
@@ -245,7 +340,8 @@ class LatentAlignment:
         content, attention = content[:, : self.num_tokens], attention[:, : self.num_tokens, : self.num_tokens]
         content, attention = self.split(content), self.split(attention)
         target = normalize_text_attention(attention, content, float(settings.gamma))
-        self.text = Syntax(target, attention, content, self._tokens_of_windows(content))
+        tokens, relation = self._tokens_of_windows(content), relation_of(attention, content)
+        self.text = Syntax(target, attention, content, tokens, relation)
         self.layout, self.region_weight = layout, float(settings.region_weight)
         self.regions = None  # the layout's, on the maps' grid once that is known
         self.objective = None if settings.objective == "layout" else settings.objective
@@ -387,9 +483,10 @@ class LatentAlignment:
     def attentions(self, steps):
         """What `output_attentions` returns, a dict per image, on the CPU; s content tokens, G guided steps:
 
-        tokens (s strings), text_attention T (s, s), steps (the G given ones), maps (G, s, H, W) and similarity S
-        (G, s, s), both before the step's first update, and None where nothing was guided. T and S are zero between
-        windows. With a layout also region_shares, {phrase: (G,)}, the shares of attention inside, of the same maps.
+        tokens (s strings), text_attention T and relation R (s, s), steps (the G given ones), maps (G, s, H, W) and
+        similarity S (G, s, s), both before the step's first update, and None where nothing was guided. T, R and S are
+        zero between windows. With a layout also region_shares, {phrase: (G,)}, the shares of attention inside, of the
+        same maps.
         """
         content = self.text.content.cpu()
         of_image = content.unflatten(0, (-1, self.windows)).flatten(1)
@@ -399,7 +496,7 @@ class LatentAlignment:
             rows = slice(image * self.windows, (image + 1) * self.windows)
             return torch.block_diag(*(values[own][:, own] for values, own in zip(windows[rows], content[rows])))
 
-        target = self.text.target.cpu()
+        target, relation = self.text.target.cpu(), self.text.relation.cpu()
         similar = [similarity_of(self.split(maps), self.text.content).cpu() for maps in self.maps]
         shares = [] if self.layout is None else [shares_inside(*self.laid_out(maps)).cpu() for maps in self.maps]
         kept, result = [maps.cpu() for maps in self.maps], []
@@ -407,6 +504,7 @@ class LatentAlignment:
             seen = {
                 "tokens": self.tokens[image],
                 "text_attention": matrix(target, image),
+                "relation": matrix(relation, image),
                 "steps": steps,
                 "maps": torch.stack([maps[image, own] for maps in kept]) if kept else None,
                 "similarity": torch.stack([matrix(windows, image) for windows in similar]) if kept else None,

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args, get_origin
 
 
-OBJECTIVES = ("l1", "cosine", "attainable")  # the keys of tsam.OBJECTIVES
+OBJECTIVES = ("l1", "cosine", "attainable", "relation", "contrast")  # the keys of tsam.OBJECTIVES
 
 
 class Preset(NamedTuple):
@@ -87,9 +87,11 @@ class Settings:
     )
     objective: str | Callable | None = argument(
         None,
-        "'l1': Eq. (14). 'attainable': Eq. (14) against the nearest T that S can take. 'cosine': the authors' released"
-        " default. 'layout': the regions' loss alone. Or a function of the maps (B, N, H, W) and the prompts' `Syntax`"
-        " (see `tsam.py`) that returns a loss per image, (B,), and reads no tokens but `content`.",
+        "'l1': Eq. (14). 'contrast': ours, unrelated words apart, related ones together, one place for a word;"
+        " 'relation' without the last, for prompts such as 'two cats'. 'attainable': Eq. (14) against the nearest T"
+        " that S can take. 'cosine': the authors' released default. 'layout': the regions' loss alone. Or a function of"
+        " the maps (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,), and"
+        " reads no tokens but `content`.",
         (*OBJECTIVES, "layout"),
     )
     relative_step: float | None = argument(

@@ -127,7 +127,8 @@ class GuidedLoop:
             self.text = self.read(recordings)
         else:
             encoded = self.encode(stock, *args, **kwargs)
-        self.layout = layout_of(regions, self.text, self.words_of, self.given["num_images_per_prompt"])
+        images, device = self.given["num_images_per_prompt"], encoded[0].device
+        self.layout = layout_of(regions, self.text, self.words_of, images, device)
         return encoded
 
     def encode(self, stock, *args, **kwargs):
