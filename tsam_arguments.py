@@ -28,9 +28,9 @@ PRESETS = {
     # App. B.2: of 50 steps 25, and 20 more updates at 0, 10 and 20
     "paper": Preset("l1", 2.0, 10.0, None, 50, (0, 20, 40), 40),
     # Ours. Of 50 steps 10, and 10 more updates at 0, 4 and 8: less than 1.5 times a plain picture's operations
-    "fast": Preset("attainable", 4.0, None, 0.05, 20, (0, 8, 16), 20),
+    "fast": Preset("contrast", 4.0, None, 0.05, 20, (0, 8, 16), 20),
     # Ours, 1.1 times a plain picture's operations
-    "light": Preset("attainable", 4.0, None, 0.05, 20, (), 0),
+    "light": Preset("contrast", 4.0, None, 0.05, 20, (), 0),
 }
 T5_PRESETS = {
     "paper": PRESETS["paper"]._replace(gamma=4.0, alpha=15.0, iterations=20),  # App. B.2, PixArt-α

@@ -9,10 +9,6 @@ ARGUMENTS = {  # what a call for them needs, guided or not
     "sd": {"guidance_scale": 4.0},
     "pixart": {"guidance_scale": 4.0, "use_resolution_binning": False, "clean_caption": False},
 }
-# T-SAM's settings for the models that ship, chosen on tuning prompts (benchmarks/RESULTS.md): their maps are sharper
-# than a large model's, so that updates of the paper's size overshoot. "sink": `sd` with the weights of sink.py.
-TUNED = {
-    "sd": {"preset": "light", "alpha": 4.0},
-    "pixart": {"preset": "light"},
-    "sink": {"preset": "light"},
-}
+# T-SAM's settings for the models that ship, "sink" being `sd` with the weights of sink.py. The paper's, for large models,
+# overshoot on these, because their maps are sharper.
+TUNED = {name: {"preset": "fast"} for name in ("sd", "pixart", "sink")}
