@@ -94,8 +94,12 @@ def mean_self_attention(recordings):
     return sum(recording.sum for recording in recordings) / sum(recording.layers for recording in recordings)
 
 
-def attention_probabilities(query, key, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+def attention_probabilities(
+    query, key, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """What `scaled_dot_product_attention` weighs the values with, float32 (B, heads, P, N)."""
+    if enable_gqa:  # several query heads share a key head
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     with full_precision(query.device.type):
         scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
@@ -109,6 +113,12 @@ def attention_probabilities(query, key, value=None, attn_mask=None, dropout_p=0.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cross-attention of denoisers
+
+
+REPLACED = (
+    "Something changes or skips the denoiser's cross-attention: token merging, DeepCache and a denoiser that was"
+    " replaced meanwhile do. Take it off, or pass `tsam_steps=0`."
+)
 
 
 class LastMapRecorded(Exception):
@@ -287,19 +297,26 @@ class _uncompiled:
                 _uncompiled.stance.__exit__(None, None, None)
 
 
-def mean_maps(maps, height, width):
+def mean_maps(maps, height, width, number=None):
     """A (B, N, H, W), the mean over layers of recorded maps (B, P, N), which are taken out of `maps`. Eq. (6).
 
     The grid is the one with P positions that comes of halving the latent's size, rounded up or down as networks do.
+    RuntimeError where other than `number` maps, or maps of another grid, were recorded.
     """
+    sizes = sorted({of_layer.shape[1] for of_layer in maps.values()})
+    if not maps or len(maps) != (number or len(maps)) or len(sizes) > 1:
+        raise RuntimeError(
+            f"{number or 'Some'} cross-attention maps of one size were expected, but {len(maps)} came, of"
+            f" {' and '.join(map(str, sizes)) or 'no'} positions. {REPLACED}"
+        )
     mean = torch.stack([maps.pop(index) for index in sorted(maps)]).mean(0)
     for rounding in (1, 0):
         grid = height, width
         while grid[0] * grid[1] > mean.shape[1]:
             grid = (grid[0] + rounding) // 2, (grid[1] + rounding) // 2
         if grid[0] * grid[1] == mean.shape[1]:
-            break
-    return mean.mT.unflatten(-1, grid)
+            return mean.mT.unflatten(-1, grid)
+    raise RuntimeError(f"Maps of {mean.shape[1]} positions came, no grid of {height}x{width} latents. {REPLACED}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,10 +336,11 @@ def shadowed(owner, name, value):
     try:
         yield
     finally:
-        if had:
-            attributes[name] = own
-        else:
-            del attributes[name]
+        if attributes.get(name) is value:  # else it was replaced meanwhile, by the user
+            if had:
+                attributes[name] = own
+            else:
+                del attributes[name]
 
 
 class ModelLock:

@@ -13,7 +13,7 @@ from .attention_processors import mean_self_attention, record_self_attention
 from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
 from .tsam_arguments import PixArtAlphaSettings, check_integer
 from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
-from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin, extends, observed
+from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin, extends, observed, register
 
 
 @dataclass
@@ -150,3 +150,6 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
         self._guidance_scale, self._interrupt = given["guidance_scale"], False
         on_step_end = observed(callback_on_step_end, callback_on_step_end_tensor_inputs)
         return self.guided_call(given, settings, on_step_end)
+
+
+register(PixArtAlphaTSAMPipeline, PixArtAlphaPipeline)

@@ -18,7 +18,7 @@ from .attention_processors import lock_of, mean_self_attention, record_self_atte
 from .tsam import TextSelfAttention, join_windows, logger, text_of, texts_of
 from .tsam_arguments import StableDiffusionSettings, check_integer
 from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
-from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin, extends
+from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin, extends, register
 
 
 SENTENCE, CLAUSE = re.compile(r"[.!?…。！？]+[\"'”’)\]]*$"), re.compile(r"[,;:，、；：]$")  # what a word ends with
@@ -233,3 +233,6 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             ValueError, TypeError: a wrong argument, before the denoiser runs.
         """
         return self.guided_call(given, settings)
+
+
+register(StableDiffusionTSAMPipeline, StableDiffusionPipeline)

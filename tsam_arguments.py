@@ -1,5 +1,6 @@
 """The arguments that T-SAM adds to a call: names, defaults, meanings, presets and checks. Imports no torch."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -206,7 +207,9 @@ class Settings:
         """The lines of an `Args:` section, one argument a line, as in diffusers."""
         lines = []
         for each in fields(cls):
-            kind = getattr(each.type, "__name__", None) or str(each.type).replace(" | None", "").split(".")[-1]
+            kind = (
+                each.type.__name__ if isinstance(each.type, type) else re.sub(r"[a-z]+\.| \| None", "", str(each.type))
+            )
             default = "*optional*" if each.default is None else f"defaults to {each.default!r}"
             lines.append(f"{each.name} (`{kind}`, {default}): {each.metadata['help']}")
         return lines
@@ -317,13 +320,15 @@ def check_text_self_attention(text, prompt, batch_size, num_tokens, window=None)
         )
     if batch_size is None:
         batch_size = len(texts)
-    in_windows = window is not None and num_tokens % window == 0
-    expected = (batch_size, num_tokens, window if in_windows and attention.shape[-1] == window else num_tokens)
+    in_windows = window is not None and num_tokens % window == 0 and attention.shape[-1:] == (window,)
+    # Embeddings may be longer than T, padded to a longer negative prompt's: the padding is no content.
+    length = min(attention.shape[1], num_tokens) if attention.dim() == 3 else num_tokens
+    expected = (batch_size, length, window if in_windows else length)
     if batch_size == 0 or (*attention.shape, *content.shape, len(texts)) != (*expected, *expected[:2], batch_size):
         raise ValueError(
             f"`text_self_attention` has attention {tuple(attention.shape)}, content {tuple(content.shape)} and"
             f" {len(texts)} lists of tokens, but these prompts need {expected}, {expected[:2]} and {batch_size}."
-            f" {remedy}"
+            f" {remedy} For a long prompt's embeddings, give it the `max_sequence_length` that they were made with."
         )
     if not attention.isfinite().all() or (attention < 0).any():
         raise ValueError(f"`text_self_attention` has negative or non-finite attention, not probabilities. {remedy}")

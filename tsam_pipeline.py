@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, SUPPORTED_TASKS_MAPPINGS
 from torch.autograd.graph import saved_tensors_hooks
 
 from .attention_processors import (
@@ -71,7 +72,8 @@ class GuidedLoop:
         custom = next((given[name] for name in ("timesteps", "sigmas") if given[name] is not None), None)
         self.num_steps = given["num_inference_steps"] if custom is None else len(custom)
         self.plan = settings.plan(self.num_steps)
-        self.layers = pipe.layers_of(settings) if self.guided else []
+        if self.guided:
+            pipe.layers_of(settings)  # so that a wrong choice is refused at once
         self.conditions = {}  # what the denoiser is given beside what stock gives it
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
         self.updates, self.index, self.encoded = None, -1, False
@@ -181,8 +183,9 @@ class GuidedLoop:
 
     def move(self, args, kwargs):
         """The latents of this step after its updates. args, kwargs: what the denoiser is called with. Eq. (15)."""
+        layers = self.pipe.layers_of(self.settings)  # now, because a callback may have changed the denoiser
         latents = self.pipe.align_latents(
-            self.alignment, self.latents, self.t, args, kwargs, self.layers, self.updates[self.index], self.saving
+            self.alignment, self.latents, self.t, args, kwargs, layers, self.updates[self.index], self.saving
         )
         if hasattr(self.bar, "set_postfix") and not getattr(self.bar, "disable", False):
             self.bar.set_postfix(loss=f"{self.alignment.losses[-1].mean().item():.3f}", refresh=False)
@@ -410,7 +413,7 @@ class TSAMPipelineMixin:
 
             def maps_at(model_input):
                 run_to_last_map(model, model_input, *args, **kwargs)
-                return mean_maps(maps, *latents.shape[-2:])
+                return mean_maps(maps, *latents.shape[-2:], len(layers))
 
             return alignment.update(latents, scale, maps_at, iterations)
 
@@ -429,7 +432,18 @@ class TSAMPipelineMixin:
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """As the stock method, but components are shared as they are: cast only to a dtype that is given."""
+        """As the stock method, but components are shared as they are: cast only to a dtype that is given.
+
+        ValueError for a pipeline that another class serves, or of which a part would be lost.
+        """
+        refuse(cls, type(pipeline).__name__)
+        own = cls._get_signature_keys(cls)[0]
+        lost = [name for name in ("controlnet", "adapter") if name in pipeline.components and name not in own]
+        if lost:
+            raise ValueError(
+                f"{type(pipeline).__name__} has a `{lost[0]}`, for which {cls.__name__} has no place, so that it would"
+                f" draw without. Take its other components by `{cls.__name__}(**components)`."
+            )
         if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
             return super().from_pipe(pipeline, **kwargs)
         sharing = type(cls.__name__, (cls,), {"to": lambda self, *args, **kwargs: self})  # stock always casts
@@ -441,6 +455,7 @@ class TSAMPipelineMixin:
     def _dict_from_json_file(cls, json_file):
         """As the stock method. A folder that names code beside its weights is loaded by this class."""
         config = super()._dict_from_json_file(json_file)
+        refuse(cls, config.get("_class_name"))
         return config | {"_class_name": cls.__name__} if isinstance(config.get("_class_name"), list) else config
 
     def to_json_string(self):
@@ -448,6 +463,30 @@ class TSAMPipelineMixin:
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("diffusers."))
         config = json.loads(super().to_json_string()) | {"_class_name": stock.__name__}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+BLOCKS = {  # by how the names of the pipelines that they serve begin
+    "StableDiffusionXL": "StableDiffusionXLTSAMBlocks",
+    "StableDiffusion3": "StableDiffusion3TSAMBlocks",
+    "Flux": "FluxTSAMBlocks",
+}
+
+
+def refuse(cls, name):
+    """ValueError for the name of a pipeline's class that blocks of ours serve, and no pipeline."""
+    served = next((ours for stock, ours in BLOCKS.items() if isinstance(name, str) and name.startswith(stock)), None)
+    if served:
+        raise ValueError(
+            f"This is a {name}, not for {cls.__name__}: `diffusers_tsam.{served}` is for such models (docs/modular.md)."
+        )
+
+
+def register(cls, stock):
+    """Let diffusers' AutoPipeline classes take `cls` for what they take `stock` for, in `from_pipe`."""
+    for mapping in SUPPORTED_TASKS_MAPPINGS:
+        name = next((name for name, other in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if other is stock), None)
+        if name in mapping:
+            mapping[f"{name}-tsam"] = cls if mapping is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else mapping[name]
 
 
 def observed(callback, tensor_inputs, known=("latents",)):
