@@ -44,8 +44,8 @@ from .tsam_pipeline import StandIn, frozen, input_scale, uncorrected, updates_pe
 
 
 CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
-CODE += [f"tsam_{name}.py" for name in ("arguments", "layout", "pipeline")]
-UNSUPPORTED = ("regions", "region_weight")  # the blocks have no phrases
+CODE += [f"tsam_{name}.py" for name in ("arguments", "candidates", "layout", "pipeline")]
+UNSUPPORTED = ("regions", "region_weight", "candidates", "candidate_steps")  # by the pipelines alone
 
 
 def inputs_of(settings):

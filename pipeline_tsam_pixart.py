@@ -12,7 +12,8 @@ from diffusers import ImagePipelineOutput, PixArtAlphaPipeline
 from .attention_processors import mean_self_attention, record_self_attention
 from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
 from .tsam_arguments import PixArtAlphaSettings, check_integer
-from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
+from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
+from .tsam_layout import Layout  # noqa: F401
 from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin, extends, observed, register
 
 
@@ -22,16 +23,22 @@ class PixArtAlphaTSAMPipelineOutput(ImagePipelineOutput):
 
     losses: (images, updates) float32, each taken before its update; no columns where nothing was guided. steps: the
     denoising step of each column, counted as callbacks count. attentions: with `output_attentions`, a dict per image,
-    see `LatentAlignment.attentions`.
+    see `LatentAlignment.attentions`. candidate_losses (images, candidates) and chosen (images,), with more than one.
     """
 
     losses: torch.Tensor | None = None
     steps: list[int] | None = None
     attentions: list[dict] | None = None
+    candidate_losses: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
 
 
 class PixArtLoop(GuidedLoop):
-    """The prompt's length and cleaning are arguments of stock's call."""
+    """The prompt's length and cleaning are arguments of stock's call, which sets no state."""
+
+    def __init__(self, pipe, given, settings, on_step_end=None):
+        super().__init__(pipe, given, settings, on_step_end)
+        pipe._guidance_scale, pipe._interrupt = given["guidance_scale"], False
 
     @property
     def num_tokens(self):
@@ -141,13 +148,11 @@ class PixArtAlphaTSAMPipeline(TSAMPipelineMixin, PixArtAlphaPipeline):
             {arguments}
 
         Returns:
-            [`PixArtAlphaTSAMPipelineOutput`], or with `return_dict=False` a tuple of its four fields: images, losses,
-            steps and attentions.
+            [`PixArtAlphaTSAMPipelineOutput`], or with `return_dict=False` a tuple of its fields in their order.
 
         Raises:
             ValueError, TypeError: a wrong argument, before the denoiser runs.
         """
-        self._guidance_scale, self._interrupt = given["guidance_scale"], False
         on_step_end = observed(callback_on_step_end, callback_on_step_end_tensor_inputs)
         return self.guided_call(given, settings, on_step_end)
 

@@ -17,7 +17,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from .attention_processors import lock_of, mean_self_attention, record_self_attention, unet_cross_attention_layers
 from .tsam import TextSelfAttention, join_windows, logger, text_of, texts_of
 from .tsam_arguments import StableDiffusionSettings, check_integer
-from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
+from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
+from .tsam_layout import Layout  # noqa: F401
 from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin, extends, register
 
 
@@ -59,12 +60,14 @@ class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
 
     losses: (images, updates) float32, each taken before its update; no columns where nothing was guided. steps: the
     denoising step of each column, counted as callbacks count. attentions: with `output_attentions`, a dict per image,
-    see `LatentAlignment.attentions`.
+    see `LatentAlignment.attentions`. candidate_losses (images, candidates) and chosen (images,), with more than one.
     """
 
     losses: torch.Tensor | None = None
     steps: list[int] | None = None
     attentions: list[dict] | None = None
+    candidate_losses: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
 
 
 class WindowedLoop(GuidedLoop):
@@ -226,8 +229,7 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
             {arguments}
 
         Returns:
-            [`StableDiffusionTSAMPipelineOutput`], or with `return_dict=False` a tuple of its five fields: images, nsfw
-            flags, losses, steps and attentions.
+            [`StableDiffusionTSAMPipelineOutput`], or with `return_dict=False` a tuple of its fields in their order.
 
         Raises:
             ValueError, TypeError: a wrong argument, before the denoiser runs.

@@ -33,6 +33,8 @@ PRESETS = {
     # Ours, 1.1 times a plain picture's operations
     "light": Preset("contrast", 4.0, None, 0.05, 20, (), 0),
 }
+CHOSEN_AFTER = 20  # percent of the steps: as good as 40 on most models (benchmarks/RESULTS.md), for half of the cost
+
 T5_PRESETS = {
     "paper": PRESETS["paper"]._replace(gamma=4.0, alpha=15.0, iterations=20),  # App. B.2, PixArt-α
     "fast": PRESETS["fast"]._replace(iterations=16),  # a pass costs more than Stable Diffusion's
@@ -117,6 +119,15 @@ class Settings:
         10.0, "Weight in the loss of attention outside the regions. More holds phrases there harder, until they break."
     )
 
+    candidates: int = argument(
+        1,
+        "How many starts are drawn for each image. Each runs unguided through `candidate_steps`; the one whose maps"
+        " agree best with the text is drawn. The first is what 1 would draw.",
+    )
+    candidate_steps: int | None = argument(
+        None, "After how many steps the starts are compared. None: a fifth of the steps."
+    )
+
     presets = PRESETS
 
     def __post_init__(self):
@@ -127,6 +138,9 @@ class Settings:
                 return
             raise ValueError(f"`preset` is {self.preset!r}, but has to be {one_of(self.presets)}.")
         self.percent = self.presets[self.preset]
+        check_integer("candidates", self.candidates, 1, "Pass how many starts to choose from, 4 for instance.")
+        if self.candidate_steps is not None:
+            check_integer("candidate_steps", self.candidate_steps, 1, "Pass how many steps to look ahead, 5 of 25.")
         if self.off:
             return
         if self.alpha is not None and self.relative_step is not None:
@@ -201,6 +215,15 @@ class Settings:
                     f" {tsam_steps}. Leave it out, or raise `tsam_steps`."
                 )
         return Plan(tsam_steps, frozenset(self.refinement_steps), iterations)
+
+    def chosen_after(self, num_steps):
+        """After how many of `num_steps` denoising steps the starts are compared. ValueError for more than there are."""
+        steps = max(num_steps * CHOSEN_AFTER // 100, 1) if self.candidate_steps is None else self.candidate_steps
+        if steps > num_steps:
+            raise ValueError(
+                f"`candidate_steps` is {steps}, but there are only {num_steps} denoising steps. Pass 1 to {num_steps}."
+            )
+        return steps
 
     @classmethod
     def documentation(cls):

@@ -25,6 +25,7 @@ from .attention_processors import (
 )
 from .tsam import LatentAlignment
 from .tsam_arguments import check_text_self_attention
+from .tsam_candidates import choose, generators_of, scouted
 from .tsam_layout import check_regions, layout_of
 
 
@@ -78,15 +79,21 @@ class GuidedLoop:
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
         self.updates, self.index, self.encoded = None, -1, False
         self.latents, self.moved = None, None  # those of this step, and which of them were moved
+        self.start = None  # latents to begin with, and the generators' states behind them
 
     @property
     def guided(self):
         return self.plan.tsam_steps > 0
 
     @property
+    def reads(self):
+        """Whether T has to be known."""
+        return self.guided
+
+    @property
     def needed(self):
         """Whether the call is anything but stock's."""
-        return self.guided or self.on_step_end is not None
+        return self.guided or self.on_step_end is not None or self.start is not None
 
     @contextmanager
     def open(self):
@@ -101,6 +108,7 @@ class GuidedLoop:
         with (
             frozen(self.model) if self.guided else nullcontext(nullcontext) as self.saving,
             shadowed(self.pipe, "encode_prompt", method(self.encode_prompt, self.pipe.encode_prompt)),
+            shadowed(self.pipe, "prepare_latents", method(self.prepare_latents, self.pipe.prepare_latents)),
             shadowed(self.pipe, "progress_bar", method(self.progress_bar, self.pipe.progress_bar)),
             shadowed(self.pipe, "scheduler", scheduler),
             shadowed(self.pipe, self.pipe.denoiser, StandIn(self.model, self.predict)),
@@ -117,10 +125,9 @@ class GuidedLoop:
         if self.encoded:  # a callback's
             return stock(*args, **kwargs)
         self.encoded = True
-        if not self.guided:
+        if not self.reads:
             return self.encode(stock, *args, **kwargs)
-        prompt, embeds = self.given["prompt"], self.given["prompt_embeds"]
-        count = 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
+        prompt, count = self.given["prompt"], prompts_of(self.given)
         regions = check_regions(self.settings.regions, count)
         check_text_self_attention(self.text, prompt, count, self.num_tokens, self.pipe.window)
         if self.text is None:
@@ -135,6 +142,14 @@ class GuidedLoop:
 
     def encode(self, stock, *args, **kwargs):
         return stock(*args, **kwargs)
+
+    def prepare_latents(self, stock, *args, **kwargs):
+        if self.start is None:
+            return stock(*args, **kwargs)
+        latents, states = self.start
+        for generator, state in zip(generators_of(self.given), states):
+            generator.set_state(state)
+        return latents
 
     def read(self, recordings):
         return self.pipe.read_text_self_attention(recordings)
@@ -225,6 +240,12 @@ class GuidedLoop:
                 f" gave the pipeline another {self.pipe.denoiser} or scheduler, or its loop is not that of diffusers"
                 f" {TESTED}, with which T-SAM was tested. Pass `tsam_steps=0`."
             )
+
+
+def prompts_of(given):
+    """How many prompts a call is of."""
+    prompt, embeds = given["prompt"], given["prompt_embeds"]
+    return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
 
 
 def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations):
@@ -362,7 +383,12 @@ def extends(stock, settings_class, deprecated=()):
         @torch.inference_mode(False)
         @torch.no_grad()
         @functools.wraps(call)
-        def flat(*args, **kwargs):
+        def flat(self, *args, **kwargs):
+            given, settings, hooked = bind(self, *args, **kwargs)
+            return call(self, given, settings, **hooked)
+
+        def bind(*args, **kwargs):
+            """Stock's arguments, the settings and the hooks."""
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             given = dict(bound.arguments)
@@ -370,9 +396,12 @@ def extends(stock, settings_class, deprecated=()):
             unknown = [name for name in others if name not in deprecated]
             if unknown:
                 raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, unknown))}.")
-            self, settings = given.pop("self"), settings_class(**{name: given.pop(name) for name in names})
+            given.pop("self")
+            settings = settings_class(**{name: given.pop(name) for name in names})
             hooked = {hook.name: given.pop(hook.name) for hook in hooks}
-            return call(self, given | others, settings, **hooked)
+            return given | others, settings, hooked
+
+        flat.bind = bind
 
         indent = " " * 12
         lines = (
@@ -424,11 +453,30 @@ class TSAMPipelineMixin:
         if model is None:
             raise ValueError(f"This pipeline was made with `{self.denoiser}=None` and cannot draw. Give it one.")
         with lock_of(model):
-            loop = self.loop(self, given, settings, on_step_end)
+            loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
+            if settings.candidates > 1:
+                images = prompts_of(given) * given["num_images_per_prompt"]
+                loop.start, losses, chosen = choose(self, stock, given, settings, images)
             with loop.open() if loop.needed else nullcontext():
                 output = stock(**given | {"return_dict": False})
-        fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions)
+        fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions, losses, chosen)
         return self.output(*fields) if given["return_dict"] else fields
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def rank(self, prompt, seeds, **arguments):
+        """How well the starts of seeds agree with a prompt: [(seed, loss)], the best first. Draws no picture.
+
+        `pipe(prompt, generator=torch.Generator().manual_seed(seed))` draws from such a start. arguments: of the call,
+        `candidate_steps` among them. A loss is comparable between seeds of a prompt, not between models.
+        """
+        losses = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
+            with lock_of(self.components[self.denoiser]):
+                losses.append((seed, scouted(self, super().__call__, given, settings).loss.mean().item()))
+        return sorted(losses, key=lambda ranked: ranked[1])
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):

@@ -1,0 +1,100 @@
+"""Chooses the start: several are drawn for an image, and the one whose maps agree best with the text goes on.
+
+The score is the contrast objective's loss, from forward passes alone. Ours, not the paper's.
+"""
+
+from contextlib import suppress
+
+import torch
+
+from .attention_processors import mean_maps, record_cross_attention, run_to_last_map
+from .tsam import LatentAlignment
+from .tsam_arguments import Settings
+
+
+class Scouted(Exception):
+    """Ends a call whose remainder would not change the loss of its starts."""
+
+
+class Scouting:
+    """Before a `GuidedLoop`: runs unguided to where starts are compared, takes their loss, and draws no picture.
+
+    states: the generators' states to draw the starts from, or None for theirs. start: the latents and the generators'
+    states behind them. loss: (images,) float32.
+    """
+
+    guided, reads, needed = False, True, True
+    states = loss = None
+
+    def progress_bar(self, stock, *args, **kwargs):
+        bar = stock(total=self.settings.chosen_after(self.num_steps))
+        if hasattr(bar, "set_description"):
+            bar.set_description("choosing")
+        return bar
+
+    def prepare_latents(self, stock, *args, **kwargs):
+        generators = generators_of(self.given)
+        for generator, state in zip(generators, self.states or []):
+            generator.set_state(state)
+        latents = stock(*args, **kwargs)
+        self.start = latents, [generator.get_state() for generator in generators]
+        return latents
+
+    def predict(self, sample, *args, **kwargs):
+        kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
+        if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
+            return self.model(sample, *args, **kwargs)
+        score = Settings(preset="fast", objective="contrast")
+        alignment = LatentAlignment(self.text, score, self.given["num_images_per_prompt"], self.latents.device)
+        layers = self.pipe.layers_of(self.settings)
+        kwargs.pop("return_dict", None)
+        with record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
+            run_to_last_map(self.model, sample, *args, **kwargs)
+        maps = mean_maps(maps, *self.latents.shape[-2:], len(layers))[-len(self.latents) :]
+        self.loss = alignment.loss_of(maps).float().cpu()
+        raise Scouted
+
+
+def scouted(pipe, stock, given, settings, states=None):
+    """The `Scouting` loop of one start an image, run. stock: the stock pipeline's call."""
+    loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
+    loop.states = states
+    silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
+    with suppress(Scouted), loop.open():
+        stock(**given | silent | {"output_type": "latent", "return_dict": False})
+    return loop
+
+
+def choose(pipe, stock, given, settings, images):
+    """The latents to begin with and the generators' states behind the first draw, the losses (images, k) of the k
+    starts, and which of them was chosen, (images,).
+
+    The first start is what a call without candidates would draw; the others come from the same generators, or are what
+    `latents` holds besides. They run one after another, so that the call needs no more memory.
+    """
+    own = [] if given["latents"] is None else list(given["latents"].split(images))
+    number = settings.candidates
+    if own and (len(own) > number or len(own[-1]) != images):
+        raise ValueError(
+            f"`latents` hold {len(given['latents'])} starts, but {images} images with `candidates` {number} take"
+            f" {images} to {images * number}, a multiple of {images}. Pass as many."
+        )
+    starts, states = [], None
+    for candidate in range(number):
+        latents = own[candidate] if candidate < len(own) else None
+        loop = scouted(pipe, stock, given | {"latents": latents}, settings, states)
+        starts.append(loop)
+        states = loop.start[1]
+    losses = torch.stack([loop.loss for loop in starts], 1)
+    chosen = losses.argmin(1)
+    latents = torch.stack([loop.start[0] for loop in starts])
+    start = latents[chosen.to(latents.device), torch.arange(images, device=latents.device)]
+    return (start, starts[0].start[1]), losses, chosen
+
+
+def generators_of(given):
+    """The call's generators, a list; torch's own for the CPU where none was passed."""
+    generator = given["generator"]
+    if generator is None:
+        return [torch.default_generator]
+    return list(generator) if isinstance(generator, (list, tuple)) else [generator]
