@@ -47,7 +47,8 @@ def components(picture):
     nearest = np.square(pixels[:, :, None] - shades).sum(-1).argmin(-1)
     colours, found = (nearest + 2) // 3, []  # 0 is the background, and every colour has three faces
     for part in parts(colours > 0, NECK):
-        own = [side for k in range(1, 1 + len(COLOURS)) for side in parts(part & (colours == k), WIDE_NECK)]
+        most = np.flatnonzero(np.bincount(colours[part]) >= LARGE)
+        own = [side for colour in most for side in parts(part & (colours == colour), WIDE_NECK)]
         large = [side for side in own if side.sum() >= LARGE]
         found += large if len(large) > 1 else [part]
     places = [np.argwhere(mask)[:, ::-1] for mask in found]  # x, y
