@@ -188,10 +188,14 @@ def settings_of(pipe, kind, tuned=None, **given):
 
 
 def judged(pictures):
-    """What is in pictures of the models that ship, in words, "blue ring, red cube" for one."""
+    """What is in pictures of the models that ship, in words, "2 blue rings, red cube" for one."""
+    from collections import Counter
+
     from .shapes.judge import Judge
 
-    return [", ".join(sorted(map(" ".join, found))) or "nothing" for found in Judge.from_pretrained().read(pictures)]
+    found = [Counter(f"{colour} {solid}" for colour, solid, _ in s) for s in Judge.from_pretrained().solids(pictures)]
+    several = [[f"{n} {name}s" if n > 1 else name for name, n in sorted(solids.items())] for solids in found]
+    return [", ".join(solids) or "nothing" for solids in several]
 
 
 def run(args):

@@ -44,8 +44,12 @@ COLUMNS = {
     "clip_text": Column("caption", "CLIP-T"),
     "tifa": Column("tifa", "TIFA"),
     "soft_tifa": Column("tifa", "soft TIFA"),
-    "right": Column("judge", "right, %", 100, 1),
-    "objects": Column("judge", "every object, %", 100, 1),
+    "counted": Column("judge", "right, %", 100, 1),
+    "right": Column("judge", "every solid in its colour, %", 100, 1),
+    "double": Column("judge", "right but for a double, %", 100, 1, False),
+    "touching": Column("judge", "right but touching, %", 100, 1, False),
+    "objects": Column("judge", "every object, %", 100, 1),  # of runs scored when solids were not counted
+    "missing": Column("judge", "an object missing, %", 100, 1, False),
     "swap": Column("judge", "a swap, %", 100, 1, False),
 }
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2rem auto;padding:0 1rem}

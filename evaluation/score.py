@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from ..shapes.judge import Judge, verdict
+from ..shapes.judge import Judge, count, verdict
 from ..shapes.scenes import words_of_solids
 from .prompts import phrases
 from .runs import Run, processes, write
@@ -213,9 +213,9 @@ class Tifa:
 
 
 class Shapes:
-    """The judge of the shapes world: is every solid there in its colour, is every solid there, are colours swapped."""
+    """The judge of the shapes world: `verdict`, where "right" is that every solid is there in its colour."""
 
-    keys = ("right", "objects", "swap")
+    keys = ("counted", "right", "double", "touching", "missing", "swap")
 
     def __init__(self, prompts):
         self.judge, other = Judge.from_pretrained(), [p.text for p in prompts if not words_of_solids(p.text)]
@@ -224,11 +224,12 @@ class Shapes:
 
     def __call__(self, images, prompts):
         rows = []
-        for prompt, seen in zip(prompts, self.judge.read(images)):
-            words = prompt.text.split()
-            found = verdict([(words[colour], words[solid]) for colour, solid in words_of_solids(prompt.text)], seen)
-            row = {"right": found["present"], "objects": found["objects"], "swap": found["swap"]}
-            rows.append({key: int(value) for key, value in row.items()} | {"seen": sorted(map(list, seen))})
+        for image, prompt, seen in zip(images, prompts, self.judge.read(images)):
+            words, (solids, fragments) = prompt.text.split(), count(image)
+            wanted = [(words[colour], words[solid]) for colour, solid in words_of_solids(prompt.text)]
+            found = verdict(wanted, seen, solids)
+            row = {key: int(found["present" if key == "right" else key]) for key in self.keys}
+            rows.append(row | {"seen": sorted(map(list, seen)), "count": solids, "fragments": fragments})
         return rows
 
 
@@ -252,7 +253,7 @@ def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
         reader = Clip(*pretrained("CLIPModel", clip, device))
         return Caption(reader, *pretrained("BlipForConditionalGeneration", blip, device)), {"clip": clip, "blip": blip}
     if metric == "judge":
-        return Shapes(run.prompts), {}
+        return Shapes(run.prompts), {"counted": True}
     if questions is None:
         raise ValueError(
             "The metric is 'tifa', but there are no questions. Pass --questions with TIFA's question file."

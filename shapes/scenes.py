@@ -32,6 +32,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 PAIRS = tuple(product(COLOURS, SOLIDS))  # every coloured solid, in the order of the judge's outputs
+FACES = (0.25, 0.0, -0.25)  # how much lighter than its colour a solid's light, plain and dark faces are
 BACKGROUNDS = (115, 155)  # darkest and lightest grey: every face of black and of white stands out
 
 
@@ -93,10 +94,11 @@ def prompts(count, split, number, seed=0):
     raise ValueError(f"`number` is {number}, but only {len(found)} prompts were found in {split!r}. Ask for fewer.")
 
 
-def _shade(rgb, factor):
-    """Lighter (> 0, towards white) or darker (< 0, towards black)."""
-    target = 255 if factor > 0 else 0
-    return tuple(round(c + (target - c) * abs(factor)) for c in rgb) + (255,)
+def faces(colour):
+    """A colour's light, plain and dark faces, RGB 0 to 255: it goes towards white or black."""
+    return [
+        tuple(round(c + ((255 if factor > 0 else 0) - c) * abs(factor)) for c in COLOURS[colour]) for factor in FACES
+    ]
 
 
 @functools.cache
@@ -105,8 +107,7 @@ def sprite(solid, colour, size):
     n = size * SUPERSAMPLING
     image = Image.new("RGBA", (n, n))
     draw = ImageDraw.Draw(image)
-    rgb = COLOURS[colour]
-    light, plain, dark = _shade(rgb, 0.25), _shade(rgb, 0.0), _shade(rgb, -0.25)
+    light, plain, dark = (face + (255,) for face in faces(colour))
 
     def p(*points):
         return [(x * n, y * n) for x, y in points]

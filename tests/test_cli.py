@@ -180,16 +180,16 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
     from diffusers_tsam.shapes.judge import Judge
 
     class Seen(Judge):
-        def read(self, images):
+        def solids(self, images):
             assert [image.size for image in images] == [(64, 64)] * 2
-            return [set(), {("red", "cube"), ("blue", "ring")}]
+            return [[], [(*solid, (0.5, 0.5)) for solid in (("red", "cube"), ("blue", "ring"), ("blue", "ring"))]]
 
     given, draw = {}, cli.draw
     monkeypatch.setitem(cli.MODELS, "sd", Path(folder))
     monkeypatch.setattr(Judge, "from_pretrained", Seen)
     monkeypatch.setattr(cli, "draw", lambda *args, **settings: given.update(settings) or draw(*args, **settings))
     tsam(PROMPT)
-    assert capsys.readouterr().out.splitlines()[2] == "the judge sees: stock nothing; T-SAM blue ring, red cube"
+    assert capsys.readouterr().out.splitlines()[2] == "the judge sees: stock nothing; T-SAM 2 blue rings, red cube"
     tuned = {**TUNED["sd"], "refinement_iterations": 1}
     assert {name: given[name] for name in tuned} == tuned and given["guidance_scale"] == 4.0
 

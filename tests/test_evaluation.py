@@ -38,6 +38,7 @@ from diffusers_tsam.evaluation.score import (
     Tifa,
     in_template,
 )
+from diffusers_tsam.shapes import scenes
 from tiny import tiny_tokenizer
 
 
@@ -82,6 +83,7 @@ def test_three_commands_draw_score_and_report(run):
     text = (run / "report.md").read_text()
     assert "| stock (4) |" in text and "| conform:sharpness=none:schedule=light:alpha=4 (4) |" in text
     assert "12 of 12 pictures drawn" in text
+    assert "| right, % | over stock | every solid in its colour, % | over stock | right but for a double, % |" in text
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
     assert json.loads((run / "settings.json").read_text())["methods"]["stock"] == {"tsam_steps": 0}
@@ -396,6 +398,17 @@ def test_models_are_loaded_from_folders_and_resume(run, clip, tmp_path, capsys):
     assert "CLIP-I, minimum object" in text and "soft TIFA" in text and "| color |" in text
 
 
+def test_the_judges_scores_count_solids():
+    wanted = ("blue", "star"), ("red", "cube")
+    shown = wanted, (wanted[0], *wanted), wanted[:1], (("red", "star"), ("blue", "cube"))
+    drawn = [scenes.draw_scene(np.random.default_rng(0), solids)[0] for solids in shown]
+    prompts = [Prompt("0", scenes.caption_of(wanted), [])] * len(drawn)
+    rows = Shapes(prompts)([Image.fromarray(picture) for picture in drawn], prompts)
+    true = [{key for key in Shapes.keys if row[key]} for row in rows]
+    assert true == [{"counted", "right"}, {"right", "double"}, {"missing"}, {"swap"}]
+    assert [(row["count"], row["fragments"]) for row in rows] == [(2, 0), (3, 0), (1, 0), (2, 0)]
+
+
 def test_the_judge_reads_coloured_solids_only():
     with pytest.raises(ValueError, match="no pictures of 'a dog runs'"):
         Shapes([Prompt("0", "a dog runs", [])])
@@ -466,7 +479,7 @@ def test_a_sweep_reports_its_best_on_other_prompts(tmp_path, capsys):
     said = capsys.readouterr().out
     tuned, tested = Run(tmp_path / "tune"), Run(tmp_path / "test")
     scores = reports.Scores(tuned)
-    gains = {name: scores.gain(k, "right")[0] for k, name in enumerate(tuned.methods) if k}
+    gains = {name: scores.gain(k, "counted")[0] for k, name in enumerate(tuned.methods) if k}
     assert len(gains) == 4 and tested.methods == ["stock", max(gains, key=gains.get)]
     assert f"by right, %: {tested.methods[1]}" in said and (tmp_path / "tune" / "sweep.png").exists()
 

@@ -5,11 +5,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from diffusers_tsam.shapes import ARGUMENTS, JOINT_MODEL, MODELS, scenes
-from diffusers_tsam.shapes.judge import Judge, verdict
+from diffusers_tsam.shapes.judge import Judge, components, count, verdict
 from diffusers_tsam.tsam import normalize_text_attention
 from kinds import KINDS, generators
 
@@ -93,16 +94,82 @@ def test_the_judge_reads_unseen_rendered_scenes(judge):
     assert np.mean([set(scene.solids) == read for scene, read in zip(drawn, seen)]) >= 0.99
 
 
+def scenes_of_unseen_pairs(number):
+    rng = np.random.default_rng(3)
+    return [scenes.random_scene(rng, ("tune", "test")[k % 2]) for k in range(number)]
+
+
+def test_every_solid_of_a_rendered_scene_is_counted_named_and_placed(judge):
+    drawn = scenes_of_unseen_pairs(100)
+    found = judge.solids([scene.image for scene in drawn])
+    for scene, solids in zip(drawn, found):
+        assert count(scene.image) == (len(scene.solids), 0)
+        assert sorted(solid[:2] for solid in solids) == sorted(scene.solids)
+        for *solid, (x, y) in solids:
+            mask = scene.masks[scene.solids.index(tuple(solid))] > 0
+            rows, columns = (np.flatnonzero(mask.any(axis)) + 0.5 for axis in (1, 0))
+            middle = (columns[[0, -1]].mean() / scenes.GRID, rows[[0, -1]].mean() / scenes.GRID)
+            assert (x, y) == pytest.approx(middle, abs=1 / scenes.GRID)
+
+
+@torch.no_grad()
+def test_the_autoencoder_changes_no_count():
+    vae, drawn = AutoencoderKL.from_pretrained(MODELS["sd"] / "vae"), scenes_of_unseen_pairs(20)
+    pictures = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2) / 127.5 - 1
+    decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    decoded = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert [count(picture) for picture in decoded] == [(len(scene.solids), 0) for scene in drawn]
+
+
+def discs(*drawn):
+    """A picture of discs: colour, middle's x and y, radius."""
+    picture = Image.new("RGB", (scenes.SIZE, scenes.SIZE), (130, 130, 130))
+    for colour, x, y, radius in drawn:
+        ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), scenes.COLOURS[colour])
+    return picture
+
+
+def test_solids_that_touch_are_two_and_fragments_are_none():
+    assert count(discs()) == (0, 0)
+    assert count(discs(("red", 40, 40, 20), ("red", 81, 40, 20))) == (2, 0)  # a neck
+    assert count(discs(("red", 40, 40, 20), ("blue", 70, 40, 20))) == (2, 0)  # as wide as a solid, of two colours
+    assert count(discs(("red", 40, 40, 20), ("red", 55, 40, 20))) == (1, 0)
+    assert count(discs(("red", 40, 40, 20), ("white", 40, 40, 10))) == (1, 0)  # a light face
+    assert count(discs(("red", 40, 40, 20), ("green", 100, 90, 6))) == (1, 1)
+    (whole, part) = components(discs(("red", 40, 40, 20), ("green", 100, 90, 6)))
+    assert whole.box == (20, 20, 61, 61) and part.box == (94, 84, 107, 97) and whole.pixels > 1200 > 150 > part.pixels
+
+
+def test_a_double_is_seen_and_the_judge_alone_does_not(judge):
+    rng = np.random.default_rng(0)
+    wanted = ("blue", "star"), ("red", "cube")
+    picture, _ = scenes.draw_scene(rng, (wanted[0], *wanted))
+    assert judge.read([picture]) == [set(wanted)]
+    (solids,) = judge.solids([picture])
+    assert sorted(solid[:2] for solid in solids) == sorted([wanted[0], *wanted]) and len(set(solids)) == 3
+    found = verdict(wanted, judge.read([picture])[0], count(picture)[0])
+    assert found["correct"] and found["double"] and not found["counted"]
+
+
+def test_what_the_judge_reads_in_a_picture_is_what_its_solids_are(judge):
+    touching = discs(("orange", 50, 50, 25), ("orange", 70, 70, 25))
+    for picture in (discs(), touching):
+        assert {solid[:2] for solid in judge.solids([picture])[0]} == judge.read([picture])[0]
+
+
 def test_a_verdict_tells_a_swap_from_a_missing_solid():
+    def true(*seen, **given):
+        return {key for key, value in verdict(wanted, seen, **given).items() if value}
+
     wanted = [("red", "cube"), ("blue", "ring")]
-    right = verdict(wanted, wanted)
-    assert right == {"correct": True, "present": True, "objects": True, "swap": False}
-    swapped = verdict(wanted, [("blue", "cube"), ("red", "ring")])
-    assert swapped == {"correct": False, "present": False, "objects": True, "swap": True}
-    missing = verdict(wanted, [("red", "cube")])
-    assert missing == {"correct": False, "present": False, "objects": False, "swap": False}
-    extra = verdict(wanted, [*wanted, ("green", "star")])
-    assert extra == {"correct": False, "present": True, "objects": True, "swap": False}
+    right = {"correct", "present", "objects"}
+    assert true(*wanted) == right
+    assert true(("blue", "cube"), ("red", "ring")) == {"objects", "swap"}
+    assert true(("red", "cube")) == {"missing"}
+    assert true(*wanted, ("green", "star")) == {"present", "objects"}
+    assert [true(*wanted, count=n) - right for n in (1, 2, 3)] == [{"touching"}, {"counted"}, {"double"}]
+    assert true(*wanted, ("green", "star"), count=3) == {"present", "objects"}
+    assert true(("red", "cube"), count=2) == {"missing"}
 
 
 def test_the_shipped_model_is_small_and_loads_into_the_stock_pipeline(kind):
