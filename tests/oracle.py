@@ -107,7 +107,12 @@ def normalized(matrix, objective):
 
 
 def loss(text, images, objective):
-    """Σ_i (i/s) Σ_{j<=i} |T_ij - S_ij|, Eq. (14). "cosine", the release: Σ_r 0.2·r·(1 - cos(T_r, C_r)), r from 0."""
+    """Σ_i (i/s) Σ_{j<=i} |T_ij - S_ij|, Eq. (14). "cosine", the release: Σ_r 0.2·r·(1 - cos(T_r, C_r)), r from 0.
+
+    text: T; for "relation" and "contrast", which are further below, R.
+    """
+    if objective in ("relation", "contrast"):
+        return contrast(text, images, objective)
     size, total, similar = len(text), 0.0, similarity(images)
     if objective == "cosine":
         for r in range(1, size):
@@ -341,3 +346,85 @@ def update(model, latents, scale, alpha, *where):
     value = loss_at(model, model_input, *where)
     (gradient,) = torch.autograd.grad(value, model_input)
     return ((model_input - alpha * gradient) / scale).detach(), value.item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contrast objective, which is no paper's
+
+
+RELATED, PLACE = 0.5, 0.25  # λ and μ
+
+
+def lift(attention, own):
+    """A_ij / mean_{k>j} A_kj with A_ij = T'_ij / Σ_{k<=i} T'_ik over content tokens, row i of its columns j < i."""
+    shares, matrix = [], []
+    for i in own:
+        row = [attention[i][j] for j in own if j <= i]
+        shares.append([value / sum(row) if sum(row) > 0 else 0.0 for value in row])
+    for i in range(len(shares)):
+        row = []
+        for j in range(i):
+            later = [shares[k][j] for k in range(j + 1, len(shares))]
+            row.append(shares[i][j] * len(later) / sum(later) if sum(later) > 0 else 0.0)
+        matrix.append(row)
+    return matrix
+
+
+def relation(attention, own):
+    """R_ij = lift_ij / max_{k<i} lift_ik, row i of its columns j < i."""
+    matrix = []
+    for row in lift(attention, own):
+        largest = max(row, default=0.0)
+        matrix.append([value / largest if largest > 0 else 0.0 for value in row])
+    return matrix
+
+
+def weight(image):
+    """w = (1 - mean/max)² of one smoothed map, a number that no gradient passes."""
+    values = [float(value) for row in smooth(image) for value in row]
+    return (1 - sum(values) / len(values) / max(values)) ** 2 if max(values) > 0 else 0.0
+
+
+def spread(image):
+    """v = 6 (Var x + Var y) of one map less its minimum, x and y from 0 to 1 across the picture."""
+    height, width = len(image), len(image[0])
+    least = min(value for row in image for value in row)
+    total = sum(value - least for row in image for value in row)
+    if not total > 0:
+        return 0.0
+    places = []
+    for h in range(height):
+        for w in range(width):
+            places.append(((image[h][w] - least) / total, (h + 0.5) / height, (w + 0.5) / width))
+    y_mean, x_mean = sum(q * y for q, y, x in places), sum(q * x for q, y, x in places)
+    return 6 * sum(q * ((y - y_mean) ** 2 + (x - x_mean) ** 2) for q, y, x in places)
+
+
+def weighted_mean(values, weights):
+    """Σ w v / Σ w; 0 where no weight is left."""
+    total, sum_of_weights = 0.0, 0.0
+    for value, own in zip(values, weights):
+        total, sum_of_weights = total + own * value, sum_of_weights + own
+    return total / sum_of_weights if sum_of_weights > 0 else 0.0
+
+
+def contrast_terms(related, images, weights=None):
+    """How much unrelated words share a place, how far related ones are apart, how many places a word has.
+
+    related: R. images: the content tokens' maps. weights: each map's w; their own unless given.
+    """
+    weights = [weight(image) for image in images] if weights is None else weights
+    similar, pairs = similarity(images), [(i, j) for i in range(len(images)) for j in range(i)]
+    both = [weights[i] * weights[j] for i, j in pairs]
+    shared = weighted_mean(
+        [similar[i][j] for i, j in pairs], [w * (1 - related[i][j]) for w, (i, j) in zip(both, pairs)]
+    )
+    parted = weighted_mean([1 - similar[i][j] for i, j in pairs], [w * related[i][j] for w, (i, j) in zip(both, pairs)])
+    places = weighted_mean([spread(smooth(image)) for image in images], weights)
+    return shared, parted, places if len(images) > 1 else 0.0  # one word alone is left as it is
+
+
+def contrast(related, images, objective="contrast", weights=None):
+    """The first term + λ the second, + μ the third for "contrast"; "relation" has two."""
+    shared, parted, places = contrast_terms(related, images, weights)
+    return shared + RELATED * parted + (PLACE * places if objective == "contrast" else 0.0)

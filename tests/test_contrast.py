@@ -1,0 +1,443 @@
+"""The objectives "relation" and "contrast": against `oracle.py`, and what holds of them whatever the maps show."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+from diffusers_tsam import LatentAlignment, TextSelfAttention, tsam
+from diffusers_tsam.shapes import MODELS, scenes
+from diffusers_tsam.tsam import OBJECTIVES
+from diffusers_tsam.tsam_arguments import Settings
+from kinds import KINDS
+
+
+OURS = ("relation", "contrast")
+GRID = (4, 5)
+LENGTHS = (7, 1, 2, 4, 0)  # content tokens of the images in a batch
+SHARPNESS = {"flat": 0.01, "soft": 1.0, "sharp": 8.0}  # deviation of the maps' logarithms
+laws = settings(derandomize=True, deadline=None, max_examples=30, database=None)
+
+
+def attention_of(lengths, tokens, bidirectional=False):
+    """T' (B, N, N), of which a causal encoder's rows sum to one; <bos> takes a share."""
+    attention = torch.rand(len(lengths), tokens, tokens, dtype=torch.float64) ** 2
+    attention[..., 0] += 1
+    if bidirectional:
+        return tsam.symmetrize(attention / attention.sum(-1, keepdim=True))
+    return attention.tril() / attention.tril().sum(-1, keepdim=True)
+
+
+def case_of(lengths=LENGTHS, grid=GRID, sharpness="soft", bidirectional=False):
+    """Prompts of these numbers of words behind a <bos>, two of padding behind the longest, and their maps, float64."""
+    tokens = max(lengths) + 3
+    content = torch.tensor([[0 < position <= length for position in range(tokens)] for length in lengths])
+    maps = (torch.randn(len(lengths), tokens, *grid, dtype=torch.float64) * SHARPNESS[sharpness]).exp()
+    return SimpleNamespace(
+        attention=attention_of(lengths, tokens, bidirectional), content=content, maps=maps, lengths=lengths
+    )
+
+
+@st.composite
+def cases(draw):
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=3))
+    side = st.integers(1, 6)
+    return case_of(lengths, (draw(side), draw(side)), draw(st.sampled_from([*SHARPNESS])), draw(st.booleans()))
+
+
+def loss_of(objective, maps, attention, content):
+    """The product's, (B,)."""
+    text = tsam.Syntax(attention, attention, content, [], tsam.relation_of(attention, content))
+    return OBJECTIVES[objective](maps, text)
+
+
+def loss_and_gradient(objective, maps, attention, content):
+    maps = maps.detach().clone().requires_grad_()
+    loss = loss_of(objective, maps, attention, content)
+    return loss.detach(), torch.autograd.grad(loss.sum(), maps)[0]
+
+
+def expected_of(case, objective):
+    """The oracle's losses, and each image's R and maps of its words as lists."""
+    related, images = [], []
+    for attention, content, maps in zip(case.attention.tolist(), case.content, case.maps):
+        own = content.nonzero().flatten().tolist()
+        related.append(oracle.relation(attention, own))
+        images.append(maps[own].tolist())
+    return [oracle.contrast(*both, objective) for both in zip(related, images)], related, images
+
+
+def lower(matrix, content):
+    """Rows below the diagonal over content tokens. Everything else has to be zero."""
+    own = content.nonzero().flatten().tolist()
+    rows = [[matrix[i, j].item() for j in own if j < i] for i in own]
+    assert matrix.abs().sum().item() == pytest.approx(sum(map(sum, rows)))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What belongs together
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "symmetrised"])
+def test_lift_and_relation_are_those_of_each_prompt_alone(bidirectional):
+    case = case_of(bidirectional=bidirectional)
+    for name in ("lift", "relation"):
+        product = getattr(tsam, f"{name}_of")(case.attention, case.content)
+        for matrix, attention, content in zip(product, case.attention.tolist(), case.content):
+            expected = getattr(oracle, name)(attention, content.nonzero().flatten().tolist())
+            for row, other in zip(lower(matrix, content), expected, strict=True):
+                assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_lift_is_as_one_calculates_it_by_hand():
+    attention = torch.tensor([[[1.0, 0, 0], [0.25, 0.75, 0], [0.5, 0.125, 0.375]]])
+    lift = tsam.lift_of(attention, torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(lift, torch.tensor([[[0.0, 0, 0], [2 / 3, 0, 0], [4 / 3, 1, 0]]]))
+
+
+@laws
+@given(cases())
+def test_relation_is_0_to_1_and_each_words_closest_earlier_word_has_1(case):
+    relation = tsam.relation_of(case.attention, case.content)
+    assert 0 <= relation.min() and relation.max() <= 1 and not relation.triu().any()
+    behind_another = case.content & (case.content.cumsum(-1) > 1)
+    assert torch.equal(relation.amax(-1), behind_another.float())
+
+
+@laws
+@given(cases(), st.floats(1e-3, 1))
+def test_relation_does_not_depend_on_how_much_of_its_attention_a_word_gives_away(case, share):
+    """To <bos>, the sink, or to padding."""
+    shares = torch.rand(case.content.shape, dtype=torch.float64).clamp(min=share)
+    given_away = case.attention * shares.unsqueeze(-1)
+    given_away[..., 0] += 1 - shares
+    torch.testing.assert_close(
+        tsam.relation_of(given_away, case.content), tsam.relation_of(case.attention, case.content)
+    )
+
+
+def test_a_word_that_attends_to_no_earlier_one_and_one_that_no_later_one_attends_to_are_unrelated():
+    case = case_of()
+    case.attention[0, 4, 1:4] = 0  # the fourth word has itself alone
+    case.attention[0, 3:, 2] = 0  # nobody has the second
+    case.attention[0, 6] = 0  # the sixth has nothing at all
+    relation = tsam.relation_of(case.attention, case.content)[0]
+    assert not relation[[4, 6]].any() and not relation[:, 2].any() and relation[5].max() == relation[7].max() == 1
+    for objective in OURS:
+        loss, gradient = loss_and_gradient(objective, case.maps, case.attention, case.content)
+        assert loss.tolist() == pytest.approx(expected_of(case, objective)[0], rel=1e-5) and gradient.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights and places
+
+
+@pytest.mark.parametrize("sharpness", SHARPNESS)
+def test_weights_and_spreads_are_those_of_each_map_alone(sharpness):
+    maps = case_of(sharpness=sharpness).maps
+    weights, spreads = tsam.weight_of(tsam.smooth(maps)), tsam.spread_of(maps)
+    for image, *found in zip(maps.flatten(0, 1).tolist(), weights.flatten().tolist(), spreads.flatten().tolist()):
+        assert found == pytest.approx([oracle.weight(image), oracle.spread(image)], rel=1e-6)
+
+
+@laws
+@given(cases())
+def test_weights_are_0_to_1_and_have_no_gradient(case):
+    weight = tsam.weight_of(case.maps.requires_grad_())
+    assert 0 <= weight.min() and weight.max() <= 1 and not weight.requires_grad
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (8, 8)])
+def test_a_map_of_one_position_has_the_largest_weight_and_a_flat_one_or_none_at_all_has_zero(grid):
+    maps = torch.zeros(1, 3, *grid, dtype=torch.float64)
+    maps[0, 0, 2, 3], maps[0, 1] = 0.4, 0.4
+    cells = grid[0] * grid[1]
+    assert tsam.weight_of(maps)[0].tolist() == pytest.approx([(1 - 1 / cells) ** 2, 0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("side", [2, 4, 16, 64])
+def test_a_map_with_as_much_in_every_row_and_every_column_spreads_1_less_1_over_the_number_of_positions(side):
+    place = torch.arange(side)
+    diagonal, chessboard = torch.eye(side), (place + place[:, None]) % 2
+    spreads = tsam.spread_of(torch.stack([diagonal, chessboard + 0.3])[None].float())
+    assert spreads[0].tolist() == pytest.approx([1 - 1 / side**2] * 2, rel=1e-5)
+
+
+def test_a_nearly_uniform_map_spreads_as_a_uniform_one():
+    maps = torch.ones(1, 1, 64, 64)
+    maps[..., 0, 0] = 0
+    assert tsam.spread_of(maps).item() == pytest.approx(1, abs=2e-3)
+
+
+@laws
+@given(st.data())
+def test_two_places_spread_a_blob_by_the_square_of_half_their_distance(data):
+    """6 (d/2)² more than one does, with d as a part of the picture's side; where it is alone does not matter."""
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    (tall, wide), (height, width) = (data.draw(st.tuples(*[st.integers(*limits)] * 2)) for limits in ((1, 3), (4, 9)))
+    blob, maps = torch.rand(tall, wide, dtype=torch.float64), torch.zeros(1, 2, height, width, dtype=torch.float64)
+    places = [
+        (data.draw(st.integers(0, height - tall)), data.draw(st.integers(0, width - wide - (tall == height))))
+        for _ in range(2)
+    ]
+    for k, (y, x) in enumerate(places):
+        maps[0, k, y : y + tall, x : x + wide] = blob
+    one, other = tsam.spread_of(maps)[0].tolist()
+    (both,) = tsam.spread_of(maps.sum(1, keepdim=True))[0].tolist()
+    (y, x), (v, u) = places
+    distance = ((y - v) / height) ** 2 + ((x - u) / width) ** 2
+    assert one == pytest.approx(other) and both == pytest.approx(one + 6 * distance / 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "symmetrised"])
+@pytest.mark.parametrize("sharpness", SHARPNESS)
+@pytest.mark.parametrize("objective", OURS)
+def test_loss_is_that_of_each_image_alone(objective, sharpness, bidirectional):
+    case = case_of(sharpness=sharpness, bidirectional=bidirectional)
+    expected, *_ = expected_of(case, objective)
+    for dtype, close in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+        product = loss_of(objective, case.maps.to(dtype), case.attention, case.content)
+        assert product.dtype == dtype and product.tolist() == pytest.approx(expected, rel=close, abs=close / 100)
+
+
+@pytest.mark.parametrize("sharpness", SHARPNESS)
+@pytest.mark.parametrize("objective", OURS)
+def test_gradient_is_the_slope_of_the_oracles_loss_at_constant_weights(objective, sharpness):
+    case = case_of((3,), (3, 4), sharpness)
+    _, (gradient,) = loss_and_gradient(objective, case.maps, case.attention, case.content)
+    _, (related,), (images,) = expected_of(case, objective)
+    weights = [oracle.weight(image) for image in images]
+    words, step = torch.tensor(images, dtype=torch.float64), 1e-5
+    slopes = torch.zeros_like(words)  # by the logarithms of the maps, so that each position counts
+    for k in range(words.numel()):
+        losses = []
+        for factor in (1 + step, 1 - step):
+            moved = words.clone()
+            moved.view(-1)[k] *= factor
+            losses.append(oracle.contrast(related, moved.tolist(), objective, weights))
+        slopes.view(-1)[k] = (losses[0] - losses[1]) / (2 * step)
+    assert not gradient[[0, *range(4, len(gradient))]].any()  # <bos> and padding
+    assert (gradient[1:4] * words - slopes).norm() < 1e-5 * slopes.norm() and slopes.norm() > 0
+
+
+@laws
+@given(cases())
+def test_each_term_is_0_to_1_and_the_place_of_a_word_only_adds(case):
+    terms = []
+    for related in (0.0, 1.0):
+        with mock.patch.object(tsam, "RELATED_WEIGHT", related):
+            terms.append(loss_of("relation", case.maps, case.attention, case.content))
+    shared, parted = terms[0], terms[1] - terms[0]
+    for term in (shared, parted):
+        assert term.min() > -1e-9 and term.max() < 1 + 1e-9
+    relation, contrast = (loss_of(objective, case.maps, case.attention, case.content) for objective in OURS)
+    torch.testing.assert_close(relation, shared + tsam.RELATED_WEIGHT * parted)
+    places = contrast - relation
+    assert places.min() > -1e-9 and places.max() < tsam.PLACE_WEIGHT * 3  # all in opposite corners: 6 · 2 · ¼
+
+
+@laws
+@given(cases(), st.floats(-3, 3))
+def test_how_much_attention_a_word_gets_changes_nothing(case, exponent):
+    scale = 10 ** (exponent * torch.rand(*case.content.shape, 1, 1, dtype=torch.float64))
+    for objective in OURS:
+        losses = [loss_of(objective, maps, case.attention, case.content) for maps in (case.maps, case.maps * scale)]
+        torch.testing.assert_close(*losses)
+
+
+@laws
+@given(cases(), st.randoms())
+def test_an_image_has_its_loss_and_gradient_wherever_it_is_in_a_batch_and_alone(case, random):
+    order = random.sample(range(len(case.lengths)), len(case.lengths))
+    for objective in OURS:
+        loss, gradient = loss_and_gradient(objective, case.maps, case.attention, case.content)
+        for images in (order, order[:1]):
+            chosen = (x[images] for x in (case.maps, case.attention, case.content))
+            others = loss_and_gradient(objective, *chosen)
+            torch.testing.assert_close(others, (loss[images], gradient[images]))
+
+
+@laws
+@given(cases())
+def test_padding_and_its_maps_change_nothing(case):
+    longest = max(case.lengths) + 1
+    for objective in OURS:
+        loss, gradient = loss_and_gradient(objective, case.maps, case.attention, case.content)
+        assert not gradient[~case.content].any()
+        cut = case.attention[:, :longest, :longest], case.content[:, :longest]
+        torch.testing.assert_close(loss_of(objective, case.maps[:, :longest], *cut), loss)
+        other = case.maps.where(case.content[..., None, None], torch.rand_like(case.maps))
+        assert torch.equal(loss_of(objective, other, case.attention, case.content), loss)
+
+
+@laws
+@given(cases())
+def test_one_word_has_no_loss_and_two_words_are_together_where_they_look_alike(case):
+    case.content &= case.content.cumsum(-1) <= 2
+    relation, contrast = (loss_and_gradient(name, case.maps, case.attention, case.content) for name in OURS)
+    for k, length in enumerate(case.lengths):
+        if length < 2:
+            assert all(loss[k] == 0 and not gradient[k].any() for loss, gradient in (relation, contrast))
+        elif case.maps[0, 0].numel() > 1:  # on a grid of one position no map is localised
+            similar = tsam.cosine_similarity(tsam.smooth(case.maps[k : k + 1]).flatten(2))[0, 2, 1]
+            torch.testing.assert_close(relation[0][k], tsam.RELATED_WEIGHT * (1 - similar), rtol=1e-6, atol=1e-9)
+
+
+def degenerate(name):
+    maps = torch.rand(1, 6, *GRID)
+    return {
+        "zeros": torch.zeros_like(maps),
+        "constant": torch.full_like(maps, 0.3),
+        "identical": maps[:, :1].repeat(1, 6, 1, 1),
+        "one position": torch.zeros_like(maps).index_fill_(3, torch.tensor([2]), 0.5),
+        "apart": torch.eye(20)[:6].reshape(1, 6, *GRID),
+        "zero and constant among others": maps * torch.tensor([1.0, 0, 1, 0, 1, 1])[:, None, None]
+        + torch.tensor([0.0, 0, 0, 0.3, 0, 0])[:, None, None],
+        "tiny": maps * 1e-30,
+        "huge": maps * 1e12,
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["zeros", "constant", "identical", "one position", "apart", "zero and constant among others", "tiny", "huge"],
+)
+@pytest.mark.parametrize("objective", OURS)
+def test_loss_and_gradient_are_finite_whatever_the_maps_are(objective, name):
+    content = torch.tensor([[False, True, True, True, True, False]])
+    attention = attention_of((4,), 6)
+    loss, gradient = loss_and_gradient(objective, degenerate(name), attention, content)
+    assert loss.isfinite().all() and gradient.isfinite().all() and -1e-6 < loss.item() < 1 + 0.5 + 0.25 * 3
+    if name == "zeros":
+        assert loss.item() == 0 and not gradient.any()
+
+
+def test_identical_maps_share_all_and_maps_that_never_meet_are_all_apart():
+    """The first term is 1 of the former and 0 of the latter, the second the reverse."""
+    case = case_of((5,), (9, 9))
+    apart = torch.zeros_like(case.maps)
+    for word in range(1, 6):
+        apart[0, word, 4 * (word // 3) + 1, 3 * (word % 3) + 1] = 1  # a smoothed position reaches one further
+    for maps, expected in ((apart[:, 1:2].expand_as(apart), 1.0), (apart, tsam.RELATED_WEIGHT)):
+        assert loss_of("relation", maps, case.attention, case.content).item() == pytest.approx(expected, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In an alignment
+
+
+K, N = 3, 6
+WINDOWS = ((4, 6, 2), (5, 0, 0), (1, 1, 1))  # content tokens of every window of three images
+
+
+def windowed():
+    """A `TextSelfAttention` of prompts in windows, and maps."""
+    content = torch.tensor([[k < length for length in of_image for k in range(N)] for of_image in WINDOWS])
+    attention = torch.rand(len(WINDOWS), K * N, N).add(0.02)
+    maps = torch.rand(len(WINDOWS), K * N, *GRID) ** 4
+    return TextSelfAttention(attention, content, [["word"] * sum(of_image) for of_image in WINDOWS]), maps
+
+
+def aligned(text, objective, **arguments):
+    return LatentAlignment(text, Settings(objective=objective, **arguments))
+
+
+def relation_of_window(text, image, window):
+    """The oracle's, and which tokens the window has."""
+    own = range(window * N, window * N + WINDOWS[image][window])
+    return oracle.relation(text.attention[image, own].tolist(), range(len(own))), own
+
+
+@pytest.mark.parametrize("objective", OURS)
+def test_only_words_of_one_window_are_compared_and_the_loss_is_the_sum_of_every_windows(objective):
+    text, maps = windowed()
+    alignment = aligned(text, objective)
+    product = alignment.loss_of(maps)
+    for image in range(len(WINDOWS)):
+        expected = 0.0
+        for window in range(K):
+            related, own = relation_of_window(text, image, window)
+            expected += oracle.contrast(related, maps[image, own].tolist(), objective)
+        assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    gradients = []
+    for others in (maps, torch.rand_like(maps), maps[:, :N].repeat(1, K, 1, 1)):  # the last: at the very same places
+        seen = torch.cat([maps[:, :N], others[:, N:]], 1).requires_grad_()
+        gradients.append(torch.autograd.grad(alignment.loss_of(seen).sum(), seen)[0][:, :N])
+    assert gradients[0][:2].any() and not gradients[0][2].any()
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+@pytest.mark.parametrize("objective", OURS)
+def test_gamma_does_not_matter(objective):
+    text, maps = windowed()
+    losses = [aligned(text, objective, gamma=gamma).loss_of(maps) for gamma in (0.5, 2.0, 9.0)]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("objective", ["l1", *OURS])
+def test_attentions_hold_the_relation_of_the_words_of_each_window_and_zero_between_windows(objective):
+    text, maps = windowed()
+    alignment = aligned(text, objective, output_attentions=True)
+    alignment.maps = [maps]
+    for image, seen in enumerate(alignment.attentions([0])):
+        expected, start = torch.zeros(sum(WINDOWS[image]), sum(WINDOWS[image])), 0
+        for window in range(K):
+            for i, row in enumerate(relation_of_window(text, image, window)[0]):
+                expected[start + i, start : start + i] = torch.tensor(row)
+            start += WINDOWS[image][window]
+        torch.testing.assert_close(seen["relation"], expected)
+
+
+@pytest.mark.parametrize("objective", OURS)
+def test_a_prompt_of_one_word_is_said_to_have_nothing_to_align(objective, warnings_seen):
+    text = windowed()[0]
+    one = TextSelfAttention(text.attention[2:], text.content[2:], text.tokens[2:])  # one word in each window
+    assert not aligned(one, objective).possible and "no prompt has two" in warnings_seen.text
+    assert aligned(text, objective).possible
+
+
+@pytest.mark.parametrize("wrong", ["contrasts", "Contrast", "", 3, ["contrast"]])
+def test_a_wrong_objective_is_refused_with_all_names(wrong):
+    with pytest.raises(ValueError, match="`objective` is .* but has to be one of") as error:
+        Settings(objective=wrong)
+    assert all(repr(name) in str(error.value) for name in (*OBJECTIVES, "layout")) and "contrast" in OBJECTIVES
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What trained encoders know
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request):
+    return KINDS[request.param].tsam.from_pretrained(MODELS[request.param], dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_the_relation_tells_a_solids_own_colour_from_the_others(trained):
+    """Of "a red cube and a blue sphere", and of 40 captions as the probability (AUC) that a pair of words which belong
+    together has a higher R than one of two solids."""
+    wanted = ["a red cube and a blue sphere", *(caption for caption, _ in scenes.prompts(2, "test", 40))]
+    text = trained.get_text_self_attention(wanted)
+    relation = tsam.relation_of(text.attention, text.content)
+    own, other = [], []
+    for caption, matrix, content in zip(wanted, relation, text.content):
+        matrix = matrix[content][:, content]
+        assert len(matrix) == len(caption.split())  # a word is a token
+        (colour, solid), (other_colour, other_solid) = scenes.words_of_solids(caption)
+        own.append([matrix[solid, colour].item(), matrix[other_solid, other_colour].item()])
+        other.append([matrix[other_colour, solid].item(), matrix[other_solid, colour].item()])
+    (red_cube, blue_sphere), (cube_blue, red_sphere) = own[0], other[0]
+    assert red_cube > cube_blue and blue_sphere > red_sphere
+    own, other = np.ravel(own), np.ravel(other)
+    assert (own[:, None] > other).mean() > 0.8  # 1.00 of the small CLIP, 0.85 of the small T5
