@@ -8,7 +8,8 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args, get_origin
 
 
-OBJECTIVES = ("l1", "cosine", "attainable", "relation", "contrast")  # the keys of tsam.OBJECTIVES
+# The keys of tsam.OBJECTIVES, and "layout": the regions' loss alone.
+OBJECTIVE_NAMES = ("l1", "cosine", "attainable", "relation", "contrast", "layout")
 
 
 class Preset(NamedTuple):
@@ -95,7 +96,7 @@ class Settings:
         " that S can take. 'cosine': the authors' released default. 'layout': the regions' loss alone. Or a function of"
         " the maps (B, N, H, W) and the prompts' `Syntax` (see `tsam.py`) that returns a loss per image, (B,), and"
         " reads no tokens but `content`.",
-        (*OBJECTIVES, "layout"),
+        OBJECTIVE_NAMES,
     )
     relative_step: float | None = argument(
         None,
@@ -171,10 +172,10 @@ class Settings:
             check_number("relative_step", self.relative_step, remedy, least=0, most=1)
         check_number("gamma", self.gamma, "Pass the exponent of T, 2.0 for instance.", above=0)
         check_number("region_weight", self.region_weight, "Pass the weight of the regions' loss, 10.0.", least=0)
-        known = isinstance(self.objective, str) and self.objective in (*OBJECTIVES, "layout")
+        known = isinstance(self.objective, str) and self.objective in OBJECTIVE_NAMES
         if not known and not callable(self.objective):
             raise ValueError(
-                f"`objective` is {self.objective!r}, but has to be {one_of((*OBJECTIVES, 'layout'))}, or a function"
+                f"`objective` is {self.objective!r}, but has to be {one_of(OBJECTIVE_NAMES)}, or a function"
                 " (maps, text)."
             )
         if self.objective == "layout" and not self.regions:

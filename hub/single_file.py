@@ -15,7 +15,9 @@ from diffusers_tsam import FAMILIES
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("attention_processors.py", "tsam.py")  # what every pipeline imports
+# What every pipeline imports, each behind what it imports itself.
+SHARED = ("tsam_arguments.py", "tsam_layout.py", "tsam.py", "attention_processors.py", "tsam_candidates.py")
+SHARED += ("tsam_pipeline.py",)
 WIDTH = 119  # of diffusers' lines
 HEAD = """
 {files} of T-SAM for diffusers in one file, written by its hub/single_file.py: change those, not this.
@@ -24,8 +26,7 @@ Licensed under the Apache License, Version 2.0 (the "License"); you may not use 
 License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
 applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
-governing permissions and limitations under the License. The denoising loop is that of diffusers' {stock}, by The
-HuggingFace Team, under the same License.
+governing permissions and limitations under the License.
 """
 
 
@@ -74,7 +75,7 @@ def single_file(kind):
     )
     if twice := [name for name, number in names.items() if name and number > 1]:
         raise SystemExit(f"{', '.join(twice)} would be defined twice in one file. Rename one in {' or '.join(files)}.")
-    head = comment(HEAD.format(files=", ".join(files), stock=family.stock))
+    head = comment(HEAD.format(files=", ".join(files)))
     blocks = [f'{head}\n\n"""{modules[-1][0]}\n"""\n\n{import_block(imports)}']
     blocks += [f"{comment(doc)}\n\n\n{code}" for doc, code in modules[:-1]] + [modules[-1][1]]
     return "\n\n\n".join(blocks) + "\n"
