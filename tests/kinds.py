@@ -135,6 +135,13 @@ def conditions_of(pipe, prompt):
     return conditions
 
 
+def aligned(pipe, alignment, latents, t, conditions, layers):
+    """`align_latents`, given what the denoiser is called with by name, the timestep as each family calls for it."""
+    rows = conditions["encoder_hidden_states"].shape[0]
+    args, timestep = ((t,), {}) if kind_of(pipe).name == "sd" else ((), {"timestep": torch.as_tensor(t).expand(rows)})
+    return pipe.align_latents(alignment, latents, t, args, conditions | timestep, layers)
+
+
 @contextmanager
 def calls_of(module):
     """A list of the (positional, keyword) arguments that `module` is called with while the context is open."""

@@ -9,11 +9,14 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
 from diffusers_tsam import LatentAlignment, tsam
+from diffusers_tsam.tsam_pipeline import input_scale
 from kinds import (
     INPUTS,
+    KINDS,
     PROMPT,
     SCHEDULERS,
     SHORT,
+    aligned,
     calls_of,
     conditions_of,
     denoiser_of,
@@ -28,13 +31,15 @@ from kinds import (
 )
 
 
-DEFAULTS = {"tsam_steps": None, "refinement_steps": None, "refinement_iterations": None, "schedule": "paper"}
-DEFAULTS |= {"objective": "l1", "relative_step": None, "text_self_attention": None, "output_attentions": False}
-DEFAULTS |= {"regions": None, "region_weight": 10.0}
+DEFAULTS = {"tsam_steps": None, "refinement_steps": None, "refinement_iterations": None, "preset": "paper"}
+DEFAULTS |= {"objective": None, "relative_step": None, "text_self_attention": None, "output_attentions": False}
+DEFAULTS |= {"alpha": None, "gamma": None, "regions": None, "region_weight": 10.0}
+DEFAULTS |= {"candidates": 1, "candidate_steps": None}
 OWN_DEFAULTS = {
-    "sd": {"alpha": 10.0, "gamma": 2.0, "attention_resolution": 16, "max_sequence_length": None},
-    "pixart": {"alpha": 15.0, "gamma": 4.0, "attention_layers": (10, 18)},
+    "sd": {"attention_resolution": 16, "max_sequence_length": None},
+    "pixart": {"attention_layers": (10, 18)},
 }
+PAPER = {"sd": (10.0, 2.0), "pixart": (15.0, 4.0)}  # α and γ, App. B.2
 
 
 def rows(calls):
@@ -98,6 +103,8 @@ class TestOff:
         assert all(ours[name].default == theirs[name].default for name in theirs)
         extra = {name: ours[name].default for name in kind.extra - {"callback_on_step_end", INPUTS}}
         assert extra == DEFAULTS | OWN_DEFAULTS[kind.name]
+        settings = kind.tsam.settings()
+        assert (settings.alpha, settings.gamma, settings.objective) == (*PAPER[kind.name], "l1")
 
     @pytest.mark.parametrize(
         "options",
@@ -147,9 +154,9 @@ class TestGuidance:
             pipe.scheduler = one.from_config(pipe.scheduler.config, timestep_spacing="trailing")
             pipe.scheduler.set_timesteps(10)
             t = pipe.scheduler.timesteps[0]
-            scale, alignment = tsam.input_scale(pipe.scheduler, t), LatentAlignment(text, 1.5 * kind.alpha, 2.0)
-            conditions = conditions_of(pipe, PROMPT)
-            latents = pipe.align_latents(alignment, model_input / scale, t, conditions, layers_of(pipe))
+            scale = input_scale(pipe.scheduler, t)
+            alignment = LatentAlignment(text, pipe.settings(alpha=1.5 * kind.alpha, gamma=2.0))
+            latents = aligned(pipe, alignment, model_input / scale, t, conditions_of(pipe, PROMPT), layers_of(pipe))
             moved.append(latents * scale - model_input)
         assert moved[0].abs().max() > 1e-3
         torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-5)
@@ -292,7 +299,8 @@ class TestCallbacks:
         one, other = (run(pipe, seed=seed, callback_on_step_end=clear) for seed in (0, 1))
         assert torch.equal(one.images, other.images) and one.losses[0, 0] != other.losses[0, 0]
 
-    def test_it_may_replace_the_embeddings(self, pipe):
+    @pytest.mark.parametrize("kind", [KINDS["sd"]], ids=["sd"])  # stock PixArt-α hands out no embeddings
+    def test_it_may_replace_the_embeddings(self, kind, pipe):
         names = ["prompt_embeds", "negative_prompt_embeds"]
         with calls_of(denoiser_of(pipe)) as calls:
 
@@ -305,8 +313,9 @@ class TestCallbacks:
         assert all(torch.equal(embeds, prompt[0]) for embeds in prompt[:4])
         assert all(torch.equal(embeds, 2 * prompt[0]) for embeds in prompt[4:]) and len(prompt) == 7
 
+    @pytest.mark.parametrize("kind", [KINDS["sd"]], ids=["sd"])
     @pytest.mark.parametrize("wrap", [lambda callback: callback, lambda callback: MultiPipelineCallbacks([callback])])
-    def test_one_that_drops_the_unconditional_half_goes_on_guided(self, pipe, wrap):
+    def test_one_that_drops_the_unconditional_half_goes_on_guided(self, kind, pipe, wrap):
         callback = wrap(SDCFGCutoffCallback(cutoff_step_ratio=0.25))
         with calls_of(denoiser_of(pipe)) as calls:
             output = run(pipe, tsam_steps=4, refinement_steps=(), callback_on_step_end=callback)
@@ -397,6 +406,7 @@ class TestOutput:
         output, as_tuple = run(pipe), dict(zip(kind.fields, run(pipe, return_dict=False), strict=True))
         for name in ("images", "losses"):
             assert torch.equal(as_tuple.pop(name), output[name])
+        assert as_tuple.pop("steps") == output.steps
         assert all(value is getattr(output, name) is None for name, value in as_tuple.items())
 
     def test_there_is_one_progress_bar_and_it_shows_the_loss(self, pipe, capfd):
