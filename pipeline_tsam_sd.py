@@ -176,6 +176,8 @@ class StableDiffusionTSAMPipeline(TSAMPipelineMixin, StableDiffusionPipeline):
         """
         both, batch = windows, len(windows)
         if do_classifier_free_guidance:
+            if not isinstance(negative_prompt, (str, list, type(None))):
+                raise TypeError(f"`negative_prompt` has to be a string or a list of such but is {negative_prompt!r}.")
             negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * batch
             if len(negative) != batch:
                 raise ValueError(f"`negative_prompt` has {len(negative)} prompts, but `prompt` {batch}. Pass as many.")
