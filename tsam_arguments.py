@@ -193,9 +193,9 @@ class Settings:
 
     def plan(self, num_steps):
         """The `Plan` of `num_steps` denoising steps. ValueError for a step that is not there."""
+        check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
         if self.off:
             return OFF
-        check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
         percent, tsam_steps, iterations = self.percent, self.tsam_steps, self.refinement_iterations
         if tsam_steps is None:
             tsam_steps = max(num_steps * percent.guided // 100, 1)
@@ -345,8 +345,9 @@ def check_text_self_attention(text, prompt, batch_size, num_tokens, window=None)
     if batch_size is None:
         batch_size = len(texts)
     in_windows = window is not None and num_tokens % window == 0 and attention.shape[-1:] == (window,)
-    # Embeddings may be longer than T, padded to a longer negative prompt's: the padding is no content.
-    length = min(attention.shape[1], num_tokens) if attention.dim() == 3 else num_tokens
+    # Embeddings may be longer than T, padded to a longer negative prompt's, unless T's prompt may have been cut off.
+    whole = attention.dim() == 3 and content.dim() == 2 and content.sum(-1).max() < content.shape[1] - 2
+    length = min(attention.shape[1], num_tokens) if whole else num_tokens
     expected = (batch_size, length, window if in_windows else length)
     if batch_size == 0 or (*attention.shape, *content.shape, len(texts)) != (*expected, *expected[:2], batch_size):
         raise ValueError(

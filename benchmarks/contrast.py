@@ -53,12 +53,14 @@ def figure(pipe, rows):
     fig = Figure((14, 11), dpi=110, layout="constrained", facecolor="white")
     upper, lower = fig.subfigures(2, 1, height_ratios=(1, 1.15))
     text, relation, curves = upper.subplots(1, 3)
-    doubled = [row for row in rows if row["name"] == "stock" and row["double"]]
-    example = doubled[0]
-    pairs = {}
-    for objective in OBJECTIVES:
-        settings = pipe.settings(preset="fast", objective=objective, gamma=1.0)
-        pairs[objective] = compare(pipe, example["prompt"], example["seed"], settings, **CALL)
+    for example in (row for row in rows if row["name"] == "stock" and row["double"]):
+        pairs = {}
+        for objective in OBJECTIVES:
+            settings = pipe.settings(preset="fast", objective=objective, gamma=1.0)
+            pairs[objective] = compare(pipe, example["prompt"], example["seed"], settings, **CALL)
+        without, with_place = (count(pairs[objective][1].picture)[0] for objective in OBJECTIVES)
+        if without > with_place:  # the place term's own doing
+            break
     stock, seen = pairs["contrast"][0], pairs["contrast"][1].attentions
     for axes, name, key in ((text, "T: shares of attention", "text_attention"), (relation, "R: lift", "relation")):
         draw_table(axes, seen[key], seen["tokens"])

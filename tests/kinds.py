@@ -13,13 +13,15 @@ import torch
 from diffusers import DDIMScheduler
 
 import diffusers_tsam
-from diffusers_tsam import FAMILIES
+from diffusers_tsam import FAMILIES, LatentAlignment
+from diffusers_tsam.tsam_arguments import Settings
 from tiny import tiny_components, tiny_pixart_components
 
 
 PROMPT = "a black car and a white clock"
 SHORT = "a red cube"
 INPUTS = "callback_on_step_end_tensor_inputs"
+OF_T = ("l1", "cosine", "attainable")  # objectives that compare S with T; the others are in test_contrast.py
 SCHEDULERS = sorted({DDIMScheduler, *DDIMScheduler().compatibles}, key=lambda scheduler: scheduler.__name__)
 SET_BY_CALLS = "guidance_scale guidance_rescale clip_skip cross_attention_kwargs interrupt num_timesteps lora_scale"
 
@@ -133,6 +135,17 @@ def conditions_of(pipe, prompt):
         conditions |= {"encoder_attention_mask": torch.cat(masks)}
         conditions |= {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     return conditions
+
+
+def alignment_of(text, alpha, gamma, objective="l1", keep_maps=False, region_weight=10.0, relative_step=None, **others):
+    """A `LatentAlignment` with these settings."""
+    size = {"alpha": alpha} if relative_step is None else {"relative_step": relative_step}
+    if objective == "layout":
+        size["regions"] = others["layout"].regions
+    settings = Settings(
+        gamma=gamma, objective=objective, output_attentions=keep_maps, region_weight=region_weight, **size
+    )
+    return LatentAlignment(text, settings, **others)
 
 
 def aligned(pipe, alignment, latents, t, conditions, layers):

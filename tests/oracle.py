@@ -98,7 +98,7 @@ def similarity(images):
 
 
 def normalized(matrix, objective):
-    """S_ij = C_ij / Σ_k C_ik for j <= i; k <= i, or every k for "l1_full". Eq. (7)."""
+    """S_ij = C_ij / Σ_k C_ik for j <= i; k <= i. Eq. (7)."""
     rows = []
     for i, row in enumerate(matrix):
         total = sum(row if objective == "l1_full" else row[: i + 1])

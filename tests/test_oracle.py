@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 import oracle
-from diffusers_tsam import LatentAlignment, TextSelfAttention
+from diffusers_tsam import TextSelfAttention
 from diffusers_tsam.attention_processors import (
     mean_maps,
     mean_self_attention,
     record_cross_attention,
     record_self_attention,
 )
-from diffusers_tsam.tsam import OBJECTIVES
-from kinds import KINDS, conditions_of, denoiser_of, kind_of, make
+from kinds import KINDS, OF_T, aligned, alignment_of, conditions_of, denoiser_of, kind_of, make
 from tiny import tiny_pixart_components
 
 
@@ -237,10 +236,10 @@ class Scene:
     def update(self, objective, scale, alpha, images=slice(None)):
         """The product's update of some of the images: their latents, and the losses before."""
         text = TextSelfAttention(self.text.attention[images], self.text.content[images], self.text.tokens[images])
-        alignment = LatentAlignment(text, alpha, GAMMA, objective)
+        alignment = alignment_of(text, alpha, GAMMA, objective)
         conditions = self.rows(lambda *halves: torch.cat([half[images] for half in halves]), self.conditions)
         self.pipe.scheduler = Scaling(scale)
-        moved = self.pipe.align_latents(alignment, self.latents[images], self.t, conditions, self.layers)
+        moved = aligned(self.pipe, alignment, self.latents[images], self.t, conditions, self.layers)
         return moved, alignment.losses_per_image()
 
     def where(self, image, objective):
@@ -275,7 +274,7 @@ def check_update(scene, objective="l1", scale=1.0):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.07])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OF_T)
 def test_update_is_a_step_down_the_gradient_at_the_models_input(scene, objective, scale):
     check_update(scene, objective, scale)
 
@@ -292,7 +291,7 @@ def test_update_tells_the_transformer_the_pictures_size():
     check_update(Scene(pipe, sizes=torch.tensor([[64.0, 96.0], [512.0, 512.0], [1024.0, 768.0]])))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OF_T)
 def test_gradient_of_the_oracle_is_the_slope_of_its_loss(scene, objective):
     model, latents, where = oracle.double(scene.model), scene.latents[1].double(), scene.where(1, objective)
     gradient = latents - oracle.update(model, latents, 1.0, 1.0, *where)[0]
@@ -303,7 +302,7 @@ def test_gradient_of_the_oracle_is_the_slope_of_its_loss(scene, objective):
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OF_T)
 def test_an_image_moves_alike_alone_and_among_longer_and_shorter_prompts(scene, objective):
     together, losses = scene.update(objective, 1.0, scene.kind.alpha)
     for image in range(len(PROMPTS)):
@@ -312,7 +311,7 @@ def test_an_image_moves_alike_alone_and_among_longer_and_shorter_prompts(scene, 
         torch.testing.assert_close(losses[image], loss[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OF_T)
 def test_an_image_with_no_words_or_one_stays_where_it_is(pipe, objective):
     scene = Scene(pipe, ("a black car and a white clock", "", "dog"))
     moved, losses = scene.update(objective, 1.0, 100.0)

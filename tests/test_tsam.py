@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import oracle
-from diffusers_tsam import LatentAlignment, TextSelfAttention, tsam
-from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
-from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES
+from diffusers_tsam import TextSelfAttention, tsam
+from diffusers_tsam.tsam import OBJECTIVES
+from diffusers_tsam.tsam_arguments import OBJECTIVE_NAMES, PixArtAlphaSettings, Settings
+from diffusers_tsam.tsam_pipeline import updates_per_timestep
+from kinds import OF_T, alignment_of
 
 
 LENGTHS = (1, 4, 7)  # content tokens of the images in a batch
@@ -47,7 +49,8 @@ def random_maps():
 def loss_of(objective, maps, attention, content, gamma):
     """The product's, (B,)."""
     target = tsam.normalize_text_attention(attention.float(), content, gamma)
-    return OBJECTIVES[objective](maps.float(), tsam.Syntax(target, attention, content, []))
+    relation = tsam.relation_of(attention, content)
+    return OBJECTIVES[objective](maps.float(), tsam.Syntax(target, attention, content, [], relation))
 
 
 def ragged(matrix, mask):
@@ -127,18 +130,17 @@ def test_smoothing_a_single_row_or_column_leaves_a_flat_map_flat(grid):
     torch.testing.assert_close(tsam.smooth(torch.full((2, 3, *grid), 0.3)), torch.full((2, 3, *grid), 0.3))
 
 
-@pytest.mark.parametrize("objective", ["l1", "l1_full"])
-def test_similarity_is_summed_over_the_tokens_that_the_objective_names(objective):
+def test_similarity_is_summed_over_the_tokens_up_to_a_words_own():
     maps, content = random_maps(), content_masks()
-    product = tsam.similarity_of(maps.float(), content, full=objective == "l1_full")
+    product = tsam.similarity_of(maps.float(), content)
     for image, mask in enumerate(content):
         rows, outside = ragged(product[image], mask)
-        assert close(rows, oracle.normalized(oracle.similarity(maps[image, positions(mask)].tolist()), objective))
+        assert close(rows, oracle.normalized(oracle.similarity(maps[image, positions(mask)].tolist()), "l1"))
         assert outside == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 4.0])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OF_T)
 def test_loss_is_that_of_each_image_alone(objective, gamma):
     maps, content, attention = random_maps(), content_masks(), causal_attention()
     product = loss_of(objective, maps, attention, content, gamma)
@@ -198,7 +200,7 @@ class Toy:
         return (model_input.flatten(1) @ self.weights.to(model_input)).float().unflatten(1, (8, *GRID)).softmax(1)
 
     def alignment(self, objective="l1", alpha=3.0, **options):
-        return LatentAlignment(self.text, alpha, 2.0, objective, device=self.latents.device, **options)
+        return alignment_of(self.text, alpha, 2.0, objective, device=self.latents.device, **options)
 
     def update(self, objective="l1", scale=1.0, iterations=1, **options):
         """The latents, and the alignment."""
@@ -207,7 +209,7 @@ class Toy:
 
 
 @pytest.mark.parametrize("shape", [(37,), (4, 7, 5), (2, 3, 4, 5)], ids=["L", "CHW", "CFHW"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", OF_T)
 def test_update_moves_latents_of_any_shape_down_the_gradient_of_any_maps(objective, shape):
     toy, scale, alpha = Toy(*shape), 0.5, 3.0
     moved, alignment = toy.update(objective, scale, 2, alpha=alpha)
@@ -360,12 +362,11 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_and_gradient_use_nothing_that_is_not_deterministic_on_a_gpu(objective):
     maps = torch.rand(2, 8, *GRID, device="meta", requires_grad=True)  # apart from what is made on the CPU
-    text = tsam.Syntax(
-        *(torch.empty(2, 8, 8, device="meta") for _ in range(2)), torch.ones(2, 8, device="meta") > 0, []
-    )
+    matrix, content = torch.empty(2, 8, 8, device="meta"), torch.ones(2, 8, device="meta") > 0
+    text = tsam.Syntax(matrix, matrix, content, [], matrix)
     with Operations("meta") as operations:
         OBJECTIVES[objective](maps, text).sum().backward()
-    assert operations.seen >= {"bmm", "where of integers", "cumsum of integers"}
+    assert operations.seen >= {"bmm", "where of integers"}
     assert not [name for name in operations.seen if name.startswith(NON_DETERMINISTIC)]
     assert "cumsum" not in operations.seen  # of integers it is deterministic
 
@@ -388,28 +389,52 @@ def test_on_a_gpu_the_update_is_deterministic_and_torch_agrees(objective, monkey
 
 
 @pytest.mark.parametrize(
-    "schedules, schedule, number, expected",
+    "settings, preset, number, expected",
     [
-        (SCHEDULES, "paper", 50, (25, {0, 10, 20}, 20)),
-        (SCHEDULES, "paper", 20, (10, {0, 4, 8}, 8)),
-        (SCHEDULES, "paper", 4, (2, {0, 1}, 1)),
-        (SCHEDULES, "paper", 1, (1, {0}, 0)),
-        (SCHEDULES, "fast", 50, (10, {0, 4, 8}, 10)),
-        (SCHEDULES, "fast", 25, (5, {0, 2, 4}, 5)),
-        (SCHEDULES, "fast", 4, (1, {0}, 0)),
-        (PIXART_SCHEDULES, "paper", 50, (25, {0, 10, 20}, 10)),
-        (PIXART_SCHEDULES, "paper", 20, (10, {0, 4, 8}, 4)),
-        (PIXART_SCHEDULES, "fast", 50, (10, {0, 4, 8}, 8)),
-        (PIXART_SCHEDULES, "fast", 25, (5, {0, 2, 4}, 4)),
+        (Settings, "paper", 50, (25, {0, 10, 20}, 20)),
+        (Settings, "paper", 20, (10, {0, 4, 8}, 8)),
+        (Settings, "paper", 4, (2, {0, 1}, 1)),
+        (Settings, "paper", 1, (1, {0}, 0)),
+        (Settings, "fast", 50, (10, {0, 4, 8}, 10)),
+        (Settings, "fast", 25, (5, {0, 2, 4}, 5)),
+        (Settings, "fast", 4, (1, {0}, 0)),
+        (PixArtAlphaSettings, "paper", 50, (25, {0, 10, 20}, 10)),
+        (PixArtAlphaSettings, "paper", 20, (10, {0, 4, 8}, 4)),
+        (PixArtAlphaSettings, "fast", 50, (10, {0, 4, 8}, 8)),
+        (PixArtAlphaSettings, "fast", 25, (5, {0, 2, 4}, 4)),
     ],
 )
-def test_the_schedules_scale_with_the_number_of_steps(schedules, schedule, number, expected):
-    assert tsam.resolve_schedule(number, schedule, schedules=schedules) == expected
+def test_the_presets_scale_with_the_number_of_steps(settings, preset, number, expected):
+    assert settings(preset=preset).plan(number) == expected
 
 
 def test_what_is_given_is_taken_as_it_is():
-    assert tsam.resolve_schedule(20, "fast", 7, [6, 0, 6], 3) == (7, {0, 6}, 3)
-    assert tsam.resolve_schedule(20, "paper", 4) == (4, {0}, 8)  # of 0, 4 and 8, what is guided
+    given = Settings(preset="fast", tsam_steps=7, refinement_steps=[6, 0, 6], refinement_iterations=3)
+    assert given.plan(20) == (7, {0, 6}, 3)
+    assert Settings(tsam_steps=4).plan(20) == (4, {0}, 8)  # of 0, 4 and 8, what is guided
+
+
+def test_a_preset_gives_what_is_left_out_and_what_is_given_wins():
+    paper, fast, light = (Settings(preset=preset) for preset in ("paper", "fast", "light"))
+    assert (paper.objective, paper.alpha, paper.relative_step, paper.gamma) == ("l1", 10.0, None, 2.0)
+    assert fast.objective == light.objective == "contrast" and fast.relative_step == light.relative_step == 0.05
+    assert fast.alpha is None and light.plan(50).refinement_iterations == 0
+    given = Settings(preset="fast", alpha=3.0, objective="l1")
+    assert (given.alpha, given.relative_step, given.objective, given.gamma) == (3.0, None, "l1", 4.0)
+
+
+WRONG = {"alpha": -1, "gamma": "x", "objective": "l2", "preset": "slow", "relative_step": 7, "refinement_steps": (99,)}
+
+
+@pytest.mark.parametrize("wrong", [{name: value} for name, value in WRONG.items()] + [WRONG], ids="-".join)
+def test_without_a_guided_step_nothing_else_is_looked_at(wrong):
+    assert Settings(tsam_steps=0, **wrong).plan(20) == (0, set(), 0)
+    with pytest.raises((TypeError, ValueError), match="|".join(wrong)):
+        Settings(**wrong).plan(20)
+
+
+def test_the_names_of_objectives_are_those_that_there_are():
+    assert (*OBJECTIVES, "layout") == OBJECTIVE_NAMES
 
 
 @pytest.mark.parametrize(
@@ -422,20 +447,20 @@ def test_what_is_given_is_taken_as_it_is():
 )
 def test_only_the_first_evaluation_of_a_step_is_guided(scheduler, expected):
     scheduler.set_timesteps(5)
-    assert tsam.updates_per_timestep(scheduler, 5, 3, {0, 2}, 3) == expected
+    assert updates_per_timestep(scheduler, 5, 3, {0, 2}, 3) == expected
 
 
 def test_pndms_runge_kutta_steps_are_guided_at_the_first_of_their_four_evaluations():
     """10 steps are 19 timesteps: three steps of four evaluations, then seven of one."""
     scheduler = PNDMScheduler()
     scheduler.set_timesteps(10)
-    updates = tsam.updates_per_timestep(scheduler, 10, 5, {0, 2}, 3)
+    updates = updates_per_timestep(scheduler, 10, 5, {0, 2}, 3)
     assert updates == [4, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), HeunDiscreteScheduler(), PNDMScheduler(skip_prk_steps=True)])
 def test_the_papers_schedule_takes_85_updates_under_every_scheduler(scheduler):
     scheduler.set_timesteps(50)
-    updates = tsam.updates_per_timestep(scheduler, 50, *tsam.resolve_schedule(50, "paper"))
+    updates = updates_per_timestep(scheduler, 50, *Settings().plan(50))
     assert len(updates) == len(scheduler.timesteps) and sum(updates) == 85
     assert [number for number in updates if number] == [21 if step in (0, 10, 20) else 1 for step in range(25)]
