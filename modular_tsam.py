@@ -40,6 +40,8 @@ from .attention_processors import (
 )
 from .tsam import LatentAlignment, content_of, logger, symmetrize, text_of
 from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
+from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
+from .tsam_layout import Layout  # noqa: F401
 from .tsam_pipeline import StandIn, frozen, input_scale, uncorrected, updates_per_timestep
 
 

@@ -23,7 +23,8 @@ from diffusers_tsam.shapes import ARGUMENTS, TUNED
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("attention_processors.py", "tsam.py")  # what every pipeline imports
+SHARED = ("attention_processors.py", "tsam.py", "tsam_arguments.py", "tsam_candidates.py", "tsam_layout.py")
+SHARED += ("tsam_pipeline.py",)  # what every pipeline imports
 FACTS = {  # what the cards say beside what FAMILIES does
     "sd": {"weights": "shapes-tsam", "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "seed": 74},
     "pixart": {"weights": "shapes-tsam-pixart", "base_model": "PixArt-alpha/PixArt-XL-2-1024-MS", "seed": 0},
@@ -148,7 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="only write and list what would be uploaded")
     parser.add_argument("--output", metavar="FOLDER", help="new folder to write to (default: a temporary one)")
     parser.add_argument("--private", action="store_true", help="create private repositories")
-    parser.add_argument("--space", action="store_true", help="publish the demo, as a Space, instead of the four")
+    parser.add_argument("--space", action="store_true", help="publish the demo, as a Space, instead of the seven")
     args = parser.parse_args()
     folder = Path(args.output or Path(tempfile.mkdtemp(), "hub"))
     try:

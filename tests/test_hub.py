@@ -92,7 +92,7 @@ else:
     run_fresh(tmp_path, NOTHING_INSTALLED + untrusted + code, url=hub.url)
     ours = getattr(diffusers_tsam, family.ours)().get_workflow("text2image").init_pipeline(str(model))
     ours.load_components(dtype=torch.float32)
-    options = {"schedule": "light", "relative_step": 0.05, "generator": torch.Generator().manual_seed(0)}
+    options = {"preset": "light", "generator": torch.Generator().manual_seed(0)}
     expected = ours(prompt="a black car and a white clock", **options, **call, output="images")[0]
     assert np.array_equal(np.array(Image.open(tmp_path / "car_and_clock.png")), np.array(expected))
 

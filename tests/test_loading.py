@@ -17,7 +17,8 @@ from kinds import KINDS, make
 
 
 ROOT = Path(__file__).parent.parent
-SHARED = ("attention_processors.py", "tsam.py")
+SHARED = ("attention_processors.py", "tsam.py", "tsam_arguments.py", "tsam_candidates.py", "tsam_layout.py")
+SHARED += ("tsam_pipeline.py",)
 CALL = {"num_inference_steps": 2, "refinement_iterations": 1, "output_type": "latent"}
 NOTHING_INSTALLED = 'import sys; sys.modules["diffusers_tsam"] = None\n'
 

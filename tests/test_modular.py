@@ -184,8 +184,7 @@ def test_attentions_are_what_was_aligned(family, pipe):
     first, second = state.get("attentions")
     assert (first["tokens"], second["tokens"]) == (PROMPT.split(), SHORT.split())
     assert first["maps"].shape == (2, 7, 8, 8) and first["steps"] == [0, 1]
-    gamma = next(param.default for param in pipe.blocks.inputs if param.name == "gamma")
-    (target, _), _ = texts_of(state.get("text_self_attention"), gamma)
+    (target, _), _ = texts_of(state.get("text_self_attention"), family.tsam.loop.settings().gamma)
     torch.testing.assert_close(first["text_attention"].double(), target, rtol=1e-4, atol=1e-5)
     loss = oracle.loss(target.tolist(), [map.tolist() for map in first["maps"][0]], "l1")
     expected = oracle.loss([row[: i + 1] for i, row in enumerate(target.tolist())], first["maps"][0].tolist(), "l1")
@@ -194,7 +193,7 @@ def test_attentions_are_what_was_aligned(family, pipe):
 
 def test_a_relative_step_moves_the_input_by_its_share(family, pipe):
     """Of FLUX a packed latent, (B, S, C)."""
-    call = {"relative_step": 0.05, "schedule": "light", "num_inference_steps": 1}
+    call = {"preset": "light", "num_inference_steps": 1}
     with moves_of(family.components[family.denoiser]) as inputs:
         run(family, pipe, **call)
     before, after = inputs[0], inputs[-1][: len(inputs[0])]
@@ -266,7 +265,7 @@ def test_two_threads_draw_what_each_draws_alone(family):
         ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps"),
         ({"alpha": -1}, ValueError, "`alpha` is -1, but has to be at least 0"),
         ({"gamma": 0}, ValueError, "`gamma` is 0, but has to be above 0"),
-        ({"schedule": "quick"}, ValueError, "`schedule` is 'quick', but has to be one of 'paper'"),
+        ({"preset": "quick"}, ValueError, "`preset` is 'quick', but has to be one of 'paper'"),
         ({"objective": "l3"}, ValueError, "`objective` is 'l3', but has to be one of 'l1'"),
         ({"relative_step": 2}, ValueError, "`relative_step` is 2, but has to be between 0 and 1"),
         ({"refinement_steps": [3]}, ValueError, "`refinement_steps` has 3, but only steps 0 to 1 are guided"),
@@ -291,7 +290,12 @@ def test_what_cannot_be_is_refused_before_the_denoiser_runs(family, pipe, option
             r"is \(2, 4\), but there are 4 blocks, 0 to 3. Pass .*\(1, 2\)",
         ),
         ("flux", {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
-        ("flux", {"attention_keys": "image"}, ValueError, "`attention_keys` is 'image', but has to be 'text' or 'all'"),
+        (
+            "flux",
+            {"attention_keys": "image"},
+            ValueError,
+            "`attention_keys` is 'image', but has to be one of 'text', 'all'",
+        ),
     ],
 )
 def test_what_a_family_does_not_have_is_refused(name, options, error, message):
