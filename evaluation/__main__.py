@@ -20,7 +20,7 @@ def arguments():
 
     def drawing(command):
         add = command.add_argument
-        add("--model", required=True, help="a folder or Hub id, or sd or pixart, the models that ship")
+        add("--model", required=True, help="a folder or Hub id, or sd, sink, pixart or sd3, which ship")
         add("--prompts", required=True, help="objects, animals-objects, animals, shapes:SOLIDS:SPLIT:NUMBER, or a file")
         add("--seeds", type=int, default=1, help="pictures a prompt and method (1)")
         add("--output", required=True, help="the run's folder, which goes on where it was stopped")
@@ -57,7 +57,7 @@ def arguments():
     add("--report-prompts", required=True, help="other prompts, which the best setting and stock are reported on")
     add("--alphas", type=numbers, default=[5.0, 10.0, 20.0, 40.0], help="joined by commas (5,10,20,40)")
     add("--gammas", type=numbers, default=[1.0, 2.0, 4.0], help="joined by commas (1,2,4)")
-    add("--schedules", type=words, default=["paper"], help="joined by commas (paper)")
+    add("--presets", type=words, default=["paper"], help="joined by commas (paper)")
     add("--objectives", type=words, default=["l1"], help="joined by commas (l1)")
     return parser
 
@@ -92,8 +92,8 @@ def sweep(args):
             f"{len(tuning & reported)} prompts are in both sets, the first of them {min(tuning & reported)!r}."
             " Tune on others than you report."
         )
-    grid = product(args.objectives, args.schedules, args.alphas, args.gammas)
-    methods = [f"tsam:objective={o}:schedule={s}:alpha={a:g}:gamma={g:g}" for o, s, a, g in grid]
+    grid = product(args.objectives, args.presets, args.alphas, args.gammas)
+    methods = [f"tsam:objective={o}:preset={s}:alpha={a:g}:gamma={g:g}" for o, s, a, g in grid]
     output = Path(args.output)
     scores = Scores(rate(args, draw(args, methods=["stock", *methods], output=output / "tune").folder))
     key = next(key for key, column in COLUMNS.items() if key in scores.values and column.metric == args.metrics[0])

@@ -161,13 +161,13 @@ class Baseline(NamedTuple):
 # CONFORM took over. Both let α fall with the root of a line from 1 to 0.5 over all steps, to 0.87 of itself where
 # guidance ends; here it is constant. Attend-and-Excite refines only until its thresholds (0.05, 0.5, 0.8) are reached;
 # here it always does 20 times. The pipelines have no argument for either.
-ATTEND = {"alpha": 20.0, "schedule": "paper"}
+ATTEND = {"alpha": 20.0, "preset": "paper"}
 BASELINES = {
     "attend_and_excite": Baseline(attend_and_excite_loss, ATTEND, "nouns"),
     "conform": Baseline(conform_loss, ATTEND, "nouns"),
-    "syngen": Baseline(syngen_loss, {"alpha": 20.0, "schedule": "paper", "refinement_steps": ()}, "pairs"),
+    "syngen": Baseline(syngen_loss, {"alpha": 20.0, "preset": "paper", "refinement_steps": ()}, "pairs"),
     # its λ is of a velocity: no number of its paper is an α, and one update a step is what it has
-    "focus": Baseline(focus_loss, {"relative_step": 0.05, "schedule": "paper", "refinement_steps": ()}, "nouns"),
+    "focus": Baseline(focus_loss, {"relative_step": 0.05, "preset": "paper", "refinement_steps": ()}, "nouns"),
 }
 
 

@@ -8,24 +8,30 @@ import hashlib
 import importlib.metadata
 import inspect
 import time
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..cli import load as load_pipeline
-from ..shapes import ARGUMENTS, MODELS, TUNED
+from ..shapes import ARGUMENTS, JOINT_MODEL, MODELS, TUNED
+from ..shapes.sink import add_sink
+from ..tsam_arguments import JointSettings, PixArtAlphaSettings, StableDiffusionSettings, kind_of_field
 from . import prompts as prompt_sets
 from .baselines import BASELINES, told
 from .runs import Run, processes, save
 
 
-SEQUENCES = ("refinement_steps", "attention_layers")
-WORDS = ("objective", "schedule")
-INTEGERS = ("tsam_steps", "refinement_iterations", "attention_resolution")
 OF_A_LOSS = ("sharpness",)
 STOCK = {"tsam_steps": 0}
+KINDS = {
+    each.name: kind_of_field(each)
+    for settings in (StableDiffusionSettings, PixArtAlphaSettings, JointSettings)
+    for each in fields(settings)
+}
 PACKAGES = ("diffusers", "transformers", "torch")
 
 
@@ -33,9 +39,10 @@ def value_of(key, text):
     """An argument's value: "none", a word, an integer, a number, or numbers joined by "+"."""
     if text == "none":
         return () if key == "refinement_steps" else None
-    if key in SEQUENCES:
-        return tuple(map(int, text.split("+")))
-    return text if key in WORDS else int(text) if key in INTEGERS else float(text)
+    kind = KINDS.get(key, float)
+    if kind in (int, float):
+        return kind(text)
+    return text if kind is str or key == "objective" else tuple(map(int, text.split("+")))
 
 
 def parse_method(text, kind="sd"):
@@ -58,14 +65,13 @@ def parse_method(text, kind="sd"):
             equals = ""
         if not equals:
             raise ValueError(f"A method is {text!r}, whose {change!r} is no argument and value such as alpha=20.")
-        if key == "alpha" and "relative_step" in arguments:
-            arguments["relative_step"] = None
+        arguments.pop({"alpha": "relative_step", "relative_step": "alpha"}.get(key), None)  # either is the size
     return arguments, baseline
 
 
 def check_methods(methods, pipe):
     """Refuse arguments that are not the pipeline's, or not a loss's."""
-    known = inspect.signature(pipe.__call__).parameters
+    known = {*inspect.signature(pipe.__call__).parameters, *(each.name for each in fields(pipe.settings))}
     for name, (arguments, baseline) in methods.items():
         loss = inspect.signature(baseline.loss).parameters if baseline else ()
         for key in arguments:
@@ -82,6 +88,44 @@ def identity(model):
         return Path(hf_hub_download(model, "model_index.json")).parent.name
     files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*") if path.is_file())
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+class JointPipeline:
+    """The small SD3 that ships, as modular blocks, with the call of our pipelines."""
+
+    settings, tokens = JointSettings, 13  # of T5, as in training
+
+    def __init__(self, guidance_scale):
+        from diffusers import ClassifierFreeGuidance
+
+        from .. import StableDiffusion3TSAMBlocks
+
+        self.pipe = StableDiffusion3TSAMBlocks().get_workflow("text2image").init_pipeline(str(JOINT_MODEL))
+        self.pipe.load_components(dtype=torch.float32)
+        self.pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+        self.dtype, self.scheduler = torch.float32, self.pipe.scheduler
+        self.set_progress_bar_config = self.pipe.set_progress_bar_config
+
+    def __call__(self, prompt, **arguments):
+        state = self.pipe(prompt=prompt, negative_prompt="", max_sequence_length=self.tokens, **arguments)
+        return SimpleNamespace(images=state.get("images"), losses=state.get("losses"))
+
+
+SHIPPED = {**MODELS, "sink": MODELS["sd"], "sd3": JOINT_MODEL}  # where the models that ship lie
+
+
+def load(model, device=None, dtype=None, guidance_scale=None):
+    """A pipeline, its kind in TUNED or FAMILIES, and what its calls need. model: a folder, a Hub id, or of SHIPPED."""
+    if model == "sd3":
+        scale = ARGUMENTS["sd"]["guidance_scale"] if guidance_scale is None else guidance_scale
+        return JointPipeline(scale), model, {}
+    pipe, kind = load_pipeline(str(SHIPPED.get(model, model)), device=device, dtype=dtype)
+    if model == "sink":
+        add_sink(pipe)
+    given = dict(ARGUMENTS[kind]) if model in SHIPPED else {}
+    if guidance_scale is not None:
+        given["guidance_scale"] = guidance_scale
+    return pipe, model if model in TUNED else kind, given
 
 
 def plan(prompts, methods, seeds, batch):
@@ -139,21 +183,18 @@ def generate(
     format="png",
 ):
     """Draw what of a run is not drawn yet; returns the `Run`."""
-    state, wanted, path = processes(), prompt_sets.load(prompts, parser), str(MODELS.get(model, model))
+    state, wanted = processes(), prompt_sets.load(prompts, parser)
     with state.main_process_first():
-        pipe, kind = load_pipeline(path, device=state.device, dtype=dtype)
+        pipe, kind, given = load(model, state.device, dtype, guidance_scale)
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # whose black pictures would count against a method
-    given = {"num_inference_steps": steps} | (ARGUMENTS[kind] if model in MODELS else {})
-    if guidance_scale is not None:
-        given["guidance_scale"] = guidance_scale
+    given["num_inference_steps"] = steps
     methods = {name: parse_method(name, kind) for name in methods}
     check_methods(methods, pipe)
     if state.is_main_process:
-        settings = described(
-            pipe, kind, model, path, methods, given, prompt_set=prompts, parser=parser, format=format, seeds=seeds
-        )
+        path, others = SHIPPED.get(model, model), {"prompt_set": prompts, "parser": parser, "format": format}
+        settings = described(pipe, kind, model, path, methods, given, seeds=seeds, **others)
         Run.create(output, settings, wanted)
     state.wait_for_everyone()
     run = Run(output)

@@ -108,7 +108,10 @@ class Run:
         for method in range(len(self.methods)):
             above = self.picture(method, 0, 0).parent.parent
             for entry in os.scandir(above) if above.is_dir() else ():
-                seeds = [int(picture[:3]) for picture in os.listdir(entry) if picture[:3].isdecimal()]
+                if not entry.name.isdecimal():  # a file manager's
+                    continue
+                stems = [name.partition(".")[0] for name in os.listdir(entry)]
+                seeds = [int(stem) for stem in stems if stem.isdecimal()]
                 present[method, int(entry.name), [seed for seed in seeds if seed < self.shape[2]]] = True
         return present
 

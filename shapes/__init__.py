@@ -9,6 +9,6 @@ ARGUMENTS = {  # what a call for them needs, guided or not
     "sd": {"guidance_scale": 4.0},
     "pixart": {"guidance_scale": 4.0, "use_resolution_binning": False, "clean_caption": False},
 }
-# T-SAM's settings for the models that ship, "sink" being `sd` with the weights of sink.py. The paper's, for large models,
-# overshoot on these, because their maps are sharper.
-TUNED = {name: {"preset": "fast"} for name in ("sd", "pixart", "sink")}
+# T-SAM's settings for the models that ship; "sink" is `sd` with the weights of sink.py. The paper's were chosen for
+# large models and overshoot on these, because their maps are sharper.
+TUNED = {name: {"preset": "fast"} for name in ("sd", "pixart", "sink", "sd3")}

@@ -271,7 +271,7 @@ def test_an_objective_finds_each_images_own_words():
     tokens = [["a", "cat", "and", "a", "red", "bow"], ["a", "blue", "bow", "and", "a", "dog"]]
     content = torch.zeros(2, 8, dtype=torch.bool)
     content[:, 1:7] = True
-    syntax, maps, seen = Syntax(None, None, content, tokens), torch.ones(2, 8, 2, 2), []
+    syntax, maps, seen = Syntax(None, None, content, tokens, None), torch.ones(2, 8, 2, 2), []
     for given in (prompts, None):
         told(lambda maps, content, things: seen.append(things), given)(maps, syntax)
     assert seen[0] == seen[1] == [[[[2]], [[5], [6]]], [[[2], [3]], [[6]]]]

@@ -43,7 +43,7 @@ from tiny import tiny_tokenizer
 
 
 PROMPTS, SEEDS = "shapes:3:test:2", 2
-METHODS = "stock,tuned,conform:sharpness=none:schedule=light:alpha=4"
+METHODS = "stock,tuned,conform:sharpness=none:preset=light:alpha=4"
 DRAW = (
     f"generate --model sd --methods {METHODS} --prompts {PROMPTS} --seeds {SEEDS} --steps 3 --batch 3 --output".split()
 )
@@ -81,7 +81,7 @@ def test_three_commands_draw_score_and_report(run):
     assert len(pictures(run)) == 3 * 2 * SEEDS
     assert len(set(pictures(run).values())) == 3 * 2 * SEEDS  # no two alike
     text = (run / "report.md").read_text()
-    assert "| stock (4) |" in text and "| conform:sharpness=none:schedule=light:alpha=4 (4) |" in text
+    assert "| stock (4) |" in text and "| conform:sharpness=none:preset=light:alpha=4 (4) |" in text
     assert "12 of 12 pictures drawn" in text
     assert "| right, % | over stock | every solid in its colour, % | over stock | right but for a double, % |" in text
     page = (run / "report.html").read_text()
@@ -182,9 +182,9 @@ def test_scores_of_another_model_are_refused(run, tmp_path, capsys):
         ("stock", {"tsam_steps": 0}),
         ("tsam:alpha=20:objective=attainable", {"alpha": 20.0, "objective": "attainable"}),
         ("tsam:refinement_steps=none:tsam_steps=5", {"refinement_steps": (), "tsam_steps": 5}),
-        ("syngen:refinement_steps=0+4", {"alpha": 20.0, "schedule": "paper", "refinement_steps": (0, 4)}),
-        ("focus:alpha=3", {"alpha": 3.0, "relative_step": None, "schedule": "paper", "refinement_steps": ()}),
-        ("conform:sharpness=none", {"alpha": 20.0, "schedule": "paper", "sharpness": None}),
+        ("syngen:refinement_steps=0+4", {"alpha": 20.0, "preset": "paper", "refinement_steps": (0, 4)}),
+        ("focus:alpha=3", {"alpha": 3.0, "preset": "paper", "refinement_steps": ()}),
+        ("conform:sharpness=none", {"alpha": 20.0, "preset": "paper", "sharpness": None}),
     ],
 )
 def test_a_method_is_a_name_and_changed_arguments(text, expected):
@@ -473,7 +473,7 @@ def test_sweeps_are_grids_of_alpha_and_gamma(scored):
 
 def test_a_sweep_reports_its_best_on_other_prompts(tmp_path, capsys):
     command = f"sweep --model sd --prompts shapes:3:tune:2 --output {tmp_path} --steps 2 --metrics judge".split()
-    command += "--alphas 0.5,2 --gammas 2,4 --schedules light --objectives attainable --report-prompts".split()
+    command += "--alphas 0.5,2 --gammas 2,4 --presets light --objectives attainable --report-prompts".split()
     assert "prompts are in both sets" in refused(capsys, *command, "shapes:3:tune:1")
     main([*command, "shapes:3:test:1"])
     said = capsys.readouterr().out
