@@ -316,9 +316,17 @@ def test_wrong_values_are_refused_with_the_remedy(pipe, arguments, error, messag
         run(pipe, LONG, **SHORTLY | arguments)
 
 
-def test_as_many_negative_prompts_are_needed_as_prompts(pipe):
-    with pytest.raises(ValueError, match="`negative_prompt` has 1 prompts, but `prompt` 2"):
-        run(pipe, [LONG, PROMPT], negative_prompt=[""], **SHORTLY)
+@pytest.mark.parametrize(
+    "negative, error, message",
+    [
+        ([""], ValueError, "`negative_prompt` has 1 prompts, but `prompt` 2"),
+        (("", ""), TypeError, r"`negative_prompt` has to be a string or a list of such but is \('', ''\)"),
+    ],
+)
+def test_negative_prompts_that_do_not_fit_the_prompts_are_refused(pipe, negative, error, message):
+    with calls_of(pipe.unet) as calls, pytest.raises(error, match=message):
+        run(pipe, [LONG, PROMPT], negative_prompt=negative, **SHORTLY)
+    assert not calls
 
 
 # ----------------------------------------------------------------------------------------------------------------------

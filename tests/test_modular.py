@@ -324,6 +324,13 @@ def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(family):
     )
     with pytest.raises(ValueError, match="T is not known, since no text step of T-SAM ran"):
         run(family, pipe, None, **call)
+    for wrong, error, message in (
+        ("T", TypeError, "`text_self_attention` is <class 'str'>. Pass what"),
+        (found.get("text_self_attention")._replace(tokens=[]), ValueError, "and 0 lists of tokens, but these prompts"),
+    ):
+        with moves_of(family.components[family.denoiser]) as inputs, pytest.raises(error, match=message):
+            run(family, pipe, None, text_self_attention=wrong, **call)
+        assert not inputs
     run(family, pipe, None, tsam_steps=0, **call)
 
 

@@ -1,11 +1,20 @@
 """What a user of either pipeline may rely on."""
 
 import inspect
+import sys
 import warnings
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
 from diffusers_tsam import LatentAlignment, tsam
@@ -23,6 +32,7 @@ from kinds import (
     embeddings,
     generators,
     layers_of,
+    make,
     models_of,
     refused,
     run,
@@ -91,10 +101,20 @@ class TestOff:
         assert state_of(pipe) == before
         assert output.losses.shape == (1, 0) and output.attentions is None
 
-    def test_alpha_zero_only_watches(self, stock, pipe):
-        output = run(pipe, alpha=0.0)
-        assert torch.equal(output.images, run(stock).images)
-        assert output.losses.shape == (1, 2 + 2 * 2)
+    @pytest.mark.parametrize(
+        "options",
+        [{"refinement_steps": (9,)}, {"refinement_steps": 3}, {"objective": "l3"}, {"objective": print}]
+        + [{"objective": "layout"}, {"preset": "quick"}, {"alpha": -1.0, "relative_step": "a"}, {"regions": 3}],
+        ids=str,
+    )
+    def test_off_is_bit_identical_to_stock_whatever_else_is_passed(self, stock, pipe, options):
+        assert torch.equal(run(stock).images, run(pipe, tsam_steps=0, **options).images)
+
+    @pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"num_images_per_prompt": 2}], ids=str)
+    def test_alpha_zero_only_watches(self, stock, pipe, options):
+        output = run(pipe, alpha=0.0, **options)
+        assert torch.equal(output.images, run(stock, **options).images)
+        assert output.losses.shape == (len(output.images), 2 + 2 * 2)
 
     def test_the_signature_is_stock_and_more(self, kind):
         ours = inspect.signature(kind.tsam.__call__).parameters
@@ -332,6 +352,86 @@ class TestCallbacks:
                 assert seen == expected
 
 
+class TestLoop:
+    """Stock's own loop runs, on what stands in for its scheduler and denoiser."""
+
+    def test_a_callback_meets_the_pipeline_that_the_user_has_and_may_draw_with_it(self, kind, pipe):
+        expected, alone, scheduler = run(pipe), run(pipe, SHORT, seed=1), pipe.scheduler
+        inner = []
+
+        def draw(one, step, t, tensors):
+            assert isinstance(one.scheduler, DDIMScheduler) and isinstance(denoiser_of(one), torch.nn.Module)
+            assert one.components["scheduler"] is scheduler
+            assert one.components[kind.denoiser] is kind.components[kind.denoiser]
+            if step < 2:
+                inner.append(run(one, SHORT, seed=1))
+            return tensors
+
+        output = run(pipe, callback_on_step_end=draw)
+        for drawn, wanted in ((output, expected), *((drawn, alone) for drawn in inner)):
+            assert torch.equal(drawn.images, wanted.images) and torch.equal(drawn.losses, wanted.losses)
+        assert len(inner) == 2 and pipe.scheduler is scheduler
+
+    def test_a_progress_bar_of_ones_own_needs_no_more_than_stock_asks_of_it(self, pipe):
+        counted, expected = [], run(pipe)
+
+        class Bar:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                pass
+
+            def update(self, number=1):
+                counted.append(number)
+
+        pipe.progress_bar = lambda total=None: Bar()
+        assert torch.equal(run(pipe).images, expected.images) and len(counted) == 4
+
+    def test_a_loop_that_predicts_without_scaling_is_refused(self, kind):
+        class Unscaled(kind.stock):
+            def __call__(self, **given):
+                return getattr(self, kind.denoiser)(torch.zeros(1, 4, 32, 32), 1)
+
+        pipe = make(type("Odd", (kind.tsam, Unscaled), {}), kind.components)
+        with calls_of(denoiser_of(pipe)) as calls, pytest.raises(RuntimeError, match="predicts before.*`tsam_steps=0`"):
+            run(pipe)
+        assert not calls
+
+    def test_updates_that_never_came_because_a_callback_replaced_the_denoiser_are_an_error(self, kind, pipe):
+        before = state_of(pipe)
+
+        def replace(one, step, t, tensors):
+            setattr(one, kind.denoiser, kind.components[kind.denoiser])
+            return tensors
+
+        with pytest.raises(RuntimeError, match="Of 6 updates 3 were made.*another.*`tsam_steps=0`"):
+            run(pipe, callback_on_step_end=replace)
+        assert denoiser_of(pipe) is kind.components[kind.denoiser] and state_of(pipe) == before
+
+    def test_a_call_walks_over_the_denoisers_weights_no_more_often_for_more_steps(self, pipe):
+        denoiser, walks = denoiser_of(pipe), []
+
+        def counted(name, original):
+            def call(self, *args, **kwargs):
+                asked_by_torch = sys._getframe(1).f_code.co_filename == torch.nn.modules.module.__file__
+                walks.extend([name] * (self is denoiser and not asked_by_torch))
+                return original(self, *args, **kwargs)
+
+            return call
+
+        counts = []
+        with ExitStack() as stack:
+            for name in ("named_parameters", "parameters", "modules"):
+                patched = counted(name, getattr(type(denoiser), name))
+                stack.enter_context(mock.patch.object(type(denoiser), name, patched))
+            for steps in (2, 6):
+                walks.clear()
+                run(pipe, num_inference_steps=steps, tsam_steps=steps, refinement_steps=())
+                counts.append(len(walks))
+        assert counts[0] == counts[1] <= 6
+
+
 class TestRestoration:
     def test_everything_is_as_found_after_a_call(self, pipe):
         parameter, module = next(denoiser_of(pipe).parameters()), layers_of(pipe)[0]
@@ -401,6 +501,24 @@ class TestOutput:
         loss = (weight * (seen["text_attention"] - seen["similarity"][0]).abs().sum(-1)).sum()
         torch.testing.assert_close(output.losses[0, 0], loss)
         assert seen["maps"].device.type == "cpu" and not seen["maps"].requires_grad
+
+    @pytest.mark.parametrize("scheduler", [DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler])
+    def test_every_loss_has_its_step_as_callbacks_count_them(self, pipe, scheduler):
+        use(scheduler, pipe)
+        updates, after = [], []
+
+        def objective(maps, text):
+            updates.append(1)
+            return tsam.l1(maps, text)
+
+        def count(one, step, t, tensors):
+            after.append(len(updates))
+            return tensors
+
+        options = {"tsam_steps": 3, "refinement_steps": (1,), "objective": objective}
+        output = run(pipe, num_inference_steps=6, callback_on_step_end=count, **options)
+        assert output.steps == [sum(number <= k for number in after) for k in range(len(updates))]
+        assert len(output.steps) == output.losses.shape[1] == 3 + 2 and run(pipe, tsam_steps=0).steps == []
 
     def test_the_tuple_has_the_same_things(self, kind, pipe):
         output, as_tuple = run(pipe), dict(zip(kind.fields, run(pipe, return_dict=False), strict=True))
