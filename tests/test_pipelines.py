@@ -1,7 +1,6 @@
 """What a user of either pipeline may rely on."""
 
 import inspect
-import sys
 import warnings
 from contextlib import ExitStack
 from unittest import mock
@@ -409,13 +408,12 @@ class TestLoop:
             run(pipe, callback_on_step_end=replace)
         assert denoiser_of(pipe) is kind.components[kind.denoiser] and state_of(pipe) == before
 
-    def test_a_call_walks_over_the_denoisers_weights_no_more_often_for_more_steps(self, pipe):
+    def test_a_call_walks_over_the_denoisers_weights_four_times_more_than_stock_whatever_the_steps(self, stock, pipe):
         denoiser, walks = denoiser_of(pipe), []
 
         def counted(name, original):
             def call(self, *args, **kwargs):
-                asked_by_torch = sys._getframe(1).f_code.co_filename == torch.nn.modules.module.__file__
-                walks.extend([name] * (self is denoiser and not asked_by_torch))
+                walks.extend([name] * (self is denoiser))
                 return original(self, *args, **kwargs)
 
             return call
@@ -425,11 +423,11 @@ class TestLoop:
             for name in ("named_parameters", "parameters", "modules"):
                 patched = counted(name, getattr(type(denoiser), name))
                 stack.enter_context(mock.patch.object(type(denoiser), name, patched))
-            for steps in (2, 6):
+            for one, steps in ((stock, 2), (pipe, 2), (pipe, 6)):
                 walks.clear()
-                run(pipe, num_inference_steps=steps, tsam_steps=steps, refinement_steps=())
+                run(one, num_inference_steps=steps, tsam_steps=steps, refinement_steps=())
                 counts.append(len(walks))
-        assert counts[0] == counts[1] <= 6
+        assert counts[1] == counts[2] <= counts[0] + 4
 
 
 class TestRestoration:
