@@ -32,17 +32,24 @@ KINDS = {
     for settings in (StableDiffusionSettings, PixArtAlphaSettings, JointSettings)
     for each in fields(settings)
 }
+REPLACED = {  # what an argument of a method takes the place of: the other size of a step, or a peer's own schedule
+    "alpha": ["relative_step"],
+    "relative_step": ["alpha"],
+    "preset": ["tsam_steps", "refinement_steps", "refinement_iterations"],
+}
 PACKAGES = ("diffusers", "transformers", "torch")
 
 
 def value_of(key, text):
-    """An argument's value: "none", a word, an integer, a number, or numbers joined by "+"."""
+    """An argument's value: "none", a word, an integer, a number, or integers joined by "+"."""
+    if not text:
+        raise ValueError("There is no value.")
     if text == "none":
         return () if key == "refinement_steps" else None
     kind = KINDS.get(key, float)
     if kind in (int, float):
         return kind(text)
-    return text if kind is str or key == "objective" else tuple(map(int, text.split("+")))
+    return text if kind is str else tuple(map(int, text.split("+")))
 
 
 def parse_method(text, kind="sd"):
@@ -56,22 +63,21 @@ def parse_method(text, kind="sd"):
     named |= {name: baseline.arguments for name, baseline in BASELINES.items()}
     if name not in named:
         raise ValueError(f"A method is {name!r}, but has to be one of {', '.join(named)}.")
-    arguments, baseline = dict(named[name]), BASELINES.get(name)
+    replaced = {other for change in changes for other in REPLACED.get(change.partition("=")[0], ())}
+    arguments = {key: value for key, value in named[name].items() if key not in replaced}
     for change in changes:
-        key, equals, value = change.partition("=")
+        key, _, value = change.partition("=")
         try:
             arguments[key] = value_of(key, value)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"A method is {text!r}, whose {change!r} is no argument and value such as alpha=20.")
-        arguments.pop({"alpha": "relative_step", "relative_step": "alpha"}.get(key), None)  # either is the size
-    return arguments, baseline
+        except ValueError as error:
+            raise ValueError(
+                f"A method is {text!r}, whose {change!r} is no argument and value such as alpha=20."
+            ) from error
+    return arguments, BASELINES.get(name)
 
 
-def check_methods(methods, pipe):
-    """Refuse arguments that are not the pipeline's, or not a loss's."""
-    known = {*inspect.signature(pipe.__call__).parameters, *(each.name for each in fields(pipe.settings))}
+def check_methods(methods, known):
+    """Refuse arguments that are not `known` as the pipeline's, or not a loss's."""
     for name, (arguments, baseline) in methods.items():
         loss = inspect.signature(baseline.loss).parameters if baseline else ()
         for key in arguments:
@@ -81,7 +87,7 @@ def check_methods(methods, pipe):
 
 def identity(model):
     """What tells a model's files from others: a Hub repository's commit, or a folder's names and sizes."""
-    folder = Path(model)
+    folder = Path(SHIPPED.get(model, model))
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
 
@@ -93,17 +99,19 @@ def identity(model):
 class JointPipeline:
     """The small SD3 that ships, as modular blocks, with the call of our pipelines."""
 
-    settings, tokens = JointSettings, 13  # of T5, as in training
+    tokens = 13  # of T5, as in training
 
-    def __init__(self, guidance_scale):
+    def __init__(self, device, dtype, guidance_scale):
         from diffusers import ClassifierFreeGuidance
 
         from .. import StableDiffusion3TSAMBlocks
 
-        self.pipe = StableDiffusion3TSAMBlocks().get_workflow("text2image").init_pipeline(str(JOINT_MODEL))
-        self.pipe.load_components(dtype=torch.float32)
+        blocks, self.dtype = StableDiffusion3TSAMBlocks().get_workflow("text2image"), dtype
+        self.pipe = blocks.init_pipeline(str(JOINT_MODEL))
+        self.pipe.load_components(dtype=dtype)
         self.pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
-        self.dtype, self.scheduler = torch.float32, self.pipe.scheduler
+        self.pipe.to(device)
+        self.scheduler, self.known = self.pipe.scheduler, {each.name for each in blocks.inputs}
         self.set_progress_bar_config = self.pipe.set_progress_bar_config
 
     def __call__(self, prompt, **arguments):
@@ -114,11 +122,12 @@ class JointPipeline:
 SHIPPED = {**MODELS, "sink": MODELS["sd"], "sd3": JOINT_MODEL}  # where the models that ship lie
 
 
-def load(model, device=None, dtype=None, guidance_scale=None):
+def load(model, device, dtype=None, guidance_scale=None):
     """A pipeline, its kind in TUNED or FAMILIES, and what its calls need. model: a folder, a Hub id, or of SHIPPED."""
     if model == "sd3":
+        dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
         scale = ARGUMENTS["sd"]["guidance_scale"] if guidance_scale is None else guidance_scale
-        return JointPipeline(scale), model, {}
+        return JointPipeline(device, dtype, scale), model, {}
     pipe, kind = load_pipeline(str(SHIPPED.get(model, model)), device=device, dtype=dtype)
     if model == "sink":
         add_sink(pipe)
@@ -155,11 +164,11 @@ def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
     return output.images, output.losses
 
 
-def described(pipe, kind, model, path, methods, given, **others):
+def described(pipe, kind, model, methods, given, **others):
     """The settings of a run."""
     return others | {
         "model": model,
-        "revision": identity(path),
+        "revision": identity(model),
         "kind": kind,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "scheduler": type(pipe.scheduler).__name__,
@@ -191,10 +200,10 @@ def generate(
         pipe.safety_checker = None  # whose black pictures would count against a method
     given["num_inference_steps"] = steps
     methods = {name: parse_method(name, kind) for name in methods}
-    check_methods(methods, pipe)
+    check_methods(methods, getattr(pipe, "known", None) or inspect.signature(pipe.__call__).parameters)
     if state.is_main_process:
-        path, others = SHIPPED.get(model, model), {"prompt_set": prompts, "parser": parser, "format": format}
-        settings = described(pipe, kind, model, path, methods, given, seeds=seeds, **others)
+        others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds}
+        settings = described(pipe, kind, model, methods, given, **others)
         Run.create(output, settings, wanted)
     state.wait_for_everyone()
     run = Run(output)

@@ -108,7 +108,7 @@ class Run:
         for method in range(len(self.methods)):
             above = self.picture(method, 0, 0).parent.parent
             for entry in os.scandir(above) if above.is_dir() else ():
-                if not entry.name.isdecimal():  # a file manager's
+                if not entry.name.isdecimal() or int(entry.name) >= self.shape[1]:  # a file manager's, for one
                     continue
                 stems = [name.partition(".")[0] for name in os.listdir(entry)]
                 seeds = [int(stem) for stem in stems if stem.isdecimal()]

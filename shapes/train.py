@@ -3,13 +3,14 @@
     python -m diffusers_tsam.shapes.train --output shapes                       # about 70 minutes on two cores
     python -m diffusers_tsam.shapes.train --output shapes --stages vae,pixart   # its transformer twin, about 75
     python -m diffusers_tsam.shapes.train --output shapes --stages sd3   # a small SD3, of the others' VAE and T5
-    python -m diffusers_tsam.shapes.train --output shapes --stages sink --sink 0.95  # `sd` with an attention sink
+    python -m diffusers_tsam.shapes.train --output shapes --stages sink --batch 48  # `sd` with an attention sink
 
 Every stage is seeded, saves a checkpoint every few minutes and resumes from it when started again.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import time
@@ -56,7 +57,7 @@ from .scenes import (
     random_solids,
     words_of_solids,
 )
-from .sink import changes_of
+from .sink import WEIGHTS, changes_of
 
 
 STAGES = ("judge", "vae", "sd", "pixart", "sd3", "sink")
@@ -448,9 +449,18 @@ def grounding_loss(maps, masks, words):
     return torch.stack(losses).mean()
 
 
+def identity(*modules):
+    """What tells their weights from others."""
+    known = hashlib.sha256()
+    for module in modules:
+        for tensor in module.state_dict().values():
+            known.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return known.hexdigest()[:16]
+
+
 def latents_of(args, vae, number):
     """`number` scenes encoded once: latents, masks, captions; latents have unit variance."""
-    path = args.work / f"latents{number}.pt"
+    path = args.work / f"latents{number}-{identity(vae.encoder, vae.quant_conv)}.pt"
     if path.exists():
         return torch.load(path, weights_only=False)
     rng = np.random.default_rng(1)
@@ -679,7 +689,7 @@ def main():
     parser.add_argument("--decoder-steps", type=int, default=300)
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes the diffusion model sees")
     parser.add_argument("--steps", type=int, help=f"steps of the diffusion model {STEPS}")
-    parser.add_argument("--sink", type=share_of, default=0.95, help="<bos>'s share of a token's attention")
+    parser.add_argument("--sink", type=share_of, default=0.99, help="<bos>'s share of a token's attention")
     parser.add_argument("--width", type=int, default=64, help="of sd's UNet at its first level; a multiple of 16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64)
@@ -704,7 +714,7 @@ def main():
     if "sd3" in args.stages:
         save(train_sd3(args), args.output / "sd3")
     if "sink" in args.stages:
-        save_file(changes_of(train_sink(args)), args.output / f"sink{args.sink}.safetensors")
+        save_file(changes_of(train_sink(args)), args.output / WEIGHTS.name)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from transformers import (
 
 from diffusers_tsam.evaluation import report as reports
 from diffusers_tsam.evaluation.__main__ import main
+from diffusers_tsam.evaluation.baselines import BASELINES
 from diffusers_tsam.evaluation.generate import parse_method, plan
 from diffusers_tsam.evaluation.prompts import Prompt, load, things_of_template
-from diffusers_tsam.evaluation.runs import Run
+from diffusers_tsam.evaluation.runs import Run, save
 from diffusers_tsam.evaluation.score import (
     TEMPLATES,
     BlipAnswers,
@@ -39,6 +40,7 @@ from diffusers_tsam.evaluation.score import (
     in_template,
 )
 from diffusers_tsam.shapes import scenes
+from diffusers_tsam.tsam_arguments import Settings
 from tiny import tiny_tokenizer
 
 
@@ -184,11 +186,50 @@ def test_scores_of_another_model_are_refused(run, tmp_path, capsys):
         ("tsam:refinement_steps=none:tsam_steps=5", {"refinement_steps": (), "tsam_steps": 5}),
         ("syngen:refinement_steps=0+4", {"alpha": 20.0, "preset": "paper", "refinement_steps": (0, 4)}),
         ("focus:alpha=3", {"alpha": 3.0, "preset": "paper", "refinement_steps": ()}),
+        ("syngen:preset=fast:relative_step=0.05", {"preset": "fast", "relative_step": 0.05}),
+        ("focus:preset=fast:refinement_steps=0", {"preset": "fast", "relative_step": 0.05, "refinement_steps": (0,)}),
+        ("syngen:tsam_steps=3:preset=fast", {"alpha": 20.0, "tsam_steps": 3, "preset": "fast"}),
+        ("tuned:alpha=2", {"preset": "fast", "alpha": 2.0}),
+        ("tsam:attention_layers=4+7:attention_keys=all", {"attention_layers": (4, 7), "attention_keys": "all"}),
         ("conform:sharpness=none", {"alpha": 20.0, "preset": "paper", "sharpness": None}),
     ],
 )
 def test_a_method_is_a_name_and_changed_arguments(text, expected):
     assert parse_method(text)[0] == expected
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_peer_at_our_preset_and_step_takes_as_many_updates_as_ours(name):
+    size = {"preset": "fast", "relative_step": 0.05}
+    own = parse_method(f"{name}:preset=fast:relative_step=0.05")[0]
+    assert own == size and Settings(**own).plan(25) == Settings(**size).plan(25)
+
+
+@pytest.mark.parametrize("model", ("sink", "pixart", "sd3"))  # and sd, everywhere else
+def test_every_small_model_is_drawn_by_the_same_methods(model, tmp_path, capsys):
+    methods = "stock,tuned:tsam_steps=1:refinement_steps=none,syngen:preset=light:relative_step=0.05"
+    command = f"generate --model {model} --prompts shapes:2:test:1 --steps 2 --output {tmp_path} --methods".split()
+    main([*command, methods])
+    assert len(set(pictures(tmp_path).values())) == 3
+    assert [row["updates"] for row in Run(tmp_path).rows("drawn")] == [0, 1, 1]
+    arguments = Run(tmp_path).settings["methods"].values()
+    assert [each.get("preset") for each in arguments] == [None, "fast", "light"]
+    other = {"pixart": "attention_keys=all", "sd3": "candidates=2", "sink": "attention_layers=1+2"}[model]
+    assert "has no argument" in refused(capsys, *command, f"tsam:{other}")
+
+
+def test_a_run_of_a_thousand_seeds_is_complete_whatever_a_file_manager_leaves_in_it(tmp_path):
+    settings = {"methods": {"stock": {"tsam_steps": 0}}, "seeds": 1002, "format": "png"}
+    run = Run.create(tmp_path, settings, [Prompt("0", "a red cube", [])])
+    for seed in (0, 999, 1000, 1001):
+        save(Image.new("RGB", (1, 1)), run.picture(0, 0, seed))
+    folder = run.picture(0, 0, 0).parent
+    for stray in (folder, folder.parent, folder.parent.parent):
+        (stray / ".DS_Store").write_text("")
+        (stray / "Thumbs.db").write_text("")
+    (folder / ".001.png").write_text("")  # half-written
+    (folder.parent / "00007").mkdir()  # of no prompt of this run
+    assert np.flatnonzero(run.present()[0, 0]).tolist() == [0, 999, 1000, 1001]
 
 
 @pytest.mark.parametrize("batch", (1, 4, 7, 100))

@@ -87,6 +87,33 @@ def test_a_stage_that_does_not_exist_is_refused(capsys, monkeypatch):
     assert stop.value.code == 2 and "'foo' is no stage. Pass one or more of judge" in capsys.readouterr().err
 
 
+def test_a_sink_is_trained_and_saved_as_the_one_that_ships(monkeypatch, tmp_path):
+    from diffusers_tsam.shapes import sink, train
+
+    asked = []
+    monkeypatch.setattr(train, "train_sink", lambda args: asked.append(args.sink))
+    monkeypatch.setattr(train, "changes_of", lambda pipe: {"unet.weight": torch.ones(1)})
+    folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", ["train", *folders, "--stages", "sink"])
+    train.main()
+    assert asked == [0.99] and [path.name for path in (tmp_path / "out").iterdir()] == [sink.WEIGHTS.name]
+
+
+def test_another_autoencoders_latents_are_not_taken(tmp_path):
+    import argparse
+
+    from diffusers_tsam.shapes import train
+
+    args, vae = argparse.Namespace(work=tmp_path, device="cpu", float32=True), train.build_vae().eval()
+    first = train.latents_of(args, vae, 100)
+    assert torch.equal(train.latents_of(args, vae, 100)["latents"], first["latents"])
+    vae.decoder.conv_out.weight.data += 1  # with which nothing is encoded
+    train.latents_of(args, vae, 100)
+    assert len(list(tmp_path.iterdir())) == 1
+    other = train.latents_of(args, train.build_vae().eval(), 100)
+    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(other["latents"], first["latents"])
+
+
 def test_the_judge_reads_unseen_rendered_scenes(judge):
     rng = np.random.default_rng(12345)
     drawn = [scenes.random_scene(rng, split) for split in ("tune", "test") for _ in range(250)]
