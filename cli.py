@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from . import FAMILIES
 from .shapes import ARGUMENTS, MODELS, TUNED
-from .tsam_arguments import PixArtAlphaSettings, StableDiffusionSettings, kind_of_field
+from .tsam_arguments import PixArtAlphaSettings, Settings, StableDiffusionSettings, kind_of_field
 
 
 # What the command takes of T-SAM's settings. The rest is for programs, or has a flag of its own form.
@@ -96,6 +97,21 @@ def check(args):
         raise ValueError("--sink is for the Stable Diffusion that ships. Leave --model and --pipeline out.")
     if args.tsam_steps == 0:
         raise ValueError("--tsam-steps is 0, so that nothing would be shown. Pass 1 or more.")
+    common = {each.name for each in fields(Settings)}
+    Settings(**{name: value for name, value in given_of(args).items() if name in common}).plan(args.steps)
+
+
+def given_of(args):
+    """The settings that were passed."""
+    given = {each.name: getattr(args, each.name) for each in flags() if getattr(args, each.name) is not None}
+    return given | ({"regions": dict(args.region)} if args.region else {})
+
+
+def in_flags(message):
+    """An error about the pipelines' arguments, in the command's words."""
+    own = {each.name: each.name.replace("_", "-") for each in flags()}
+    own |= {"num_inference_steps": "steps", "regions": "region"}
+    return re.sub(r"`(\w+)`", lambda match: f"--{own[match[1]]}" if match[1] in own else match[0], str(message))
 
 
 @contextmanager
@@ -212,10 +228,7 @@ def run(args):
 
         add_sink(pipe)
     seed = SEEDS[tuned or kind] if args.seed is None else args.seed
-    given = {each.name: getattr(args, each.name) for each in flags() if getattr(args, each.name) is not None}
-    if args.region:
-        given["regions"] = dict(args.region)
-    settings = settings_of(pipe, kind, tuned, **given)
+    settings = settings_of(pipe, kind, tuned, **given_of(args))
     usual = ARGUMENTS[kind] if shipped else {}
     scale = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     pictures, losses, guided, seen = draw(
@@ -235,7 +248,9 @@ def run(args):
         lines.append(f"attention of {phrase!r} inside its region: stock {before:.0%}, T-SAM {after:.0%}")
     rows = list(zip(("Stock", "T-SAM, same seed"), captions, pictures, seen["maps"]))
     tables = [("T: what the text encoder reads", seen["text_attention"])]
-    if settings.objective == "attainable":
+    if settings.objective in ("relation", "contrast"):
+        tables.append(("R: which words are related", seen["relation"]))
+    elif settings.objective == "attainable":
         from .tsam import attainable_target
 
         tables.append(("T as S can take it", attainable_target(seen["text_attention"])))
@@ -256,7 +271,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.error("interrupted", INTERRUPTED)
     except (OSError, RuntimeError, ValueError) as error:  # not those that only a mistake of ours raises
-        parser.error(error)
+        parser.error(in_flags(error))
 
 
 if __name__ == "__main__":

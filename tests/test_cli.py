@@ -1,6 +1,5 @@
 """The `tsam` command, on a tiny model saved to a folder."""
 
-import inspect
 import json
 import os
 import shutil
@@ -13,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_tsam import FAMILIES, cli
+from diffusers_tsam import FAMILIES, cli, comparing
 from diffusers_tsam.pipeline_tsam_sd import StableDiffusionTSAMPipeline
 from diffusers_tsam.tsam import OBJECTIVES
+from diffusers_tsam.tsam_arguments import OBJECTIVE_NAMES
 from kinds import KINDS, make
 
 
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_pixels_and_another_seed_others(tsam):
 def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe):
     settings = {**kind.call, "num_inference_steps": 4}
     guidance = {"alpha": 30.0, "refinement_iterations": 1}
-    (ours, aligned), *_ = cli.draw(pipe, PROMPT, 3, **settings, **guidance)
+    (ours, aligned), *_ = comparing.draw(pipe, PROMPT, 3, pipe.settings(**guidance), **settings)
     theirs, called = (
         each(PROMPT, generator=torch.Generator().manual_seed(3), **settings, **arguments).images[0]
         for each, arguments in ((stock, {}), (pipe, guidance))
@@ -101,20 +101,20 @@ def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_maps_and_s_are_those_of_the_last_guided_step_after_its_updates(kind, objective, pipe):
-    settings = {**kind.call, "num_inference_steps": 6, "objective": objective, "gamma": 3.0}
-    schedule = {"tsam_steps": 2, "refinement_steps": [1]}
+    call, settings = {**kind.call, "num_inference_steps": 6}, {"objective": objective, "gamma": 3.0, "tsam_steps": 2}
 
     def seen(**changes):
         generator = torch.Generator().manual_seed(5)
-        output = pipe(PROMPT, generator=generator, output_attentions=True, **{**settings, **schedule, **changes})
+        given = {**settings, "refinement_steps": [1], **changes}
+        output = pipe(PROMPT, generator=generator, output_attentions=True, **call, **given)
         return output.losses[0], output.attentions[0]
 
     # An update more than is made sees what those before it have led to; to watch, none is made.
     settings["alpha"] = 0.1 * kind.alpha
     stock, watched = seen(alpha=0, refinement_iterations=0)
     aligned, _ = seen(refinement_iterations=3)
-    _, (before, after), guided, attentions = cli.draw(
-        pipe, PROMPT, 5, **settings, **{**schedule, "refinement_steps": None}, refinement_iterations=0
+    _, (before, after), guided, attentions = comparing.draw(
+        pipe, PROMPT, 5, pipe.settings(**settings, refinement_iterations=0), **call
     )
     assert guided == 2 and before == pytest.approx(stock[1].item(), rel=1e-5)
     assert after == pytest.approx(aligned[2].item(), rel=1e-4) and after < before
@@ -126,8 +126,8 @@ def test_losses_maps_and_s_are_those_of_the_last_guided_step_after_its_updates(k
 
 def test_regions_are_those_of_the_last_guided_step_after_its_updates_and_outlined(kind, pipe):
     regions = {"black car": (0.0, 0.0, 0.5, 1.0), "a white clock": (0.5, 0.0, 1.0, 1.0)}
-    settings = {**kind.call, "num_inference_steps": 1, "objective": None, "alpha": 0.1 * kind.alpha, "regions": regions}
-    _, (before, after), _, seen = cli.draw(pipe, PROMPT, refinement_iterations=0, **settings)
+    settings = pipe.settings(objective="layout", alpha=0.1 * kind.alpha, regions=regions, refinement_iterations=0)
+    _, (before, after), _, seen = comparing.draw(pipe, PROMPT, 0, settings, num_inference_steps=1, **kind.call)
     assert seen["regions"] == [((0.0, 0.0, 0.5, 1.0), [1, 2]), ((0.5, 0.0, 1.0, 1.0), [4, 5, 6])]
     shares = torch.stack([*seen["region_shares"].values()])
     assert [*seen["region_shares"]] == [*regions] and after < before
@@ -156,23 +156,21 @@ def test_a_region_that_is_none_is_refused_in_one_line(folder, refused, region, r
 
 
 def test_one_guided_step_shows_what_its_update_has_changed(kind, pipe):
-    settings = {**kind.call, "num_inference_steps": 1, "alpha": 0.1 * kind.alpha, "refinement_iterations": 0}
-    _, (before, after), guided, _ = cli.draw(pipe, PROMPT, **settings)
+    settings = pipe.settings(alpha=0.1 * kind.alpha, refinement_iterations=0)
+    _, (before, after), guided, _ = comparing.draw(pipe, PROMPT, 0, settings, num_inference_steps=1, **kind.call)
     assert guided == 1 and after < before
 
 
 def test_another_model_runs_with_the_pipelines_own_defaults(folder, monkeypatch, tmp_path, refused):
     given = {}
 
-    def draw(*_, **settings):
-        given.update(settings)
+    def draw(pipe, prompt, seed, settings, **arguments):
+        given.update(settings=settings, **arguments)
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "draw", draw)
+    monkeypatch.setattr(comparing, "draw", draw)
     assert refused([PROMPT, "--model", folder, "--gamma", "3", "--output", tmp_path / "a.png"]) == "tsam: enough"
-    defaults = inspect.signature(StableDiffusionTSAMPipeline.__call__).parameters
-    own = {name: defaults[name].default for name in cli.SETTINGS if name in defaults}
-    assert given == {**own, "num_inference_steps": 50, "gamma": 3.0}
+    assert given == {"settings": StableDiffusionTSAMPipeline.settings(gamma=3.0), "num_inference_steps": 50}
 
 
 def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monkeypatch, capsys):
@@ -184,14 +182,19 @@ def test_the_shipped_model_has_its_own_defaults_and_is_judged(tsam, folder, monk
             assert [image.size for image in images] == [(64, 64)] * 2
             return [[], [(*solid, (0.5, 0.5)) for solid in (("red", "cube"), ("blue", "ring"), ("blue", "ring"))]]
 
-    given, draw = {}, cli.draw
+    given, draw = {}, comparing.draw
+
+    def noted(pipe, prompt, seed, settings, **arguments):
+        given.update(settings=settings, **arguments)
+        return draw(pipe, prompt, seed, settings, **arguments)
+
     monkeypatch.setitem(cli.MODELS, "sd", Path(folder))
     monkeypatch.setattr(Judge, "from_pretrained", Seen)
-    monkeypatch.setattr(cli, "draw", lambda *args, **settings: given.update(settings) or draw(*args, **settings))
+    monkeypatch.setattr(comparing, "draw", noted)
     tsam(PROMPT)
     assert capsys.readouterr().out.splitlines()[2] == "the judge sees: stock nothing; T-SAM 2 blue rings, red cube"
-    tuned = {**TUNED["sd"], "refinement_iterations": 1}
-    assert {name: given[name] for name in tuned} == tuned and given["guidance_scale"] == 4.0
+    tuned = StableDiffusionTSAMPipeline.settings(**TUNED["sd"], refinement_iterations=1)
+    assert given["settings"] == tuned and given["guidance_scale"] == 4.0
 
 
 @pytest.mark.parametrize(
@@ -219,14 +222,15 @@ def test_the_sink_draws_with_the_weights_and_settings_of_its_own(monkeypatch, tm
 
     found = {}
 
-    def draw(pipe, prompt, seed, **settings):
-        found.update(settings, seed=seed, bos=pipe.get_text_self_attention([prompt]).attention[0, 1:8, 0].mean().item())
+    def draw(pipe, prompt, seed, settings, **_):
+        attention = pipe.get_text_self_attention([prompt]).attention
+        found.update(settings=settings, seed=seed, bos=attention[0, 1:8, 0].mean().item())
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "draw", draw)
+    monkeypatch.setattr(comparing, "draw", draw)
     assert refused(["a red cube and a blue sphere", "--sink", "--output", tmp_path / "a.png"]) == "tsam: enough"
     assert found["seed"] == cli.SEEDS["sink"] and found["bos"] > 0.9
-    assert {name: found[name] for name in TUNED["sink"]} == TUNED["sink"]
+    assert found["settings"] == StableDiffusionTSAMPipeline.settings(**TUNED["sink"])
 
 
 @pytest.mark.parametrize("name, number", [("attention_resolution", 8), ("attention_layers", (2, 5))])
@@ -236,7 +240,7 @@ def test_the_maps_shown_are_of_the_layers_that_are_asked_for(name, number):
     layers = pipe.cross_attention_layers
     pipe.cross_attention_layers = lambda value: asked.append(value) or layers()
     with pytest.raises(ValueError, match="needs two or more"):
-        cli.draw(pipe, "cube", **{**kind.call, name: number})
+        comparing.draw(pipe, "cube", 0, pipe.settings(**{name: number}), **kind.call)
     assert asked == [number]
 
 
@@ -265,7 +269,7 @@ def test_what_it_prints_needs_no_utf8(checkout):
 
 def test_the_choices_are_the_pipelines():
     choices = {option.dest: option.choices for option in cli.arguments()._actions}
-    assert choices["objective"] == tuple(OBJECTIVES) and choices["pipeline"] == tuple(FAMILIES)
+    assert choices["objective"] == OBJECTIVE_NAMES and choices["pipeline"] == tuple(FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -278,16 +282,16 @@ def test_the_choices_are_the_pipelines():
         ([PROMPT, "--model", "no/such"], "no/such"),
         ([PROMPT, "--model", "."], "model_index.json"),
         ([PROMPT, "--pipeline", "pixart"], "it is a Stable Diffusion, but --pipeline is pixart"),
-        ([PROMPT, "--alpha", "-1"], "`alpha` is -1.0"),
-        ([PROMPT, "--gamma", "0"], "`gamma` is 0.0"),
+        ([PROMPT, "--alpha", "-1"], "--alpha is -1.0"),
+        ([PROMPT, "--gamma", "0"], "--gamma is 0.0"),
         ([PROMPT, "--alpha", "nan"], "finite"),
-        ([PROMPT, "--steps", "-4"], "`num_inference_steps` is -4"),
+        ([PROMPT, "--steps", "-4"], "--steps is -4"),
         ([PROMPT, "--steps", "two"], "invalid int"),
         ([PROMPT, "--tsam-steps", "0"], "--tsam-steps is 0"),
         ([PROMPT, "--tsam-steps", "51"], "only 50"),
-        ([PROMPT, "--refinement-iterations", "-1"], "`refinement_iterations` is -1"),
-        ([PROMPT, "--objective", "l2"], "l1_full"),
-        ([PROMPT, "--attention-resolution", "5"], "`attention_resolution` is 5"),
+        ([PROMPT, "--refinement-iterations", "-1"], "--refinement-iterations is -1"),
+        ([PROMPT, "--objective", "l2"], "contrast"),
+        ([PROMPT, "--attention-resolution", "5"], "--attention-resolution is 5"),
         ([PROMPT, "--attention-layers", "2", "5"], "--attention-layers is not for Stable Diffusion"),
         ([PROMPT, "--dtype", "int8"], "bfloat16"),
         ([PROMPT, "--device", "toaster"], "toaster"),
@@ -364,12 +368,12 @@ def test_ctrl_c_ends_with_a_line(folder, monkeypatch, tmp_path, refused):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "draw", interrupt)
+    monkeypatch.setattr(comparing, "draw", interrupt)
     assert refused([PROMPT, "--model", folder], code=130) == "tsam: interrupted"
 
 
 def test_a_mistake_of_ours_is_not_hidden(tsam, monkeypatch):
-    monkeypatch.setattr(cli, "draw", lambda *_, **__: {}["no such key"])
+    monkeypatch.setattr(comparing, "draw", lambda *_, **__: {}["no such key"])
     with pytest.raises(KeyError):
         tsam(PROMPT)
 
