@@ -21,7 +21,8 @@ def arguments():
     def drawing(command):
         add = command.add_argument
         add("--model", required=True, help="a folder or Hub id, or sd, sink, pixart or sd3, which ship")
-        add("--prompts", required=True, help="objects, animals-objects, animals, shapes:SOLIDS:SPLIT:NUMBER, or a file")
+        sets = "objects, animals-objects, animals, a file, or shapes (quarters, sentences, filled):SOLIDS:SPLIT:NUMBER"
+        add("--prompts", required=True, help=sets)
         add("--seeds", type=int, default=1, help="pictures a prompt and method (1)")
         add("--output", required=True, help="the run's folder, which goes on where it was stopped")
         add("--steps", type=int, default=50, help="denoising steps (50)")

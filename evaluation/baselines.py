@@ -145,16 +145,25 @@ def focus_loss(maps, content, things):
     return (sum(near) / max(len(near), 1) + sum(apart)) / 2 if near or apart else None
 
 
+def anywhere_loss(maps, content, things):
+    """A control: moves as far as the others, but to where chance says."""
+    noise = torch.randn(maps.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (maps * noise.to(maps)).sum((1, 2, 3))
+
+
 class Baseline(NamedTuple):
     """loss: of (maps, content, things). arguments: the pipelines', from its paper and code. needs: what has to be given
-    from outside: "nouns" or "pairs" (nouns with modifiers), of which it leaves prompts without to stock."""
+    from outside: "nouns" or "pairs" (nouns with modifiers), of which it leaves prompts without to stock, or "nothing".
+    """
 
     loss: Callable
     arguments: dict
     needs: str
 
     def binds(self, things):
-        return any(len(thing) > 1 for thing in things) if self.needs == "pairs" else bool(things)
+        if self.needs == "pairs":
+            return any(len(thing) > 1 for thing in things)
+        return self.needs == "nothing" or bool(things)
 
 
 # Half of the steps, with α = 20, and 20 more updates at steps 0, 10 and 20 of 50: Attend-and-Excite's numbers, which
@@ -168,6 +177,7 @@ BASELINES = {
     "syngen": Baseline(syngen_loss, {"alpha": 20.0, "preset": "paper", "refinement_steps": ()}, "pairs"),
     # its λ is of a velocity: no number of its paper is an α, and one update a step is what it has
     "focus": Baseline(focus_loss, {"relative_step": 0.05, "preset": "paper", "refinement_steps": ()}, "nouns"),
+    "anywhere": Baseline(anywhere_loss, {"relative_step": 0.05, "preset": "paper"}, "nothing"),
 }
 
 

@@ -116,7 +116,7 @@ class JointPipeline:
 
     def __call__(self, prompt, **arguments):
         state = self.pipe(prompt=prompt, negative_prompt="", max_sequence_length=self.tokens, **arguments)
-        return SimpleNamespace(images=state.get("images"), losses=state.get("losses"))
+        return SimpleNamespace(**{name: state.get(name) for name in ("images", "losses", "attentions")})
 
 
 SHIPPED = {**MODELS, "sink": MODELS["sd"], "sd3": JOINT_MODEL}  # where the models that ship lie
@@ -154,14 +154,15 @@ def plan(prompts, methods, seeds, batch):
 
 
 def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
-    """PIL pictures of `Prompt`s, each from its own seed's latents, and the losses before T-SAM's updates."""
+    """A call's output for `Prompt`s, each drawn from its own seed's latents, with its own regions."""
     arguments = dict(arguments)
+    if any(prompt.regions for prompt in prompts):
+        arguments["regions"] = [prompt.regions for prompt in prompts]
     if baseline is not None:
         own = {key: arguments.pop(key) for key in OF_A_LOSS if key in arguments}
         arguments["objective"] = told(baseline.loss, prompts, **own)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # the same noise on every device
-    output = pipe([prompt.text for prompt in prompts], generator=generators, **given, **arguments)
-    return output.images, output.losses
+    return pipe([prompt.text for prompt in prompts], generator=generators, **given, **arguments)
 
 
 def described(pipe, kind, model, methods, given, **others):
@@ -190,15 +191,21 @@ def generate(
     dtype=None,
     parser=None,
     format="png",
+    keep=None,
+    **more,
 ):
-    """Draw what of a run is not drawn yet; returns the `Run`."""
+    """Draw what of a run is not drawn yet; returns the `Run`.
+
+    keep: a function of the pipeline, a batch's `Prompt`s and its output: what is kept of each picture, a dict for its
+    line. more: arguments of every call.
+    """
     state, wanted = processes(), prompt_sets.load(prompts, parser)
     with state.main_process_first():
         pipe, kind, given = load(model, state.device, dtype, guidance_scale)
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # whose black pictures would count against a method
-    given["num_inference_steps"] = steps
+    given |= {"num_inference_steps": steps, **more}
     methods = {name: parse_method(name, kind) for name in methods}
     check_methods(methods, getattr(pipe, "known", None) or inspect.signature(pipe.__call__).parameters)
     if state.is_main_process:
@@ -219,14 +226,16 @@ def generate(
     ):
         for method, how, jobs in own:
             started = time.perf_counter()
-            images, losses = draw(pipe, [wanted[p] for p, _ in jobs], [seed for _, seed in jobs], *how, **given)
+            own_prompts = [wanted[prompt] for prompt, _ in jobs]
+            output = draw(pipe, own_prompts, [seed for _, seed in jobs], *how, **given)
             seconds, rows = (time.perf_counter() - started) / len(jobs), []
-            for job, image, loss in zip(jobs, images, np.asarray(losses, dtype=float)):
+            kept = keep(pipe, own_prompts, output) if keep else [{}] * len(jobs)
+            for job, image, loss, others in zip(jobs, output.images, np.asarray(output.losses, dtype=float), kept):
                 if not done[method][job]:  # of a batch that may be half done
                     save(image, run.picture(method, *job))
                     row = {"method": method, "prompt": job[0], "seed": job[1], "updates": len(loss)}
                     ends = [round(float(x), 4) for x in (loss[[0, -1]] if len(loss) else loss)]
-                    rows.append(row | {"loss": ends, "seconds": round(seconds, 3)})
+                    rows.append(row | {"loss": ends, "seconds": round(seconds, 3)} | others)
             append(rows)
             progress.update(len(jobs))
     state.wait_for_everyone()

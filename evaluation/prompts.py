@@ -6,7 +6,7 @@ last. Structured prompts say their things by their template; for others a spaCy 
 
 import json
 import re
-from itertools import combinations, product
+from itertools import combinations, product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,10 @@ OBJECTS = "backpack glasses crown suitcase chair balloon bow car bowl bench cloc
 COLOURS = "red orange yellow green blue purple pink brown gray black white".split()
 SETS = ("objects", "animals-objects", "animals")
 COLOURED = 0.75  # share of coloured objects among those of "animals-objects"
-SHAPES_SEED = 1  # that of benchmarks/alignment.py: the same prompts
+SHAPES_SEED = 1
+FORMS = ("shapes", "quarters", "sentences", "filled")  # of prompts of the shapes world
+QUARTERS = [(x, y, x + 0.5, y + 0.5) for y in (0.0, 0.5) for x in (0.0, 0.5)]
+FILLERS, FILLED = "and with the next to of a".split(), 11  # tokens, so that two sentences fit the small CLIP's window
 
 MODIFIERS = {"amod", "nmod", "compound", "npadvmod", "advmod", "acomp"}  # dependencies; Rassin et al. 2023
 NOUNS, VERBS = {"NOUN", "PROPN"}, {"AUX", "VERB"}
@@ -33,11 +36,13 @@ MAX_SKIPPED = 4  # characters of a prompt that a tokenizer may write in its own 
 
 
 class Prompt(NamedTuple):
-    """id: its name in its set, a string. things: a list of things, each a list of spans; empty where none are known."""
+    """id: its name in its set, a string. things: a list of things, each a list of spans; empty where none are known.
+    regions: {phrase: box} of a call, where phrases are to be."""
 
     id: str
     text: str
     things: list
+    regions: dict | None = None
 
 
 def structured(name, seed=0):
@@ -61,6 +66,23 @@ def structured(name, seed=0):
         f"{plain(animal)} and {coloured(thing)}" if rng.random() < COLOURED else f"{plain(animal)} with {plain(thing)}"
         for animal, thing in product(ANIMALS, OBJECTS)
     ]
+
+
+def of_shapes(form, solids, split, number):
+    """(text, regions) of prompts of coloured solids, in one of FORMS.
+
+    quarters: each solid is asked for in another quarter of the picture. sentences: "a red cube , a blue sphere", since
+    the small models know no full stop. filled: behind each solid words of none, so that a prompt of two is long.
+    """
+    rng = np.random.default_rng(SHAPES_SEED)
+    for text, wanted in scenes.prompts(solids, split, number, SHAPES_SEED):
+        regions, sentences = None, [scenes.phrase(*solid) for solid in wanted]
+        if form == "quarters":
+            chosen = rng.permutation(len(QUARTERS)).tolist()
+            regions = {" ".join(solid): QUARTERS[k] for solid, k in zip(wanted, chosen)}
+        if form == "filled":
+            sentences = [f"{sentence} {' '.join(rng.choice(FILLERS, FILLED))}" for sentence in sentences]
+        yield " , ".join(sentences) if form in ("sentences", "filled") else text, regions
 
 
 def phrases(text):
@@ -126,17 +148,19 @@ def positions_of(things, text, tokens):
 
 
 def load(spec, parser=None):
-    """The `Prompt`s that `spec` names: one of SETS, "shapes:SOLIDS:SPLIT:NUMBER", a text file with a prompt a line, or
-    a JSON file of {"id", "caption"} as TIFA's `tifa_v1.0_text_inputs.json`.
+    """The `Prompt`s that `spec` names: one of SETS, "FORM:SOLIDS:SPLIT:NUMBER" with one of FORMS, a text file with a
+    prompt a line, or a JSON file of {"id", "caption"} as TIFA's `tifa_v1.0_text_inputs.json`, and if wanted "regions".
 
     parser: the name of a spaCy model, for prompts that no template fits.
     """
+    regions = []
     if spec in SETS:
         named = list(enumerate(structured(spec)))
-    elif spec.startswith("shapes:"):
+    elif spec.partition(":")[0] in FORMS:
         try:
-            solids, split, number = spec.split(":")[1:]
-            named = list(enumerate(text for text, _ in scenes.prompts(int(solids), split, int(number), SHAPES_SEED)))
+            form, solids, split, number = spec.split(":")
+            found = list(of_shapes(form, int(solids), split, int(number)))
+            named, regions = [*enumerate(text for text, _ in found)], [boxes for _, boxes in found]
         except ValueError as error:
             raise ValueError(f"Prompts are {spec!r}: {error}. Pass shapes:2:test:40, for instance.") from error
     elif not Path(spec).is_file():
@@ -144,7 +168,9 @@ def load(spec, parser=None):
             f"Prompts are {spec!r}, which is no file and none of {', '.join(SETS)} and shapes:SOLIDS:SPLIT:NUMBER."
         )
     elif Path(spec).suffix == ".json":
-        named = [(entry["id"], entry["caption"]) for entry in json.loads(Path(spec).read_text(encoding="utf-8"))]
+        entries = json.loads(Path(spec).read_text(encoding="utf-8"))
+        named = [(entry["id"], entry["caption"]) for entry in entries]
+        regions = [entry.get("regions") for entry in entries]
     else:
         lines = map(str.strip, Path(spec).read_text(encoding="utf-8").splitlines())
         named = list(enumerate(line for line in lines if line))
@@ -156,4 +182,5 @@ def load(spec, parser=None):
 
         free = [text for text, found in things.items() if not found]
         things |= {text: things_of_doc(doc) for text, doc in zip(free, spacy.load(parser).pipe(free))}
-    return [Prompt(str(name), text, things[text]) for name, text in named]
+    found = zip_longest(named, regions)
+    return [Prompt(str(name), text, things[text], boxes) for (name, text), boxes in found]

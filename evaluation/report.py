@@ -51,6 +51,8 @@ COLUMNS = {
     "objects": Column("judge", "every object, %", 100, 1),  # of runs scored when solids were not counted
     "missing": Column("judge", "an object missing, %", 100, 1, False),
     "swap": Column("judge", "a swap, %", 100, 1, False),
+    "placed": Column("judge", "solids where asked, %", 100, 1),
+    "all_placed": Column("judge", "all where asked, %", 100, 1),
 }
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2rem auto;padding:0 1rem}
 h1,h2{line-height:1.2}table{border-collapse:collapse;font-size:14px;margin:1rem 0;display:block;overflow-x:auto}

@@ -224,13 +224,24 @@ class Shapes:
 
     def __call__(self, images, prompts):
         rows = []
-        for image, prompt, seen in zip(images, prompts, self.judge.read(images)):
+        for image, prompt, seen in zip(images, prompts, self.judge.locate(images)):
             words, (solids, fragments) = prompt.text.split(), count(image)
             wanted = [(words[colour], words[solid]) for colour, solid in words_of_solids(prompt.text)]
             found = verdict(wanted, seen, solids)
             row = {key: int(found["present" if key == "right" else key]) for key in self.keys}
             rows.append(row | {"seen": sorted(map(list, seen)), "count": solids, "fragments": fragments})
+            if prompt.regions:
+                rows[-1] |= self.placed(prompt.regions, seen)
         return rows
+
+    @staticmethod
+    def placed(regions, places):
+        """The share of the solids that are seen inside their boxes, and whether all are; a phrase ends in a solid."""
+        found = []
+        for phrase, (x0, y0, x1, y1) in regions.items():
+            x, y = places.get(tuple(phrase.split()[-2:]), (-1, -1))
+            found.append(x0 <= x < x1 and y0 <= y < y1)
+        return {"placed": np.mean(found), "all_placed": int(all(found))}
 
 
 def pretrained(auto, name, device):

@@ -8,6 +8,7 @@ import torch
 
 from diffusers_tsam.evaluation.baselines import (
     BASELINES,
+    anywhere_loss,
     attend_and_excite_loss,
     compete,
     conform_loss,
@@ -28,6 +29,7 @@ LOSSES = {
     "conform_100": conform_loss,
     "syngen": syngen_loss,
     "focus": focus_loss,
+    "anywhere": anywhere_loss,
 }
 
 
@@ -136,7 +138,7 @@ LITERAL = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LITERAL)
 def test_agrees_with_the_literal_one(name, scene):
     tolerance = 1e-5 if name == "focus" else 1e-7  # its logarithms are of 1e-10 more
     torch.testing.assert_close(LOSSES[name](*scene).tolist(), LITERAL[name](*scene), rtol=tolerance, atol=1e-7)
@@ -153,7 +155,7 @@ def test_images_of_a_batch_are_independent_and_have_gradients(name, scene):
     assert gradient[0].abs().max() > 0 and not gradient[1].any() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LITERAL)
 @pytest.mark.parametrize("things", ([], [[[2], [3]]], [[[2]], [[3]]]), ids=("nothing", "one thing", "nouns alone"))
 def test_what_needs_no_binding_costs_a_finite_loss_with_a_finite_gradient(name, things, scene):
     maps, content, _ = scene
@@ -223,8 +225,9 @@ def test_only_pairs_bind_for_syngen_and_nouns_for_the_others():
         "conform": True,
         "syngen": False,
         "focus": True,
+        "anywhere": True,
     }
-    assert not any(baseline.binds([]) for baseline in BASELINES.values())
+    assert [name for name, baseline in BASELINES.items() if baseline.binds([])] == ["anywhere"]
 
 
 def words(text, things):

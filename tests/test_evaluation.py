@@ -26,8 +26,8 @@ from transformers import (
 from diffusers_tsam.evaluation import report as reports
 from diffusers_tsam.evaluation.__main__ import main
 from diffusers_tsam.evaluation.baselines import BASELINES
-from diffusers_tsam.evaluation.generate import parse_method, plan
-from diffusers_tsam.evaluation.prompts import Prompt, load, things_of_template
+from diffusers_tsam.evaluation.generate import generate, parse_method, plan
+from diffusers_tsam.evaluation.prompts import FORMS, Prompt, load, things_of_template
 from diffusers_tsam.evaluation.runs import Run, save
 from diffusers_tsam.evaluation.score import (
     TEMPLATES,
@@ -254,6 +254,50 @@ def test_prompts_are_read_from_tifas_file(tmp_path):
         json.dumps([{"id": "coco_1", "caption": "a red bow", "coco_val_id": "2"}, {"id": "x", "caption": "y"}])
     )
     assert load(str(path)) == [Prompt("coco_1", "a red bow", [[(2, 5), (6, 9)]]), Prompt("x", "y", [])]
+
+
+def test_prompts_of_a_file_may_have_regions(tmp_path):
+    path, box = tmp_path / "prompts.json", [0, 0, 0.5, 1]
+    path.write_text(json.dumps([{"id": 0, "caption": "a red bow", "regions": {"bow": box}}, {"id": 1, "caption": "y"}]))
+    assert [prompt.regions for prompt in load(str(path))] == [{"bow": box}, None]
+
+
+def test_prompts_of_the_shapes_world_come_in_four_forms():
+    texts = {form: [prompt.text for prompt in load(f"{form}:2:test:5")] for form in FORMS}
+    assert texts["quarters"] == texts["shapes"] and len(set(texts["shapes"])) == 5
+    for plain, sentences, filled in zip(texts["shapes"], texts["sentences"], texts["filled"]):
+        assert sentences == plain.replace(" and ", " , ")
+        assert len(filled.split()) == len(sentences.split()) + 22
+        solids = [[text.split()[k] for pair in scenes.words_of_solids(text) for k in pair] for text in (plain, filled)]
+        assert solids[0] == solids[1]
+    for prompt in load("quarters:3:test:5"):
+        assert len(set(prompt.regions.values())) == 3 == sum(solid in prompt.text for solid in prompt.regions)
+    assert load("quarters:3:test:5") == load("quarters:3:test:5")
+
+
+def test_each_prompt_has_its_own_regions_and_something_of_each_picture_is_kept(tmp_path):
+    def keep(pipe, prompts, output):
+        shares = [attention["region_shares"] if attention else {} for attention in output.attentions or [None, None]]
+        return [{"shares": list(own), "text": prompt.text} for own, prompt in zip(shares, prompts)]
+
+    methods = ["stock", "tsam:preset=light:objective=layout"]
+    given = {"steps": 2, "keep": keep, "output_attentions": True}
+    run = generate("sd", methods, "quarters:2:test:2", 1, tmp_path, **given)
+    for row in run.rows("drawn"):
+        prompt = run.prompts[row["prompt"]]
+        assert row["text"] == prompt.text and row["shares"] == ([*prompt.regions] if row["method"] else [])
+    main(["score", str(tmp_path), "--metrics", "judge"])
+    rows = list(run.rows("score-judge"))
+    assert len(rows) == 4 and all(row["placed"] in (0, 0.5, 1) for row in rows)
+    assert "solids where asked, %" in reports.report(tmp_path)
+
+
+def test_a_solid_is_where_it_was_asked_for_if_it_is_seen_inside():
+    regions = {"red cube": (0.0, 0.0, 0.5, 0.5), "a blue ring": (0.5, 0.5, 1.0, 1.0)}
+    for place, there in (((0.2, 0.2), True), ((0.5, 0.2), False), ((0.2, 0.7), False)):
+        found = Shapes.placed(regions, {("red", "cube"): place, ("white", "star"): (0.7, 0.7)})
+        assert found == {"placed": 0.5 * there, "all_placed": 0}
+    assert Shapes.placed(regions, {("red", "cube"): (0, 0), ("blue", "ring"): (0.9, 0.5)})["all_placed"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
