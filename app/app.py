@@ -33,8 +33,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from diffusers_tsam import figures
-from diffusers_tsam.app.drawing import ARGUMENTS, BREAKS, FIELDS, SHIPPED, Models, Result, draw, fields_of, wrong
-from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES
+from diffusers_tsam.app.drawing import CHOICES, FIELDS, SETTINGS, SHIPPED, Models, Result, draw, fields_of, wrong
 
 
 EXAMPLES = (  # model, seed, prompt; picked: stock forgets or confuses what T-SAM draws
@@ -46,11 +45,11 @@ HEADER = """<h1>T-SAM</h1><p>Text-to-image models forget objects and swap colour
 which words belong together, and holds the picture's attention to it. Here: one prompt, one seed, without it and with
 it.</p>"""
 HELP = {
-    "schedule": "Where the updates are: “light” costs least, “paper” most.",
-    "objective": "How S, of the maps, is compared with T, of the text.",
+    "preset": "Gives the settings below it: “light” costs least, “paper” most.",
+    "objective": "How maps are compared with the text; “relation” for prompts such as “two cats”.",
     "alpha": "Size of an update. Too much breaks the picture. Empty where a relative step is given.",
     "relative_step": "Instead of alpha: the first update as a share of the input's norm, such as 0.05.",
-    "gamma": "More keeps only the strongest bonds between words.",
+    "gamma": "More keeps only the strongest bonds between words. Of no use to “contrast” and “relation”.",
     "guidance_scale": "How closely to follow the prompt.",
 }
 FILES = {"Stock picture": "stock.png", "T-SAM picture": "tsam.png", "Numbers (JSON)": "tsam.json"}
@@ -127,7 +126,7 @@ def summary(result):
     losses, guided = [drawn.losses for drawn in result.pair], result.pair[1].guided
     before, after = (each[guided[-1]] for each in losses)
     text = f"Loss after the guided steps, {len(guided)}: stock {before:.3f}, T-SAM {after:.3f}."
-    if result.moved < BREAKS:
+    if not result.breaks:
         return note(text)
     name = "alpha" if result.settings["relative_step"] is None else "the relative step"
     far = f"The first step moved the latents by {result.moved:.0%} of their norm, which breaks most pictures: "
@@ -148,6 +147,8 @@ def look(result, word, step):
     shown = [figures.overlaid(each, scale, picture) for each, picture in zip(maps, pictures_of(result))]
     words = seen[1]["tokens"]
     tables = [table("T: what the text encoder reads", words, seen[1]["text_attention"])]
+    if result.settings["objective"] in ("relation", "contrast"):
+        tables.append(table("R: which words are related", words, seen[1]["relation"]))
     for name, each in zip(("stock", "T-SAM"), seen):
         tables.append(table(f"S: {name}, step {step}", words, each["similarity"][index]))
     return [*shown, f'<div class="tsam-tables">{"".join(tables)}</div>']
@@ -184,10 +185,11 @@ def linked(models, query):
     """The values of FIELDS that an address asks for, and what is wrong with them, in words."""
     kind, seed, prompt = EXAMPLES[0]
     usual, problem = next(name for name in SHIPPED if SHIPPED[name] == kind), ""
+    preset = {"preset": query["preset"]} if query.get("preset") in CHOICES["preset"] else {}
     try:
-        values = fields_of(models, query.get("model", usual), prompt, seed)
+        values = fields_of(models, query.get("model", usual), prompt, seed, **preset)
     except ValueError as error:
-        values, problem = fields_of(models, usual, prompt, seed), str(error)
+        values, problem = fields_of(models, usual, prompt, seed, **preset), str(error)
     if query.keys() & {"alpha", "relative_step"}:
         values |= {"alpha": None, "relative_step": None}
     for name in query.keys() & set(FIELDS[1:]):
@@ -260,15 +262,11 @@ def build(models):
                     go = gr.Button("Draw", variant="primary", min_width=120, scale=3)
                     halt = gr.Button("Stop", min_width=80, scale=1)
                 with gr.Accordion("Advanced", open=False) as advanced:
-                    choices, settings = {"schedule": list(SCHEDULES), "objective": list(OBJECTIVES)}, []
-                    for name in ARGUMENTS:
-                        look_of = {
-                            "label": name.replace("_", " ").capitalize(),
-                            "info": HELP[name],
-                            "value": first[name],
-                        }
-                        chosen = name in choices
-                        settings.append(gr.Dropdown(choices[name], **look_of) if chosen else gr.Number(**look_of))
+                    settings = {}
+                    for name, info in HELP.items():
+                        looks = {"label": name.replace("_", " ").capitalize(), "info": info, "value": first[name]}
+                        choices = {"choices": list(CHOICES[name])} if name in CHOICES else {}
+                        settings[name] = (gr.Dropdown if choices else gr.Number)(**looks, **choices)
             with gr.Column(scale=3, min_width=300):
                 status = gr.HTML(note("“Draw” shows both pictures here, from the same noise."), elem_id="tsam-status")
                 blank = Image.new("RGB", (SHOWN, SHOWN), BLANK)
@@ -289,7 +287,7 @@ def build(models):
             with gr.Row():
                 saves = [gr.DownloadButton(label, min_width=140) for label in FILES]
             address = gr.HTML()
-        fields = [model, prompt, seed, steps, *settings]
+        fields = [model, prompt, seed, steps, *settings.values()]
 
         def check(request: gr.Request, *values):
             Session(request).go_on()
@@ -322,7 +320,14 @@ def build(models):
                 values = fields_of(models, name, "", 0)
             except ValueError as error:
                 return {status: note(str(error), "error")}
-            return dict(zip([steps, *settings], list(values.values())[3:]))
+            return dict(zip([steps, *settings.values()], list(values.values())[3:]))
+
+        def give(name, preset):
+            try:
+                values = fields_of(models, name, "", 0, preset=preset)
+            except ValueError:  # which “Draw” says
+                return {}
+            return {settings[name]: values[name] for name in SETTINGS}
 
         def pick(index):
             kind, number, text = EXAMPLES[index]
@@ -333,7 +338,7 @@ def build(models):
             query = dict(request.query_params)
             values, problem = linked(models, query)
             said = {status: note(problem, "error")} if problem else {}
-            opened = {advanced: gr.Accordion(open=True)} if query.keys() & set(ARGUMENTS) else {}
+            opened = {advanced: gr.Accordion(open=True)} if query.keys() & settings.keys() else {}
             return {**dict(zip(fields, values.values())), **said, **opened}
 
         def stop(request: gr.Request):
@@ -357,7 +362,9 @@ def build(models):
         halt.click(stop, queue=False, **quiet)
         newest = {"trigger_mode": "always_last", **quiet}
         gr.on([word.input, step.input], look, [result, word, step], [*maps, tables], **newest)
-        model.input(choose, model, [status, steps, *settings], **quiet)
+        model.input(choose, model, [status, steps, *settings.values()], **quiet)
+        preset = settings["preset"]
+        preset.input(give, [model, preset], [settings[name] for name in SETTINGS], **quiet)
         examples.click(pick, examples, fields, **quiet)
         page.load(follow, None, [*fields, status, advanced], **quiet)
         page.unload(leave)

@@ -1,10 +1,12 @@
 """What the demo's page may ask for, and how it is drawn: models, limits, steps. No page in sight."""
 
+import inspect
 import math
 import queue
 import re
 import threading
 from collections import OrderedDict
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +18,16 @@ from PIL import Image
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, cli
 from diffusers_tsam.attention_processors import shadowed
-from diffusers_tsam.shapes import MODELS
-from diffusers_tsam.tsam import OBJECTIVES, SCHEDULES, check_alignment
+from diffusers_tsam.comparing import compare
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
+from diffusers_tsam.tsam_arguments import Settings
 
 
-# What a page sends, a link holds and a drawing needs; after the first four, arguments of the pipelines.
-FIELDS = ("model", "prompt", "seed", "steps", "schedule", "objective", "alpha", "relative_step", "gamma")
-FIELDS += ("guidance_scale",)
-ARGUMENTS = FIELDS[4:]
+SETTINGS = ("preset", "objective", "alpha", "relative_step", "gamma")  # of the fields of `Settings`
+CHOICES = {each.name: each.metadata["choices"] for each in fields(Settings) if each.name in ("preset", "objective")}
+CHOICES["objective"] = tuple(name for name in CHOICES["objective"] if name != "layout")  # a page gives no regions
+# What a page sends, a link holds and a drawing needs.
+FIELDS = ("model", "prompt", "seed", "steps", *SETTINGS, "guidance_scale")
 WHOLE = ("seed", "steps")
 LIMITS = {"seed": (0, 2**32 - 1), "steps": (1, 100), "guidance_scale": (1, 30)}
 MAX_PROMPT = 300  # characters
@@ -70,15 +74,17 @@ class Models:
         also = ", or type a Hub id such as owner/name" if self.hub else ""
         raise ValueError(f"There is no model {name[:100]!r} here. Choose one of the list{also}.")
 
-    def defaults(self, name):
-        """The pipeline's arguments for a model, which need not be loaded."""
+    def defaults(self, name, **given):
+        """`Settings` of a model, which need not be loaded, with those that are given; and stock's arguments."""
         source = self.source(name)
         try:
             local = isinstance(source, Path)
             kind = cli.kind_of(source / "model_index.json" if local else hf_hub_download(source, "model_index.json"))
         except (OSError, ValueError) as error:
             raise _unloadable(name, source, error) from error
-        return cli.settings_of(getattr(diffusers_tsam, FAMILIES[kind].pipeline), kind, SHIPPED.get(name))
+        pipeline, usual = getattr(diffusers_tsam, FAMILIES[kind].pipeline), SHIPPED.get(name)
+        scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+        return cli.settings_of(pipeline, kind, usual, **given), {"guidance_scale": scale} | ARGUMENTS.get(usual, {})
 
     def load(self, name):
         """A pipeline, and its VAE's `colours_of`."""
@@ -105,13 +111,16 @@ def _unloadable(name, source, error):
     return ValueError(f"The model {name!r} cannot be loaded: {error}".replace(str(source), name))
 
 
-def fields_of(models, model, prompt, seed):
-    """The values of FIELDS with a model's defaults."""
-    settings = models.defaults(model)
-    if settings["relative_step"] is not None:
-        settings["alpha"] = None
+def fields_of(models, model, prompt, seed, **given):
+    """The values of FIELDS with a model's defaults, or with the settings that are given."""
+    settings, arguments = models.defaults(model, **given)
     values = {"model": model, "prompt": prompt, "seed": seed, "steps": STEPS[model not in SHIPPED]}
-    return values | {name: settings[name] for name in ARGUMENTS}
+    return values | chosen(settings) | {"guidance_scale": arguments["guidance_scale"]}
+
+
+def chosen(settings):
+    """The values of SETTINGS."""
+    return {name: getattr(settings, name) for name in SETTINGS}
 
 
 def wrong(models, values):
@@ -136,17 +145,16 @@ def wrong(models, values):
         if not number or not low <= value <= high:
             kind = "a whole number" if name in WHOLE else "a number"
             found[name] = f"{name.replace('_', ' ').capitalize()} has to be {kind} from {low} to {high}."
-    for name, known in (("schedule", SCHEDULES), ("objective", OBJECTIVES)):
-        if not isinstance(values[name], str) or values[name] not in known:
-            found[name] = f"Choose one of {', '.join(known)}."
     if (values["alpha"] is None) == (values["relative_step"] is None):
         found["alpha"] = "Give either alpha or a relative step, and leave the other one empty."
-    for name in ("alpha", "relative_step", "gamma"):
+    for name in SETTINGS:
         try:
-            if name == "gamma" or values[name] is not None:
-                check_alignment(**{"alpha": 0.0, "gamma": 1.0, "objective": "l1", name: values[name]})
+            Settings(**{name: values[name]})
         except (TypeError, ValueError) as error:
             found[name] = str(error).replace("`", "")
+    for name, known in CHOICES.items():
+        if values[name] not in known:
+            found[name] = f"Choose one of {', '.join(known)}."
     return found
 
 
@@ -160,13 +168,19 @@ class Step(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A drawing. settings: values of FIELDS. pair: of `cli.Drawn`, stock first. seen: in words, what the judge of the
-    small models sees, or None. moved: how far the first step's updates moved the latents, as a share of their norm."""
+    """A drawing. settings: values of FIELDS. pair: of `comparing.Drawn`, stock first. seen: in words, what the judge of
+    the small models sees, or None. moved: how far the first step's updates moved the latents, as a share of their norm.
+    """
 
     settings: dict
     pair: tuple
     seen: list | None
     moved: float
+
+    @property
+    def breaks(self):
+        """Whether the updates were so large that they break most pictures."""
+        return self.moved >= BREAKS
 
 
 def draw(models, values, stopped):
@@ -175,8 +189,8 @@ def draw(models, values, stopped):
     ValueError, TypeError and others that loading and drawing raise. Ends the drawing when it is closed.
     """
     pipe, colours = models.load(values["model"])
-    settings = models.defaults(values["model"]) | {name: values[name] for name in ARGUMENTS}
-    settings |= {"num_inference_steps": int(values["steps"]), "alpha": values["alpha"] or 0.0}
+    settings, arguments = models.defaults(values["model"], **{name: values[name] for name in SETTINGS})
+    arguments |= {"num_inference_steps": int(values["steps"]), "guidance_scale": values["guidance_scale"]}
     events, moved, closed = queue.SimpleQueue(), [], threading.Event()
     align = pipe.align_latents
 
@@ -193,7 +207,7 @@ def draw(models, values, stopped):
     def work():
         try:
             with shadowed(pipe, "align_latents", measured):
-                events.put([cli.compare(pipe, values["prompt"], int(values["seed"]), on_step, **settings)])
+                events.put([compare(pipe, values["prompt"], int(values["seed"]), settings, on_step, **arguments)])
         except Exception as error:  # which is raised where the page waits
             events.put([error])
 
@@ -210,7 +224,7 @@ def draw(models, values, stopped):
         raise pair
     if pair is not None:
         seen = cli.judged([drawn.picture for drawn in pair]) if values["model"] in SHIPPED else None
-        yield Result(values, pair, seen, moved[0])
+        yield Result(values | chosen(settings), pair, seen, moved[0])
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--prompt", default="a red cube and a blue sphere")
 parser.add_argument("--seed", type=int, default=74)
 parser.add_argument("--steps", type=int, default=50)
-parser.add_argument("--alpha", type=float, default=TUNED["sd"]["alpha"])
+parser.add_argument("--relative-step", type=float, default=0.05)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"schedule": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "alpha": args.alpha}
+settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "relative_step": args.relative_step}
 generator = torch.Generator().manual_seed(args.seed)
 output = pipe(args.prompt, generator=generator, output_attentions=True, **settings)
 

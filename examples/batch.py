@@ -22,7 +22,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=50)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"schedule": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
 settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "output_type": "np"}
 

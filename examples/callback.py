@@ -25,7 +25,7 @@ args = parser.parse_args()
 # For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), α 10, γ 2, and a limit that suits its losses
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
 prompts = ["a red cube and a blue sphere"] * len(SEEDS)
-alignment = LatentAlignment(pipe.get_text_self_attention(prompts), alpha=1.0, gamma=4.0)
+alignment = LatentAlignment(pipe.get_text_self_attention(prompts), pipe.settings(alpha=1.0, gamma=4.0))
 layers = pipe.cross_attention_layers(16)
 moves = [0] * len(SEEDS)
 
@@ -35,7 +35,8 @@ def align(pipe, i, t, tensors):
     latents, conditions = tensors["latents"], {"encoder_hidden_states": tensors["prompt_embeds"]}
     if i + 1 < max(args.steps // 5, 2):
         for _ in range(UPDATES):
-            moved = pipe.align_latents(alignment, latents, pipe.scheduler.timesteps[i + 1], conditions, layers)
+            t = pipe.scheduler.timesteps[i + 1]
+            moved = pipe.align_latents(alignment, latents, t, (t,), conditions, layers)
             above = alignment.losses[-1] > LIMIT  # taken before the move
             latents = moved.where(above[:, None, None, None], latents)
             moves[:] = [number + more for number, more in zip(moves, above.tolist())]

@@ -21,7 +21,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int, default=50)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), settings = {"schedule": "fast"}, and a prompt
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), settings = {"preset": "fast"}, and a prompt
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
 settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
 prompt = (

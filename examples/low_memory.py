@@ -23,8 +23,8 @@ args = parser.parse_args()
 gpu = torch.cuda.is_available()
 device, dtype = ("cuda", torch.float16) if gpu else ("cpu", torch.float32)
 pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=dtype)
-# The fast schedule guides fewer steps, which saves time; a guided step takes as much memory.
-settings = TUNED["sd"] | ARGUMENTS["sd"] if args.model == MODELS["sd"] else {"schedule": "fast"}
+# The fast preset guides fewer steps, which saves time; a guided step takes as much memory.
+settings = TUNED["sd"] | ARGUMENTS["sd"] if args.model == MODELS["sd"] else {"preset": "fast"}
 prompts = ["a red cube and a blue sphere", "a black cone and a white ring"]
 
 

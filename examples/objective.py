@@ -37,7 +37,7 @@ def neglect(maps, text):
     return torch.stack(losses)
 
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"schedule": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
 settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
 

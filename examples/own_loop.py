@@ -32,7 +32,7 @@ def draw(alpha_at):
     """The picture whose latents are moved by `alpha_at(i)` before step i."""
     prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(prompt, pipe.device, 1, True)
     prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-    alignment = LatentAlignment(pipe.get_text_self_attention(prompt), alpha, gamma)
+    alignment = LatentAlignment(pipe.get_text_self_attention(prompt), pipe.settings(alpha=alpha, gamma=gamma))
     layers, conditions = pipe.cross_attention_layers(16), {"encoder_hidden_states": prompt_embeds}
     pipe.scheduler.set_timesteps(args.steps, device=pipe.device)
     latents = noise
@@ -40,7 +40,7 @@ def draw(alpha_at):
         if i < guided:
             alignment.alpha = alpha_at(i)
             updates = 1 + iterations * (i in refined)
-            latents = pipe.align_latents(alignment, latents, t, conditions, layers, updates)
+            latents = pipe.align_latents(alignment, latents, t, (t,), conditions, layers, updates)
         model_input = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
         unconditional, conditional = pipe.unet(model_input, t, **conditions).sample.chunk(2)
         prediction = unconditional + guidance_scale * (conditional - unconditional)

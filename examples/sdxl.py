@@ -29,8 +29,8 @@ pipe.unet.enable_gradient_checkpointing()  # a quarter less memory in a guided p
 
 
 def draw(**changes):
-    # The light schedule guides the first fifth of the steps, each once.
-    settings = {"schedule": "light", "relative_step": 0.05, "output": "images", **changes}
+    # The light preset guides the first fifth of the steps, each once.
+    settings = {"preset": "light", "output": "images", **changes}
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same noise everywhere
     return pipe(prompt=args.prompt, num_inference_steps=args.steps, generator=generator, **settings)[0]
 

@@ -29,8 +29,8 @@ args = parser.parse_args()
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=dtype).to(device)
 
-# The small model has settings of its own. The fast schedule guides the first fifth of the steps.
-settings = TUNED["sd"] | ARGUMENTS["sd"] if args.model == MODELS["sd"] else {"schedule": "fast"}
+# The small model has settings of its own. The fast preset guides the first fifth of the steps.
+settings = TUNED["sd"] | ARGUMENTS["sd"] if args.model == MODELS["sd"] else {"preset": "fast"}
 
 
 def draw(**changes):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_tsam import FAMILIES, cli
+from diffusers_tsam import FAMILIES, cli, comparing
 from diffusers_tsam.app import drawing
 from diffusers_tsam.app.drawing import FIELDS, LIMITS, MAX_PROMPT, SHIPPED, Models, Result, Step, fields_of, wrong
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
@@ -177,15 +177,15 @@ def test_no_more_models_stay_in_memory_than_the_limit(models, monkeypatch):
         ({"seed": -1}, "from 0"),
         ({"seed": 2**32}, "to 4294967295"),
         ({"guidance_scale": 1000}, "from 1 to 30"),
-        ({"schedule": "slow"}, "paper, fast, light"),
+        ({"preset": "slow"}, "paper, fast, light"),
         ({"objective": ["l1"]}, "attainable"),
-        ({"alpha": -1.0}, "at least 0"),
-        ({"alpha": float("nan")}, "finite"),
-        ({"alpha": None}, "either alpha or a relative step"),
-        ({"alpha": 4.0, "relative_step": 0.05}, "either alpha or a relative step"),
+        ({"alpha": -1.0, "relative_step": None}, "at least 0"),
+        ({"alpha": float("nan"), "relative_step": None}, "finite"),
+        ({"relative_step": None}, "either alpha or a relative step"),
+        ({"alpha": 4.0}, "either alpha or a relative step"),
         ({"alpha": None, "relative_step": 2}, "between 0 and 1"),
         ({"gamma": 0}, "above 0"),
-        ({"gamma": None}, "has to be a number"),
+        ({"gamma": "2"}, "has to be a number"),
         ({"model": "mine"}, "There is no model 'mine' here"),
     ],
 )
@@ -210,8 +210,8 @@ def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, mo
     *steps, result = drawn(models, values)
     assert [(step.name, step.step) for step in steps] == [(n, i) for n in ("T-SAM", "stock") for i in range(3)]
     pipe, kind = cli.load(MODELS[SHIPPED[model]], device="cpu")
-    settings = {**cli.settings_of(pipe, kind, kind), "num_inference_steps": 3}
-    (stock, tsam), *_ = cli.draw(pipe, values["prompt"], 3, **settings)
+    call = {**ARGUMENTS[kind], "num_inference_steps": 3}
+    (stock, tsam), *_ = comparing.draw(pipe, values["prompt"], 3, cli.settings_of(pipe, kind, kind), **call)
     assert np.array_equal(result.pair[0].picture, stock) and np.array_equal(result.pair[1].picture, tsam)
     assert not np.array_equal(stock, tsam)
     assert [step.loss for step in steps] == pytest.approx(result.pair[1].losses + result.pair[0].losses)
@@ -271,7 +271,7 @@ def result():
 
 @pytest.mark.parametrize("alpha, kind", [(4.0, "note"), (200.0, "warning")])
 def test_an_alpha_that_breaks_the_picture_is_warned_of(alpha, kind, app, models):
-    values = values_of(models, prompt="a red cube and a blue sphere", alpha=alpha)
+    values = values_of(models, prompt="a red cube and a blue sphere", alpha=alpha, relative_step=None)
     *_, (status, pictures, captions, _, result) = app.live(models, values, lambda: False)
     assert f'class="tsam-{kind}"' in status and ("halve alpha" in status) == (kind == "warning")
     assert [picture.size for picture in pictures] == [(512, 512)] * 2
@@ -335,7 +335,7 @@ def test_the_files_hold_the_pictures_and_the_numbers(app, result, tmp_path):
 def test_a_link_gives_back_the_settings_that_it_was_made_of(model, app, models):
     from urllib.parse import parse_qsl
 
-    values = values_of(models, model, prompt="a “red” cube & a b=c ring", seed=2**32 - 1, gamma=3.5, schedule="fast")
+    values = values_of(models, model, prompt="a “red” cube & a b=c ring", seed=2**32 - 1, gamma=3.5, preset="fast")
     found, problem = app.linked(models, dict(parse_qsl(app.link(values)[1:])))
     assert found == values and not problem
 

@@ -255,7 +255,7 @@ def test_an_alpha_that_breaks_the_picture_is_warned_of(browser):
 
 
 def test_stop_stops(browser):
-    browser.open("?prompt=a+red+cube+and+a+blue+sphere&steps=100&schedule=paper").draw()
+    browser.open("?prompt=a+red+cube+and+a+blue+sphere&steps=100&preset=paper").draw()
     browser.status("T-SAM: step")
     browser.button("Stop").click()
     browser.status("Stopped")
