@@ -20,7 +20,7 @@ SEEDS = {
     "an orange sphere and a red cone": 2658822507,
     "a green sphere and a blue star": 3664125443,
     "a black cylinder and a green ring": 2454450119,
-    "a black star and a red cone": 3041792932,
+    "a purple sphere and a blue cone": 0,
 }
 
 parser = argparse.ArgumentParser()
