@@ -6,16 +6,23 @@ import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, ModularPipelineBlocks
 
 import diffusers_tsam
-from diffusers_tsam import FAMILIES, LatentAlignment
+from diffusers_tsam import FAMILIES, MODULAR, LatentAlignment
 from diffusers_tsam.tsam_arguments import Settings
-from tiny import tiny_components, tiny_pixart_components
+from tiny import (
+    tiny_components,
+    tiny_flux_components,
+    tiny_pixart_components,
+    tiny_sd3_components,
+    tiny_sdxl_components,
+)
 
 
 PROMPT = "a black car and a white clock"
@@ -40,6 +47,7 @@ class Kind:
             return self.build()
 
     stock = property(lambda self: getattr(diffusers, FAMILIES[self.name].stock))
+    pipeline = property(lambda self: self.stock)  # whose instances are of this kind
     tsam = property(lambda self: getattr(diffusers_tsam, FAMILIES[self.name].pipeline))
     file = property(lambda self: f"{FAMILIES[self.name].module}.py")
     denoiser = property(lambda self: FAMILIES[self.name].denoiser)
@@ -66,9 +74,37 @@ KINDS = {
 assert KINDS.keys() == FAMILIES.keys()
 
 
-def make(cls, components):
-    """A quiet pipeline with its own scheduler."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks(Kind):
+    """A family of modular blocks: its `stock` and `tsam` are classes of blocks."""
+
+    classic: str  # the classic pipeline of its components
+    denoiser: str = "transformer"
+
+    stock = property(lambda self: getattr(diffusers.modular_pipelines, f"{self.prefix}AutoBlocks"))
+    pipeline = property(lambda self: getattr(diffusers, f"{self.prefix}ModularPipeline"))
+    tsam = property(lambda self: getattr(diffusers_tsam, MODULAR[self.name].blocks))
+    prefix = property(lambda self: self.classic.removesuffix("Pipeline"))
+    settings = property(lambda self: self.tsam.loop.settings)
+
+
+SMALL = {"height": 32, "width": 32, "max_sequence_length": 16}
+SDXL = Blocks("sdxl", tiny_sdxl_components, 10.0, {"height": 64, "width": 64}, "StableDiffusionXLPipeline", "unet")
+SD3 = Blocks("sd3", tiny_sd3_components, 30.0, SMALL | {"negative_prompt": ""}, "StableDiffusion3Pipeline")
+FLUX = Blocks("flux", tiny_flux_components, 100.0, SMALL, "FluxPipeline")
+BLOCKS = {kind.name: kind for kind in (SDXL, SD3, FLUX)}
+assert BLOCKS.keys() == MODULAR.keys()
+every = pytest.mark.parametrize("kind", [*KINDS, *BLOCKS], indirect=True)  # for a law that blocks keep, too
+
+
+def make(cls, components, workflow="text2image"):
+    """A quiet pipeline with its own scheduler; of blocks, of their `workflow`."""
     scheduler = type(components["scheduler"]).from_config(components["scheduler"].config)
+    if issubclass(cls, ModularPipelineBlocks):
+        pipe = cls().get_workflow(workflow).init_pipeline()
+        pipe.update_components(**{**components, "scheduler": scheduler})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
     optional = {"requires_safety_checker": False} if "safety_checker" in components else {}
     pipe = cls(**{**components, "scheduler": scheduler}, **optional)
     pipe.set_progress_bar_config(disable=True)
@@ -76,7 +112,7 @@ def make(cls, components):
 
 
 def kind_of(pipe):
-    return next(kind for kind in KINDS.values() if isinstance(pipe, kind.stock))
+    return next(kind for kind in (KINDS | BLOCKS).values() if isinstance(pipe, kind.pipeline))
 
 
 def denoiser_of(pipe):
@@ -84,23 +120,40 @@ def denoiser_of(pipe):
 
 
 def layers_of(pipe):
-    """The cross-attention layers that are read."""
+    """The layers whose attention is read."""
+    kind = kind_of(pipe)
+    if isinstance(kind, Blocks):
+        return kind.tsam.loop.layers(None, denoiser_of(pipe), kind.settings())
     return pipe.cross_attention_layers()
 
 
 def models_of(pipe):
-    return [denoiser_of(pipe), pipe.text_encoder, pipe.vae]
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    denoiser = models.pop(kind_of(pipe).denoiser)
+    return [denoiser, *(model for name, model in models.items() if name not in ("safety_checker", "image_encoder"))]
 
 
 def run(pipe, prompt=PROMPT, seed=0, **kwargs):
     """The output of a short call that ends with latents. Stock is not told what is T-SAM's."""
     kind = kind_of(pipe)
     kwargs = {"num_inference_steps": 4, "output_type": "latent", "refinement_iterations": 2, **kind.call, **kwargs}
+    if isinstance(kind, Blocks):
+        return run_blocks(kind, pipe, prompt, seed, kwargs)
     if not isinstance(pipe, kind.tsam):
         kwargs = {name: value for name, value in kwargs.items() if name not in kind.extra}
     if "generator" not in kwargs and "latents" not in kwargs:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
     return pipe(prompt, **kwargs)
+
+
+def run_blocks(kind, pipe, prompt, seed, kwargs):
+    if not isinstance(pipe.blocks, kind.tsam):
+        kwargs = {name: value for name, value in kwargs.items() if name in pipe.blocks.input_names}
+    if prompt is not None:
+        kwargs["prompt"] = prompt
+    kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+    values = pipe(**kwargs).values
+    return SimpleNamespace(**values | {"images": values["latents"]})
 
 
 def generators(number):
@@ -192,4 +245,5 @@ def state_of(pipe):
         "implementation": pipe.text_encoder.config._attn_implementation,
         "config": dict(pipe.config),
         "attributes": sorted(set(vars(pipe)) - {f"_{name}" for name in SET_BY_CALLS.split()}),
+        "scheduler": sorted(vars(pipe.scheduler).keys() - {"num_inference_steps"}),
     }

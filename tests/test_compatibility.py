@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +13,21 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from kinds import KINDS, PROMPT, SHORT, calls_of, denoiser_of, generators, kind_of, make, models_of, run, state_of
+from kinds import (
+    BLOCKS,
+    KINDS,
+    PROMPT,
+    SHORT,
+    calls_of,
+    denoiser_of,
+    every,
+    generators,
+    kind_of,
+    make,
+    models_of,
+    run,
+    state_of,
+)
 from tiny import tiny_pixart_components
 
 
@@ -38,13 +53,14 @@ def of_sd():
 
 
 def stock_of(pipe, cls=None):
-    """A stock pipeline of the same components."""
-    return make(cls or kind_of(pipe).stock, pipe.components)
+    """A stock pipeline of the same components, but a guider, which has a state."""
+    components = {name: component for name, component in pipe.components.items() if name != "guider"}
+    return make(cls or kind_of(pipe).stock, components)
 
 
-def plain(pipe, prompt=PROMPT, **options):
+def plain(pipe, prompt=PROMPT, stock=None, **options):
     """What stock draws with the same components."""
-    return run(stock_of(pipe), prompt, **{**STEPS, **options})
+    return run(stock or stock_of(pipe), prompt, **{**STEPS, **options})
 
 
 def off(pipe, prompt=PROMPT, **options):
@@ -55,10 +71,10 @@ def guided(pipe, prompt=PROMPT, **options):
     return run(pipe, prompt, **{**STEPS, "alpha": kind_of(pipe).alpha, **options})
 
 
-def holds(pipe, without=None, prompt=PROMPT, **options):
+def holds(pipe, without=None, prompt=PROMPT, stock=None, **options):
     """The guided output with a feature that is on: off it is stock's, guidance acts, and it differs from `without`."""
+    theirs = plain(pipe, prompt, stock, **options).images
     before = state_of(pipe)
-    theirs = plain(pipe, prompt, **options).images
     assert torch.equal(off(pipe, prompt, **options).images, theirs)
     output = guided(pipe, prompt, **options)
     assert output.losses[0, 2] < output.losses[0, 0]
@@ -233,12 +249,19 @@ SWITCHES = {
     "attention backend": lambda pipe: denoiser_of(pipe).set_attention_backend("native"),
     "channels last": lambda pipe: denoiser_of(pipe).to(memory_format=torch.channels_last),
 }
+OF_BLOCKS = {
+    "gradient checkpointing": SWITCHES["gradient checkpointing"],
+    "attention backend": SWITCHES["attention backend"],
+    "compiled": lambda pipe: getattr(denoiser_of(pipe), COMPILE[kind_of(pipe).name])(backend="eager"),
+    "group offload": lambda pipe: denoiser_of(pipe).enable_group_offload(CPU, CPU, "leaf_level"),
+}
+COMPILE = {"sdxl": "compile_repeated_blocks", "sd3": "compile", "flux": "compile_repeated_blocks"}
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("kind, switch", [*product(KINDS, SWITCHES), *product(BLOCKS, OF_BLOCKS)], indirect=["kind"])
 def test_what_only_computes_in_another_way_guides_to_the_same(pipe, switch):
     expected = guided(pipe)
-    SWITCHES[switch](pipe)
+    (SWITCHES | OF_BLOCKS)[switch](pipe)
     same(holds(pipe), expected)
 
 
@@ -442,6 +465,7 @@ def test_image_to_image_goes_on_from_a_guided_picture(of_sd):
 # Precision, threads, clip_skip
 
 
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_half_precision_losses_are_float32s_and_fall_and_the_picture_has_stocks_dtype(pipe, dtype):
     first = guided(pipe).losses[0, 0]
@@ -451,11 +475,16 @@ def test_in_half_precision_losses_are_float32s_and_fall_and_the_picture_has_stoc
     torch.testing.assert_close(output.losses[0, 0], first, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("shared", ["pipeline", "denoiser", "text_encoder"])
+SHARED = [*product(KINDS, ["pipeline", "denoiser", "text_encoder"]), *product(BLOCKS, ["denoiser"])]
+
+
+@pytest.mark.parametrize("kind, shared", SHARED, indirect=["kind"])
 def test_two_threads_draw_what_each_draws_alone(kind, pipe, shared):
-    components = pipe.components if shared == "denoiser" else {**kind.build(), "text_encoder": pipe.text_encoder}
+    components = {name: pipe.components[name] for name in kind.components}  # not a guider, which has a state
+    if shared != "denoiser":
+        components = {**kind.build(), "text_encoder": pipe.text_encoder}
     pipes = [pipe, pipe if shared == "pipeline" else make(kind.tsam, components)]
-    prompts, before, start = [PROMPT, "a red cube and a blue sphere"], state_of(pipe), threading.Barrier(2)
+    prompts, start = [PROMPT, "a red cube and a blue sphere"], threading.Barrier(2)
 
     def draw(k, wait=True):
         if wait:
@@ -463,6 +492,7 @@ def test_two_threads_draw_what_each_draws_alone(kind, pipe, shared):
         return guided(pipes[k], prompts[k], seed=k, num_inference_steps=4)
 
     expected = [draw(k, wait=False) for k in range(2)]
+    before = state_of(pipe)
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(draw, range(2)))
     for output, alone in zip(outputs, expected):

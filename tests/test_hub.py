@@ -12,15 +12,15 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from hub_server import Repository, hub_server
+from kinds import BLOCKS as BUILDS
 from kinds import KINDS
 from test_loading import NOTHING_INSTALLED, ROOT, SHARED, one_thread, python, run_fresh  # noqa: F401
-from test_modular import FAMILIES as BUILDS
 
 
+pytestmark = pytest.mark.slow
 CODE = {kind: f"tsam/tsam-{kind}" for kind in KINDS}
 WEIGHTS = {"sd": "tsam/shapes-tsam", "pixart": "tsam/shapes-tsam-pixart"}
 BLOCKS = {kind: f"tsam/tsam-{kind}" for kind in MODULAR}
@@ -90,7 +90,7 @@ else:
     raise AssertionError("ran code that is not trusted")
 """
     run_fresh(tmp_path, NOTHING_INSTALLED + untrusted + code, url=hub.url)
-    ours = getattr(diffusers_tsam, family.ours)().get_workflow("text2image").init_pipeline(str(model))
+    ours = family.tsam().get_workflow("text2image").init_pipeline(str(model))
     ours.load_components(dtype=torch.float32)
     options = {"preset": "light", "generator": torch.Generator().manual_seed(0)}
     expected = ours(prompt="a black car and a white clock", **options, **call, output="images")[0]

@@ -112,6 +112,7 @@ for name, (folder, file, ours, stock, call) in {cases!r}.items():
 """
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process_with_nothing_installed_a_saved_folder_is_stock_and_with_the_files_tsam(folders, tmp_path):
     """The files alone, copied elsewhere, with an empty module cache; both pipelines in one process."""
     for file in (*SHARED, *(kind.file for kind in KINDS.values())):
@@ -168,6 +169,7 @@ for folder, ours, stock in {cases!r}:
 """
 
 
+@pytest.mark.slow
 def test_what_the_previous_version_saved_loads_as_its_own_code_or_as_the_installed_class(folders, tmp_path):
     for name, family in FAMILIES.items():
         old = tmp_path / name

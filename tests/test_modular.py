@@ -1,11 +1,6 @@
 """T-SAM as modular blocks: SDXL, SD3 and FLUX, against stock blocks and against a second way to guide stock
 pipelines."""
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
 from itertools import product
 
@@ -13,331 +8,108 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import diffusers_tsam
 import oracle
 from attached import attached
 from diffusers_tsam.attention_processors import record_joint_attention
 from diffusers_tsam.modular_tsam import CODE
-from kinds import KINDS, PROMPT, SCHEDULERS, SHORT, generators, use
-from kinds import make as make_classic
+from kinds import (
+    BLOCKS,
+    FLUX,
+    KINDS,
+    PROMPT,
+    SCHEDULERS,
+    SD3,
+    SDXL,
+    SHORT,
+    calls_of,
+    denoiser_of,
+    generators,
+    make,
+    run,
+    use,
+)
+from test_compatibility import holds
 from test_loading import NOTHING_INSTALLED, one_thread, run_fresh  # noqa: F401
 from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components, tiny_tokenizer
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Blocks:
-    """A family of blocks: what builds its tiny components, and its classic pipeline."""
-
-    ours: str
-    stock: type
-    classic: str
-    build: Callable
-    denoiser: str
-    alpha: float  # that the tiny model's loss falls quickly with
-    call: dict  # arguments of every call
-
-    @functools.cached_property
-    def components(self):
-        with torch.random.fork_rng():
-            return self.build()
-
-    tsam = property(lambda self: getattr(diffusers_tsam, self.ours))
+@pytest.fixture(params=BLOCKS)
+def kind(request):
+    return BLOCKS[request.param]
 
 
-SIZE = {"height": 32, "width": 32}
-FAMILIES = {
-    "sdxl": Blocks(
-        "StableDiffusionXLTSAMBlocks",
-        StableDiffusionXLAutoBlocks,
-        "StableDiffusionXLPipeline",
-        tiny_sdxl_components,
-        "unet",
-        10.0,
-        {"height": 64, "width": 64},
-    ),
-    "sd3": Blocks(
-        "StableDiffusion3TSAMBlocks",
-        StableDiffusion3AutoBlocks,
-        "StableDiffusion3Pipeline",
-        tiny_sd3_components,
-        "transformer",
-        30.0,
-        {**SIZE, "negative_prompt": "", "max_sequence_length": 16},
-    ),
-    "flux": Blocks(
-        "FluxTSAMBlocks",
-        FluxAutoBlocks,
-        "FluxPipeline",
-        tiny_flux_components,
-        "transformer",
-        100.0,
-        {**SIZE, "max_sequence_length": 16},
-    ),
-}
-
-
-SDXL = FAMILIES["sdxl"]
-
-
-def make(blocks, components, workflow="text2image"):
-    """A quiet pipeline of a workflow's blocks, with its own scheduler."""
-    pipe = blocks().get_workflow(workflow).init_pipeline()
-    scheduler = type(components["scheduler"]).from_config(components["scheduler"].config)
-    pipe.update_components(**{**components, "scheduler": scheduler})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture
-def stock(family):
-    return make(family.stock, family.components)
-
-
-@pytest.fixture
-def pipe(family):
-    return make(family.tsam, family.components)
-
-
-def run(family, pipe, prompt=PROMPT, **options):
-    """The state after a short call that ends with latents. Stock is not told what is T-SAM's."""
-    options = {"num_inference_steps": 4, "output_type": "latent", "refinement_iterations": 2, **family.call, **options}
-    if not isinstance(pipe.blocks, family.tsam):
-        options = {name: value for name, value in options.items() if name in pipe.blocks.input_names}
-    if prompt is not None:
-        options = {**options, "prompt": prompt}
-    count = len(prompt) if isinstance(prompt, list) else 1
-    options.setdefault("generator", generators(count * options.get("num_images_per_prompt", 1)))
-    return pipe(**options)
-
-
-def test_off_and_alpha_zero_and_a_single_word_are_bit_identical_to_stock(family, stock, pipe):
-    for prompt in (PROMPT, [PROMPT, SHORT]):
-        theirs = run(family, stock, prompt).get("latents")
-        for options in ({"tsam_steps": 0}, {"alpha": 0}):
-            state = run(family, pipe, prompt, **options)
-            assert torch.equal(state.get("latents"), theirs)
-            assert state.get("losses").shape == (len(theirs), 0 if "tsam_steps" in options else 6)
-    assert torch.equal(run(family, pipe, "cube").get("latents"), run(family, stock, "cube").get("latents"))
-
-
-def test_the_loss_falls_and_the_picture_moves(family, stock, pipe):
-    state = run(family, pipe, refinement_iterations=5, alpha=family.alpha)
-    losses = state.get("losses")
-    assert losses.dtype == torch.float32 and losses[0, 5] < losses[0, 0]
-    assert state.get("latents").isfinite().all()
-    assert not torch.allclose(state.get("latents"), run(family, stock).get("latents"), atol=0.01)
-
-
-def test_a_batch_is_its_pictures_alone(family, pipe):
-    """But for several pictures each of several prompts, where stock SDXL mixes up their pooled embeddings."""
-    both, number = ([PROMPT, SHORT], 1 if family.denoiser == "unet" else 2), 2
-    for prompts, number in (both, (PROMPT, 2)):
-        together = run(family, pipe, prompts, alpha=family.alpha, num_images_per_prompt=number)
-        drawn = [prompt for prompt in ([prompts] if prompts is PROMPT else prompts) for _ in range(number)]
-        for index, prompt in enumerate(drawn):
-            alone = run(family, pipe, prompt, alpha=family.alpha, generator=generators(4)[index])
-            for name in ("latents", "losses"):
-                torch.testing.assert_close(together.get(name)[index], alone.get(name)[0], rtol=1e-3, atol=2e-3)
-
-
-def state_of(pipe):
-    """All that a call must leave as it found it."""
-    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
-    modules = [(key, name, module) for key, model in models.items() for name, module in model.named_modules()]
-    return [
-        [(key, name, len(module._forward_hooks), len(module._forward_pre_hooks)) for key, name, module in modules],
-        [(key, name, id(getattr(module, "processor", None))) for key, name, module in modules],
-        [
-            (name, value.requires_grad, value.grad)
-            for model in models.values()
-            for name, value in model.named_parameters()
-        ],
-        sorted(vars(pipe.scheduler).keys()),
-    ]
-
-
-def test_all_is_as_it_was_after_success_and_after_failure(family, pipe):
-    def failing(maps, text):
-        raise ZeroDivisionError
-
-    run(family, pipe)  # a scheduler keeps its place
-    before = state_of(pipe)
-    expected = run(family, pipe).get("latents")
-    with pytest.raises(ZeroDivisionError):
-        run(family, pipe, objective=failing)
-    assert state_of(pipe) == before
-    assert torch.equal(run(family, pipe).get("latents"), expected)
-    assert state_of(pipe) == before
-
-
-def test_attentions_are_what_was_aligned(family, pipe):
-    state = run(family, pipe, [PROMPT, SHORT], alpha=0, output_attentions=True)
-    first, second = state.get("attentions")
-    assert (first["tokens"], second["tokens"]) == (PROMPT.split(), SHORT.split())
-    assert first["maps"].shape == (2, 7, 8, 8) and first["steps"] == [0, 1]
-    (target, _), _ = texts_of(state.get("text_self_attention"), family.tsam.loop.settings().gamma)
-    torch.testing.assert_close(first["text_attention"].double(), target, rtol=1e-4, atol=1e-5)
-    loss = oracle.loss(target.tolist(), [map.tolist() for map in first["maps"][0]], "l1")
-    expected = oracle.loss([row[: i + 1] for i, row in enumerate(target.tolist())], first["maps"][0].tolist(), "l1")
-    assert abs(state.get("losses")[0, 0] - expected) < 1e-3 and loss == expected
-
-
-def test_a_relative_step_moves_the_input_by_its_share(family, pipe):
+def test_a_relative_step_moves_the_input_by_its_share(pipe):
     """Of FLUX a packed latent, (B, S, C)."""
-    call = {"preset": "light", "num_inference_steps": 1}
-    with moves_of(family.components[family.denoiser]) as inputs:
-        run(family, pipe, **call)
-    before, after = inputs[0], inputs[-1][: len(inputs[0])]
-    assert abs((after - before).norm() / before.norm() - 0.05) < 1e-4
-
-
-@contextmanager
-def moves_of(model):
-    """The inputs of every call of a denoiser."""
-    inputs = []
-
-    def hook(module, args, kwargs):
-        inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
-
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
-def test_a_guided_pass_ends_at_the_last_map(family, pipe):
-    model = family.components[family.denoiser]
-    ends = []
-    handle = model.register_forward_hook(lambda *_: ends.append(1))
-    with moves_of(model) as inputs:
-        run(family, pipe, num_inference_steps=2, refinement_iterations=3)
-    handle.remove()
-    predictions = (
-        2 if "flux" in family.classic.lower() else 4
-    )  # of two steps, with and without classifier-free guidance
-    assert len(inputs) == 4 + predictions and len(ends) == predictions
-
-
-def test_it_guides_under_inference_mode_and_in_half_precision_with_losses_in_float32(family, stock, pipe):
-    expected = run(family, pipe, alpha=family.alpha)
-    with torch.inference_mode():
-        state = run(family, pipe, alpha=family.alpha)
-    assert torch.equal(state.get("latents"), expected.get("latents"))
-    components = family.build()
-    for model in components.values():
-        if isinstance(model, torch.nn.Module):
-            model.to(torch.float16)
-    half = make(family.tsam, components)
-    state = run(family, half, alpha=family.alpha)
-    assert state.get("latents").dtype == torch.float16 and state.get("latents").isfinite().all()
-    assert state.get("losses").dtype == torch.float32
-    torch.testing.assert_close(state.get("losses")[0, 0], expected.get("losses")[0, 0], rtol=0.05, atol=0.05)
-    off = run(family, half, tsam_steps=0).get("latents")
-    assert torch.equal(off, run(family, make(family.stock, components)).get("latents"))
-
-
-def test_two_threads_draw_what_each_draws_alone(family):
-    pipes = [make(family.tsam, family.components) for _ in range(2)]
-    prompts = [PROMPT, SHORT]
-
-    def draw(k):
-        return run(family, pipes[k], prompts[k], alpha=family.alpha, generator=generators(2)[k]).get("latents")
-
-    expected = [draw(k) for k in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        for ours, alone in zip(pool.map(draw, range(2)), expected):
-            torch.testing.assert_close(ours, alone, rtol=2e-3, atol=2e-3)
+    with calls_of(denoiser_of(pipe)) as calls:
+        run(pipe, preset="light", num_inference_steps=1)
+    before, after = (args[0] if args else kwargs["hidden_states"] for args, kwargs in (calls[0], calls[-1]))
+    assert abs((after[:1] - before).norm() / before.norm() - 0.05) < 1e-4
 
 
 @pytest.mark.parametrize(
     "options, error, message",
     [
         ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps"),
-        ({"alpha": -1}, ValueError, "`alpha` is -1, but has to be at least 0"),
-        ({"gamma": 0}, ValueError, "`gamma` is 0, but has to be above 0"),
+        ({"gamma": "x"}, TypeError, "`gamma` has to be a number but is 'x'"),
         ({"preset": "quick"}, ValueError, "`preset` is 'quick', but has to be one of 'paper'"),
-        ({"objective": "l3"}, ValueError, "`objective` is 'l3', but has to be one of 'l1'"),
-        ({"relative_step": 2}, ValueError, "`relative_step` is 2, but has to be between 0 and 1"),
-        ({"refinement_steps": [3]}, ValueError, "`refinement_steps` has 3, but only steps 0 to 1 are guided"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_denoiser_runs(family, pipe, options, error, message):
-    with moves_of(family.components[family.denoiser]) as inputs, pytest.raises(error, match=message):
-        run(family, pipe, **options)
-    assert not inputs
+def test_what_cannot_be_is_refused_before_the_denoiser_runs(pipe, options, error, message):
+    with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
+        run(pipe, **options)
+    assert not calls
 
 
 @pytest.mark.parametrize(
-    "name, options, error, message",
+    "kind, options, error, message",
     [
-        ("sdxl", {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
-        ("sdxl", {"prompt_2": f"{PROMPT} on the table"}, ValueError, "`prompt_2` has other tokens than `prompt`"),
-        ("sdxl", {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
-        (
-            "sd3",
-            {"attention_layers": (2, 4)},
-            ValueError,
-            r"is \(2, 4\), but there are 4 blocks, 0 to 3. Pass .*\(1, 2\)",
-        ),
-        ("flux", {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
-        (
-            "flux",
-            {"attention_keys": "image"},
-            ValueError,
-            "`attention_keys` is 'image', but has to be one of 'text', 'all'",
-        ),
+        (SDXL, {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
+        (SDXL, {"prompt_2": f"{PROMPT} on the table"}, ValueError, "`prompt_2` has other tokens than `prompt`"),
+        (SDXL, {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
+        (SD3, {"attention_layers": (2, 4)}, ValueError, r"is \(2, 4\), but there are 4 blocks, 0 to 3. .*\(1, 2\)"),
+        (FLUX, {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
+        (FLUX, {"attention_keys": "image"}, ValueError, "`attention_keys` is 'image', but has to be one of 'text', "),
     ],
 )
-def test_what_a_family_does_not_have_is_refused(name, options, error, message):
-    family = FAMILIES[name]
-    with moves_of(family.components[family.denoiser]) as inputs, pytest.raises(error, match=message):
-        run(family, make(family.tsam, family.components), **options)
-    assert not inputs
+def test_what_a_kind_does_not_have_is_refused(kind, options, error, message):
+    pipe = make(kind.tsam, kind.components)
+    with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
+        run(pipe, **options)
+    assert not calls
 
 
-def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(family):
-    blocks = family.tsam().get_workflow("text2image")
+def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(kind):
+    blocks = kind.tsam().get_workflow("text2image")
     text_step = blocks.sub_blocks.pop("text_encoder")
     pipe, encoder = blocks.init_pipeline(), text_step.init_pipeline()
-    scheduler = copy(family.components["scheduler"])
-    pipe.update_components(**{name: family.components[name] for name in (family.denoiser, "vae")}, scheduler=scheduler)
-    encoder.update_components(**{n: c for n, c in family.components.items() if "text" in n or "token" in n})
+    scheduler = copy(kind.components["scheduler"])
+    pipe.update_components(**{name: kind.components[name] for name in (kind.denoiser, "vae")}, scheduler=scheduler)
+    encoder.update_components(**{n: c for n, c in kind.components.items() if "text" in n or "token" in n})
     names = {"prompt", "negative_prompt", "max_sequence_length"} & set(encoder.blocks.input_names)
-    found = encoder(
-        **{**{name: family.call[name] for name in names - {"prompt"} if name in family.call}, "prompt": PROMPT}
-    )
+    found = encoder(**{**{name: kind.call[name] for name in names - {"prompt"} if name in kind.call}, "prompt": PROMPT})
     embeds = {name: value for name, value in found.values.items() if name.endswith("embeds") and value is not None}
-    call = {"generator": generators(1), "alpha": family.alpha, **embeds}
-    state = run(family, pipe, None, text_self_attention=found.get("text_self_attention"), **call)
-    assert torch.equal(
-        state.get("latents"), run(family, make(family.tsam, family.components), alpha=family.alpha).get("latents")
-    )
+    call = {"generator": generators(1), "alpha": kind.alpha, **embeds}
+    state = run(pipe, None, text_self_attention=found.get("text_self_attention"), **call)
+    assert torch.equal(state.images, run(make(kind.tsam, kind.components), alpha=kind.alpha).images)
     with pytest.raises(ValueError, match="T is not known, since no text step of T-SAM ran"):
-        run(family, pipe, None, **call)
+        run(pipe, None, **call)
     for wrong, error, message in (
         ("T", TypeError, "`text_self_attention` is <class 'str'>. Pass what"),
         (found.get("text_self_attention")._replace(tokens=[]), ValueError, "and 0 lists of tokens, but these prompts"),
     ):
-        with moves_of(family.components[family.denoiser]) as inputs, pytest.raises(error, match=message):
-            run(family, pipe, None, text_self_attention=wrong, **call)
-        assert not inputs
-    run(family, pipe, None, tsam_steps=0, **call)
+        with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
+            run(pipe, None, text_self_attention=wrong, **call)
+        assert not calls
+    run(pipe, None, tsam_steps=0, **call)
 
 
-def test_stocks_own_blocks_stay_stocks(family):
+def test_stocks_own_blocks_stay_stocks(kind):
     """SD3 and FLUX share block instances among all their pipelines."""
-    make(family.tsam, family.components)
-    assert "alpha" not in make(family.stock, family.components).blocks.input_names
+    make(kind.tsam, kind.components)
+    assert "alpha" not in make(kind.stock, kind.components).blocks.input_names
 
 
 def test_sdxls_t_is_the_mean_over_both_encoders_as_they_are_published():
@@ -347,7 +119,7 @@ def test_sdxls_t_is_the_mean_over_both_encoders_as_they_are_published():
     tokenizer.pad_token = "!"
     for encoder in (components["text_encoder"], components["text_encoder_2"]):
         encoder.config.eos_token_id = 2
-    text = run(SDXL, make(SDXL.tsam, components)).get("text_self_attention")
+    text = run(make(SDXL.tsam, components)).text_self_attention
     assert text.tokens == [PROMPT.split()]
     expected = 0
     for name in ("", "_2"):
@@ -366,16 +138,16 @@ def test_a_refiner_has_one_text_encoder():
 
 
 def test_sd3s_t_is_t5s_behind_clips_columns_and_without_t5_clips():
-    family = FAMILIES["sd3"]
-    with_t5 = run(family, make(family.tsam, family.components)).get("text_self_attention")
+    kind = SD3
+    with_t5 = run(make(kind.tsam, kind.components)).text_self_attention
     assert with_t5.content[0].nonzero().flatten().tolist() == list(range(77, 77 + 7))
-    pipe = make(family.tsam, {**family.components, "text_encoder_3": None, "tokenizer_3": None})
-    state = run(family, pipe)
-    text = state.get("text_self_attention")
+    pipe = make(kind.tsam, {**kind.components, "text_encoder_3": None, "tokenizer_3": None})
+    state = run(pipe)
+    text = state.text_self_attention
     assert text.content[0].nonzero().flatten().tolist() == list(range(1, 8)) and text.attention.shape == (1, 93, 93)
-    assert state.get("losses")[0, 2] < state.get("losses")[0, 0]
-    ids = family.components["tokenizer"](PROMPT, padding="max_length", return_tensors="pt").input_ids[0]
-    clips = [oracle.clip_self_attention(family.components[f"text_encoder{name}"], ids) for name in ("", "_2")]
+    assert state.losses[0, 2] < state.losses[0, 0]
+    ids = kind.components["tokenizer"](PROMPT, padding="max_length", return_tensors="pt").input_ids[0]
+    clips = [oracle.clip_self_attention(kind.components[f"text_encoder{name}"], ids) for name in ("", "_2")]
     torch.testing.assert_close(text.attention[0, :77, :77].double(), sum(clips) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -421,36 +193,36 @@ PLACES = {  # where the second implementation looks; SD3's text is CLIP's 77 col
 
 
 @pytest.mark.parametrize("keys", ["text", "all"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_draw_what_the_same_updates_behind_a_classic_pipelines_back_draw(name, keys):
-    family = FAMILIES[name]
-    places, options = PLACES[name](family.components[family.denoiser]), {"gamma": 3.0, "alpha": family.alpha}
+    kind = BLOCKS[name]
+    places, options = PLACES[name](kind.components[kind.denoiser]), {"gamma": 3.0, "alpha": kind.alpha}
     if name != "sdxl":
         options |= {"attention_keys": keys, "attention_layers": (1, 2) if name == "sd3" else (1, 3)}
         places |= {"keys": None} if keys == "all" else {}
     elif keys == "all":
         pytest.skip("cross-attention has no other keys")
     prompts = [PROMPT, SHORT]
-    pipe = make(family.tsam, family.components)
-    state = run(family, pipe, prompts, refinement_steps=[0], **options)
-    classic = getattr(diffusers, family.classic)(**{**family.components, "scheduler": copy(pipe.scheduler)})
+    pipe = make(kind.tsam, kind.components)
+    state = run(pipe, prompts, refinement_steps=[0], generator=generators(2), **options)
+    classic = getattr(diffusers, kind.classic)(**{**kind.components, "scheduler": copy(pipe.scheduler)})
     classic.set_progress_bar_config(disable=True)
     call = {"guidance_scale": pipe.guider.guidance_scale} if name != "flux" else {}
-    call |= {**family.call, "num_inference_steps": 4, "output_type": "latent", "generator": generators(2)}
-    model, texts = family.components[family.denoiser], texts_of(state.get("text_self_attention"), 3.0)
-    with attached(classic, model, texts=texts, alpha=family.alpha, updates=UPDATES, **places) as losses:
+    call |= {**kind.call, "num_inference_steps": 4, "output_type": "latent", "generator": generators(2)}
+    model, texts = kind.components[kind.denoiser], texts_of(state.text_self_attention, 3.0)
+    with attached(classic, model, texts=texts, alpha=kind.alpha, updates=UPDATES, **places) as losses:
         expected = classic(prompts, **call).images
-    ours = state.get("latents")
+    ours = state.images
     if name == "flux":
         expected = classic._unpack_latents(expected, 32, 32, classic.vae_scale_factor)
-    torch.testing.assert_close(state.get("losses").double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.losses.double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_our_classic_loop_draws_what_the_second_implementation_draws(scheduler):
     kind = KINDS["sd"]
-    ours, theirs = (make_classic(cls, kind.components) for cls in (kind.tsam, kind.stock))
+    ours, theirs = (make(cls, kind.components) for cls in (kind.tsam, kind.stock))
     use(getattr(diffusers, scheduler), ours, theirs)
     text = ours.get_text_self_attention([PROMPT, SHORT])
     layers = ours.cross_attention_layers()
@@ -489,32 +261,24 @@ GUIDERS = {
 }
 
 
-def holds(theirs, ours, **options):
-    """The guided state: off it is stock's to the bit, guidance acts, and the models are left as they were."""
-    expected = run(SDXL, theirs, **options).get("latents")
-    before = state_of(ours)[:3]
-    assert torch.equal(run(SDXL, ours, tsam_steps=0, **options).get("latents"), expected)
-    state = run(SDXL, ours, alpha=10.0, **options)
-    assert state.get("losses")[0, 2] < state.get("losses")[0, 0]
-    assert state.get("latents").isfinite().all()
-    assert not torch.allclose(state.get("latents"), expected, rtol=0.01, atol=0.01)
-    assert state_of(ours)[:3] == before
-    return state
+def pair(components, workflow="text2image", kind=SDXL):
+    """Stock's and T-SAM's."""
+    return [make(blocks, components, workflow) for blocks in (kind.stock, kind.tsam)]
 
 
-def pair(components, workflow="text2image", build=None):
-    return [make(blocks, components, workflow) for blocks in (SDXL.stock, SDXL.tsam)]
+def held(stock, pipe, **options):
+    return holds(pipe, stock=stock, **{"num_inference_steps": 4, **options})
 
 
 @pytest.mark.parametrize("guider", GUIDERS)
 def test_every_guider_goes_with_guidance(guider):
     """Their first call, the conditional one, is what is read: the losses are those of classifier-free guidance."""
     pipes = pair(SDXL.components)
-    plain = run(SDXL, pipes[1], alpha=10.0)
+    plain = run(pipes[1], alpha=10.0)
     for pipe in pipes:
         pipe.update_components(guider=GUIDERS[guider]())
-    state = holds(*pipes, num_inference_steps=2)
-    torch.testing.assert_close(state.get("losses")[0, :3], plain.get("losses")[0, :3], rtol=1e-4, atol=1e-4)
+    state = held(*pipes, num_inference_steps=2)
+    torch.testing.assert_close(state.losses[0, :3], plain.losses[0, :3], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.__name__)
@@ -526,10 +290,10 @@ def test_one_alpha_guides_under_every_scheduler(scheduler):
     for options in ({"alpha": 0}, {"tsam_steps": 0}, {"alpha": 30.0, "refinement_steps": [0]}):
         pipe = make(SDXL.tsam, SDXL.components)  # a guider keeps its step between calls of stock, which then may fail
         pipe.update_components(scheduler=scheduler.from_config(pipe.scheduler.config, **kwargs))
-        state = run(SDXL, pipe, **options)
-        latents.append(state.get("latents"))
+        state = run(pipe, **options)
+        latents.append(state.images)
     assert torch.equal(*latents[:2])
-    losses = state.get("losses")[0]
+    losses = state.losses[0]
     assert len(losses) == 4 and losses[2] < losses[0] and latents[2].isfinite().all()
 
 
@@ -546,25 +310,25 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     ],
 )
 def test_one_alpha_guides_under_schedulers_of_flows(name, scheduler, options):
-    family, latents = FAMILIES[name], []
-    for call in ({"alpha": 0}, {"tsam_steps": 0}, {"alpha": family.alpha, "refinement_steps": [0]}):
-        pipe = make(family.tsam, family.components)
+    kind, latents = BLOCKS[name], []
+    for call in ({"alpha": 0}, {"tsam_steps": 0}, {"alpha": kind.alpha, "refinement_steps": [0]}):
+        pipe = make(kind.tsam, kind.components)
         pipe.update_components(scheduler=getattr(diffusers, scheduler)(**options))
-        state = run(family, pipe, **call)
-        latents.append(state.get("latents"))
-    assert torch.equal(*latents[:2]) and state.get("losses")[0, 2] < state.get("losses")[0, 0]
+        state = run(pipe, **call)
+        latents.append(state.images)
+    assert torch.equal(*latents[:2]) and state.losses[0, 2] < state.losses[0, 0]
 
 
 def test_sd3s_projected_guidance_goes_with_ours():
     """With skipped layers and perturbed attention stock SD3 fails."""
-    family = FAMILIES["sd3"]
-    stock, pipe = (make(blocks, family.components) for blocks in (family.stock, family.tsam))
-    plain = run(family, pipe, alpha=family.alpha)
+    kind = SD3
+    stock, pipe = (make(blocks, kind.components) for blocks in (kind.stock, kind.tsam))
+    plain = run(pipe, alpha=kind.alpha)
     for each in (stock, pipe):
         each.update_components(guider=diffusers.AdaptiveProjectedGuidance(guidance_scale=4.0))
-    assert torch.equal(run(family, pipe, tsam_steps=0).get("latents"), run(family, stock).get("latents"))
-    losses = run(family, pipe, alpha=family.alpha).get("losses")
-    torch.testing.assert_close(losses[0, :3], plain.get("losses")[0, :3], rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(pipe, tsam_steps=0).images, run(stock).images)
+    losses = run(pipe, alpha=kind.alpha).losses
+    torch.testing.assert_close(losses[0, :3], plain.losses[0, :3], rtol=1e-4, atol=1e-4)
 
 
 PICTURE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
@@ -573,32 +337,32 @@ MASK[..., 32:] = 1
 
 
 def test_an_image_is_changed_and_only_the_steps_that_are_left_count():
-    state = holds(*pair(SDXL.components, "image2image"), image=PICTURE, strength=0.6, num_inference_steps=10)
-    assert state.get("losses").shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
-    empty = run(SDXL, make(SDXL.tsam, SDXL.components, "image2image"), image=PICTURE, strength=0.5, tsam_steps=0)
-    assert empty.get("losses").shape == (1, 0)
+    state = held(*pair(SDXL.components, "image2image"), image=PICTURE, strength=0.6, num_inference_steps=10)
+    assert state.losses.shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
+    empty = run(make(SDXL.tsam, SDXL.components, "image2image"), image=PICTURE, strength=0.5, tsam_steps=0)
+    assert empty.losses.shape == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_an_image_is_changed_by_joint_transformers_too(name):
-    family = FAMILIES[name]
-    stock, pipe = (make(blocks, family.components, "image2image") for blocks in (family.stock, family.tsam))
+    kind = BLOCKS[name]
+    stock, pipe = (make(blocks, kind.components, "image2image") for blocks in (kind.stock, kind.tsam))
     options = {"image": PICTURE[..., :32, :32] / 2 + 0.5, "strength": 0.6, "num_inference_steps": 10}
-    expected = run(family, stock, **options).get("latents")
-    assert torch.equal(run(family, pipe, tsam_steps=0, **options).get("latents"), expected)
-    state = run(family, pipe, alpha=family.alpha, **options)
-    assert state.get("losses").shape == (1, 3 + 2 * 3) and state.get("losses")[0, 2] < state.get("losses")[0, 0]
-    assert not torch.allclose(state.get("latents"), expected, atol=1e-3)
+    expected = run(stock, **options).images
+    assert torch.equal(run(pipe, tsam_steps=0, **options).images, expected)
+    state = run(pipe, alpha=kind.alpha, **options)
+    assert state.losses.shape == (1, 3 + 2 * 3) and state.losses[0, 2] < state.losses[0, 0]
+    assert not torch.allclose(state.images, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("channels", [4, 9])
 def test_inpainting_goes_with_guidance_by_either_kind_of_unet(channels):
     components = SDXL.components if channels == 4 else tiny_sdxl_components(in_channels=9)
     pipes = pair(components, "inpainting")
-    state = holds(*pipes, image=PICTURE, mask_image=MASK, strength=0.9)
+    state = held(*pipes, image=PICTURE, mask_image=MASK, strength=0.9)
     if channels == 4:  # outside of the mask the picture's own latents remain
-        expected = run(SDXL, pipes[0], image=PICTURE, mask_image=MASK, strength=0.9).get("latents")
-        assert torch.equal(state.get("latents")[..., :16], expected[..., :16])
+        expected = run(pipes[0], image=PICTURE, mask_image=MASK, strength=0.9).images
+        assert torch.equal(state.images[..., :16], expected[..., :16])
 
 
 def test_a_controlnet_holds_guided_pictures_too():
@@ -610,9 +374,9 @@ def test_a_controlnet_holds_guided_pictures_too():
         torch.nn.init.normal_(layer.weight, std=0.3)
     pipes = pair({**SDXL.components, "controlnet": controlnet}, "controlnet_text2image")
     options = {"control_image": PICTURE / 2 + 0.5}
-    state = holds(*pipes, **options)
-    other = run(SDXL, pipes[1], alpha=10.0, **options, controlnet_conditioning_scale=0.1)
-    assert (state.get("losses") - other.get("losses")).abs().max() > 1e-3  # what is read is under its influence
+    state = held(*pipes, **options)
+    other = run(pipes[1], alpha=10.0, **options, controlnet_conditioning_scale=0.1)
+    assert (state.losses - other.losses).abs().max() > 1e-3  # what is read is under its influence
 
 
 def lora_of(unet, rank=2):
@@ -628,14 +392,14 @@ def test_a_lora_acts_at_its_scale_and_unloaded_as_if_it_never_was():
     pytest.importorskip("peft")
     components = SDXL.build()
     pipes = pair(components)
-    plain = run(SDXL, pipes[1], alpha=10.0)
+    plain = run(pipes[1], alpha=10.0)
     pipes[1].load_lora_weights(lora_of(components["unet"]), adapter_name="one")
-    full = holds(*pipes)
-    assert (full.get("losses") - plain.get("losses")).abs().max() > 1e-3
-    none = run(SDXL, pipes[1], alpha=10.0, cross_attention_kwargs={"scale": 0.0})
-    torch.testing.assert_close(none.get("losses"), plain.get("losses"), rtol=1e-3, atol=1e-3)
+    full = held(*pipes)
+    assert (full.losses - plain.losses).abs().max() > 1e-3
+    none = run(pipes[1], alpha=10.0, cross_attention_kwargs={"scale": 0.0})
+    torch.testing.assert_close(none.losses, plain.losses, rtol=1e-3, atol=1e-3)
     pipes[1].unload_lora_weights()
-    assert torch.equal(run(SDXL, pipes[1], alpha=10.0).get("latents"), plain.get("latents"))
+    assert torch.equal(run(pipes[1], alpha=10.0).images, plain.images)
 
 
 def test_an_ip_adapter_acts_with_guidance_on_as_in_stock_without():
@@ -653,35 +417,11 @@ def test_an_ip_adapter_acts_with_guidance_on_as_in_stock_without():
             weights[f"{2 * place + 1}.to_{which}_ip.weight"] = torch.randn_like(getattr(layer, f"to_{which}").weight)
     projection = {"proj.weight": torch.randn(4 * 40, 12), "proj.bias": torch.zeros(4 * 40)}
     projection |= {"norm.weight": torch.ones(40), "norm.bias": torch.zeros(40)}
-    plain = run(SDXL, make(SDXL.tsam, components), alpha=10.0)
+    plain = run(make(SDXL.tsam, components), alpha=10.0)
     pipes[1].load_ip_adapter({"image_proj": projection, "ip_adapter": weights}, subfolder="", weight_name="")
     image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-    state = holds(*pipes, ip_adapter_image=Image.fromarray(image))
-    assert (state.get("losses") - plain.get("losses")).abs().max() > 1e-3
-
-
-SWITCHES = {
-    "gradient checkpointing": lambda model: model.enable_gradient_checkpointing(),
-    "attention backend": lambda model: model.set_attention_backend("native"),
-    "compiled": lambda model: (model.compile_repeated_blocks if model._repeated_blocks else model.compile)(
-        backend="eager"
-    ),
-    "group offload": lambda model: model.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    ),
-}
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_only_computes_in_another_way_guides_to_the_same(name, switch):
-    family = FAMILIES[name]
-    components = family.build()
-    expected = run(family, make(family.tsam, components), alpha=family.alpha)
-    SWITCHES[switch](components[family.denoiser])
-    state = run(family, make(family.tsam, components), alpha=family.alpha)
-    for key in ("losses", "latents"):
-        torch.testing.assert_close(state.get(key), expected.get(key), rtol=5e-3, atol=5e-3)
+    state = held(*pipes, ip_adapter_image=Image.fromarray(image))
+    assert (state.losses - plain.losses).abs().max() > 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -786,16 +526,17 @@ blocks = ModularPipelineBlocks.from_pretrained(code, trust_remote_code=True)
 pipe = blocks.get_workflow("text2image").init_pipeline(weights)
 pipe.load_components(dtype=torch.float32)
 state = pipe(generator=torch.Generator().manual_seed(0), **call)
-torch.save([state.get("latents"), state.get("losses")], "drawn.pt")
+torch.save([state.images, state.losses], "drawn.pt")
 """
 
 
-def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed_the_same(family, tmp_path):
-    pipe = make(family.tsam, family.components)
+@pytest.mark.slow
+def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed_the_same(kind, tmp_path):
+    pipe = make(kind.tsam, kind.components)
     pipe.save_pretrained(str(tmp_path / "weights"), overwrite_modular_index=True)
     pipe.blocks.save_pretrained(tmp_path / "code")
     assert {path.name for path in (tmp_path / "code").iterdir()} == {*CODE, "modular_config.json"}
-    call = {**family.call, "prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent"}
+    call = {**kind.call, "prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent"}
     arguments = str(tmp_path / "code"), str(tmp_path / "weights"), call
     run_fresh(tmp_path, NOTHING_INSTALLED + LOAD.format(arguments=arguments))
     state = pipe(generator=torch.Generator().manual_seed(0), **call)
@@ -803,19 +544,22 @@ def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed
         torch.testing.assert_close(drawn, state.get(name), rtol=1e-4, atol=1e-3)  # another process rounds otherwise
 
 
-def test_a_folder_that_would_lose_t_sam_says_so_and_with_the_code_it_does_not(family, tmp_path, warnings_seen):
+def test_a_folder_that_would_lose_t_sam_says_so_and_with_the_code_it_does_not(kind, tmp_path, warnings_seen):
     folder = str(tmp_path / "saved")
-    pipe = make(family.tsam, family.components)
+    pipe = make(kind.tsam, kind.components)
     pipe.save_pretrained(folder, overwrite_modular_index=True)
-    assert f"has no code of T-SAM: loaded as it is, it draws without. Load it by `{family.ours}()" in warnings_seen.text
+    assert (
+        f"has no code of T-SAM: loaded as it is, it draws without. Load it by `{kind.tsam.__name__}()"
+        in warnings_seen.text
+    )
     again = diffusers.ModularPipeline.from_pretrained(folder)
-    assert type(again) is type(make(family.stock, family.components)) and "alpha" not in again.blocks.input_names
-    again = family.tsam().init_pipeline(folder)
-    again.load_components(names=[family.denoiser])
-    assert "alpha" in again.blocks.input_names and getattr(again, family.denoiser) is not None
+    assert type(again) is type(make(kind.stock, kind.components)) and "alpha" not in again.blocks.input_names
+    again = kind.tsam().init_pipeline(folder)
+    again.load_components(names=[kind.denoiser])
+    assert "alpha" in again.blocks.input_names and getattr(again, kind.denoiser) is not None
     pipe.blocks.save_pretrained(folder)
     again = diffusers.ModularPipeline.from_pretrained(folder, trust_remote_code=True, workflow="text2image")
-    assert type(again.blocks).__name__ == family.ours and "alpha" in again.blocks.input_names
+    assert type(again.blocks).__name__ == kind.tsam.__name__ and "alpha" in again.blocks.input_names
 
 
 def test_a_pipeline_that_the_blocks_did_not_make_says_so_after_its_first_picture(tmp_path, warnings_seen):
@@ -823,6 +567,6 @@ def test_a_pipeline_that_the_blocks_did_not_make_says_so_after_its_first_picture
     pipe = diffusers.StableDiffusionXLModularPipeline(blocks=SDXL.tsam().get_workflow("text2image"))
     pipe.update_components(**SDXL.components)
     pipe.set_progress_bar_config(disable=True)
-    run(SDXL, pipe, num_inference_steps=1)
+    run(pipe, num_inference_steps=1)
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     assert "has no code of T-SAM" in warnings_seen.text

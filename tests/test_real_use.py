@@ -22,17 +22,6 @@ SD, PIXART = KINDS["sd"], KINDS["pixart"]
 STEPS = {"num_inference_steps": 4}
 
 
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return KINDS[request.param]
-
-
-@pytest.fixture
-def own(kind):
-    """A pipeline of its own components, for what changes them."""
-    return make(kind.tsam, kind.build())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings and T, encoded apart
 
