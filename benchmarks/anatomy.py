@@ -20,6 +20,7 @@ from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 from diffusers_tsam.tsam import OBJECTIVES, LatentAlignment, cosine_similarity, normalize_text_attention, smooth
+from diffusers_tsam.tsam_pipeline import frozen
 
 
 RESULTS = Path(__file__).parent / "results" / "anatomy.json"
@@ -96,14 +97,14 @@ def main():
             groups = {name: values[np.array(right) == wanted] for name, wanted in (("right", True), ("wrong", False))}
             similar[step][kind] = {name: group.mean() for name, group in groups.items() if len(group)}
 
-    conditions = {"encoder_hidden_states": pipe.encode_prompt(captions, "cpu", 1, False)[0]}
-    layers, sizes = pipe.cross_attention_layers(), {}
+    conditions, sizes = {"encoder_hidden_states": pipe.encode_prompt(captions, "cpu", 1, False)[0]}, {}
     for objective in OBJECTIVES:
         sizes[objective] = {}
         for step in steps:
-            alignment = LatentAlignment(text, 1.0, 2.0, objective)
-            with torch.no_grad():
-                moved = pipe.align_latents(alignment, kept[step], pipe.scheduler.timesteps[step], conditions, layers)
+            settings = pipe.settings(alpha=1.0, gamma=2.0, objective=objective)
+            call = (kept[step], pipe.scheduler.timesteps[step], [pipe.scheduler.timesteps[step]], conditions)
+            with torch.no_grad(), frozen(pipe.unet):
+                moved = pipe.align_latents(LatentAlignment(text, settings), *call, pipe.layers_of(settings))
             moves = (moved - kept[step]).flatten(1).norm(dim=1) / kept[step].flatten(1).norm(dim=1)
             sizes[objective][step] = moves.mean().item()
 

@@ -16,7 +16,7 @@ import gc
 import json
 import time
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,10 +41,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR, LatentAlignment, TextSelfAttention
-from diffusers_tsam.pipeline_tsam_pixart import PIXART_SCHEDULES
+from diffusers_tsam.attention_processors import mean_maps, record_cross_attention
 from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
-from diffusers_tsam.tsam import SCHEDULES, Syntax, l1, resolve_schedule
+from diffusers_tsam.tsam import Syntax, _blur, _places
+from diffusers_tsam.tsam_arguments import PRESETS, Settings
+from diffusers_tsam.tsam_pipeline import frozen
 
 
 RESULTS = Path(__file__).parent / "results" / "cost.json"
@@ -85,7 +87,7 @@ def build_components(kind):
         text = T5Config(vocab_size=1000, d_model=4096, d_ff=1024, num_layers=1, num_heads=8, is_encoder_decoder=False)
         return {
             "tokenizer": build_t5_tokenizer(),
-            "text_encoder": T5EncoderModel(text),
+            "text_encoder": T5EncoderModel(text).eval(),  # it has dropout
             "vae": vae,
             "transformer": build_denoiser(kind),
             "scheduler": scheduler,
@@ -112,12 +114,12 @@ def build_components(kind):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors alive at once, what a pipeline holds and operations return, for devices without counters."""
+    """Bytes of the tensors alive at once, what modules hold and operations return, for devices without counters."""
 
-    def __init__(self, pipe):
+    def __init__(self, *parts):
         super().__init__()
         self.alive, self.now, self.peak = set(), 0, 0
-        for module in pipe.components.values():
+        for module in parts:
             if isinstance(module, torch.nn.Module):
                 for tensor in (*module.parameters(), *module.buffers()):
                     self._add(tensor)
@@ -155,54 +157,67 @@ class Operations(FlopCounterMode):
 
 
 @contextmanager
-def default_dtype(dtype):
-    """Everything is made in `dtype`."""
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def simulate(kind, size, device):
-    """Operations and peak bytes of (plain step with classifier-free guidance, decoding, guided pass), without data.
+def without_data(device, dtype=torch.bfloat16):
+    """Everything is made in `dtype` and without data.
 
     device: "meta", on which attention is counted as torch's counter knows it, or "cpu" in `FakeTensorMode`, on which it
     takes the memory of the fused kernels that a GPU has, too.
     """
-    text = TextSelfAttention(torch.ones(1, 9, 9), torch.ones(1, 9, dtype=torch.bool), [["word"] * 9])
-    alignment = LatentAlignment(text, alpha=1.0, gamma=1.0)
-    alignment.text = Syntax(*(x.to(device) for x in alignment.text[:3]), alignment.text.tokens)
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext()
-    with torch.device(device), mode, default_dtype(torch.bfloat16):
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for cached in (_blur, _places):  # before, so that all is counted; behind, so that no fake tensor stays
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(dtype)
+        stack.enter_context(torch.device(device))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext())
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def alignment_of(columns, first, device):
+    """A `LatentAlignment` of a prompt of nine tokens, which begin at `first` of `columns`."""
+    content = torch.zeros(1, columns, dtype=torch.bool)
+    content[:, first : first + 9] = True
+    text = TextSelfAttention(torch.ones(1, columns, columns), content, [["word"] * 9])
+    alignment = LatentAlignment(text, Settings(alpha=1.0))
+    alignment.text = Syntax(*(part.to(device) if torch.is_tensor(part) else part for part in alignment.text))
+    return alignment
+
+
+def counted(calls, *parts):
+    """Operations and peak bytes of each call, while these modules are held."""
+    found = []
+    for call in calls:
+        memory = PeakMemory(*parts)
+        with Operations() as counter, memory:
+            call()
+        found.append((counter.get_total_flops(), memory.peak))
+    return zip(*found)
+
+
+def simulate(kind, size, device):
+    """Operations and peak bytes of (plain step with classifier-free guidance, decoding, guided pass), without data."""
+    alignment = alignment_of(9, 0, device)
+    with without_data(device):
         pipe = PIPELINES[kind][1](**build_components(kind))
-        latents = torch.empty(2, 4, size // 8, size // 8)
-        embeds = torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096)
-        mask, t = torch.empty(2, TOKENS[kind]), torch.tensor(1)
+        latents, t = torch.empty(2, 4, size // 8, size // 8), torch.tensor(1)
+        given = {"encoder_hidden_states": torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096)}
+        given["timestep"] = t.expand(2)
         denoiser = getattr(pipe, FAMILIES[kind].denoiser)
-        if kind == "sd":
-            arguments = {}
-        else:
+        if kind == "pixart":
             denoiser.pos_embed.pos_embed = denoiser.pos_embed.pos_embed.to(device)  # comes from numpy
-            conditions = {"resolution": None, "aspect_ratio": None}
-            arguments = {"encoder_attention_mask": mask, "added_cond_kwargs": conditions}
-        arguments["encoder_hidden_states"] = embeds
-        layers = pipe.cross_attention_layers()
+            given["encoder_attention_mask"] = torch.empty(2, TOKENS[kind])
+            given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        layers = pipe.layers_of(pipe.settings())
         calls = (
-            lambda: denoiser(latents, timestep=t.expand(2), **arguments),
+            lambda: denoiser(latents, **given),
             lambda: pipe.vae.decode(latents[:1]),
-            lambda: pipe.align_latents(alignment, latents[:1], t, arguments, layers),
+            lambda: pipe.align_latents(alignment, latents[:1], t, (), given, layers),
         )
-        operations, peaks = [], []
-        with torch.no_grad():
-            for call in calls:
-                memory = PeakMemory(pipe)
-                with Operations() as counter, memory:
-                    call()
-                operations.append(counter.get_total_flops())
-                peaks.append(memory.peak)
-    return operations, peaks
+        with frozen(denoiser):
+            return counted(calls, *pipe.components.values())
 
 
 def build_modular(kind, size):
@@ -243,77 +258,48 @@ def build_modular(kind, size):
 
 def simulate_modular(kind, size, device):
     """As `simulate`, of modular blocks' loop: operations and peak bytes of (its plain step, a guided pass)."""
-    blocks = getattr(diffusers_tsam, MODULAR[kind].blocks)().get_workflow("text2image")
-    loop = blocks.sub_blocks["denoise.denoise"]
+    loop = loop_of(kind)
     defaults = {param.name: param.default for param in loop.inputs if param.name}
-    columns, first = {"sdxl": (77, 1), "sd3": (77 + 256, 77), "flux": (512, 0)}[kind]
-    content = torch.zeros(1, columns, dtype=torch.bool)
-    content[:, first : first + 9] = True
-    text = TextSelfAttention(torch.ones(1, columns, columns), content, [["word"] * 9])
-    alignment = LatentAlignment(text, alpha=1.0, gamma=1.0)
-    alignment.text = Syntax(*(x.to(device) for x in alignment.text[:3]), alignment.text.tokens)
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext()
-    with torch.device(device), mode, default_dtype(torch.bfloat16), torch.no_grad():
+    alignment = alignment_of(*{"sdxl": (77, 1), "sd3": (77 + 256, 77), "flux": (512, 0)}[kind], device)
+    with without_data(device):
         model, given = build_modular(kind, size)
         state = BlockState(**{**defaults, **given, "num_inference_steps": 50, "updates": [1]})
-        state.alignment = alignment
-        state.layers = loop.layers(model, state)
+        state.alignment, state.given = alignment, loop.settings()
+        state.layers = loop.layers(model, state.given)
         loop.grid = lambda _: (size // 16,) * 2 if kind == "flux" else state.latents.shape[-2:]
         scheduler = SimpleNamespace(scale_model_input=lambda sample, t: sample)
         components = SimpleNamespace(scheduler=scheduler, num_channels_unet=4, **{loop.denoiser: model})
         components.guider, t = diffusers.ClassifierFreeGuidance(guidance_scale=5.0), torch.tensor(1.0)
-        counted = []
-        for call in (
+        state.scaled_latents = state.latents
+        calls = (
             lambda: loop.sub_blocks["denoiser"](components, state, i=0, t=t),
             lambda: loop.align(components, state, 0, t),
-        ):
-            state.scaled_latents = state.latents
-            memory = PeakMemory(SimpleNamespace(components={"denoiser": model}))
-            with Operations() as counter, memory:
-                call()
-            counted.append((counter.get_total_flops(), memory.peak))
-    return zip(*counted)
+        )
+        return counted(calls, model)
 
 
-def modular_operations(size, steps):
+def loop_of(kind):
+    blocks = getattr(diffusers_tsam, MODULAR[kind].blocks)().get_workflow("text2image")
+    return blocks.sub_blocks["denoise.denoise"]
+
+
+def operations(kinds, simulated, size, steps):
+    """What one guided pass costs beside a plain step, and the presets' passes: {kind: ...}. simulated: `simulate` or
+    `simulate_modular`. The peak is that of guidance, beside the largest of the others."""
     found = {}
-    for kind in MODULAR:
-        (plain, guided), _ = simulate_modular(kind, size, "meta")
-        _, (step, guidance) = simulate_modular(kind, size, "cpu")
-        found[kind] = {
-            "size": size,
-            "steps": steps,
-            "plain_step_flop": plain,
-            "guided_pass_flop": guided,
-            "plain_peak_bytes": step,
-            "guided_peak_bytes": guidance,
-            "passes": {name: number_of_updates(kind, name, steps) for name in SCHEDULES},
-        }
+    for kind in kinds:
+        (plain, *_, guided), _ = simulated(kind, size, "meta")
+        _, (*others, guidance) = simulated(kind, size, "cpu")
+        found[kind] = {"size": size, "steps": steps, "plain_step_flop": plain, "guided_pass_flop": guided}
+        found[kind] |= {"plain_peak_bytes": max(others), "guided_peak_bytes": guidance}
+        found[kind]["passes"] = {name: number_of_updates(kind, name, steps) for name in PRESETS}
     return found
 
 
-def operations(size, steps):
-    """What one guided pass costs beside a plain step, and the schedules' passes: by pipeline."""
-    found = {}
-    for kind in PIPELINES:
-        (plain, _, guided), _ = simulate(kind, size, "meta")
-        _, (step, decoding, guidance) = simulate(kind, size, "cpu")
-        found[kind] = {
-            "size": size,
-            "steps": steps,
-            "plain_step_flop": plain,
-            "guided_pass_flop": guided,
-            "plain_peak_bytes": max(step, decoding),
-            "guided_peak_bytes": guidance,
-            "passes": {name: number_of_updates(kind, name, steps) for name in SCHEDULES},
-        }
-    return found
-
-
-def number_of_updates(kind, schedule, steps):
+def number_of_updates(kind, preset, steps):
     """Guided passes of a picture."""
-    schedules = PIXART_SCHEDULES if kind == "pixart" else SCHEDULES
-    guided, refined, iterations = resolve_schedule(steps, schedule, schedules=schedules)
+    owner = PIPELINES[kind][1] if kind in PIPELINES else loop_of(kind)
+    guided, refined, iterations = owner.settings(preset=preset).plan(steps)
     return guided + iterations * len(refined)
 
 
@@ -332,7 +318,7 @@ def measure(pipe, kind, device, arguments):
             torch.cuda.synchronize()
 
     gc.collect()
-    memory = PeakMemory(pipe)
+    memory = PeakMemory(*pipe.components.values())
     with Operations() as counter, memory if device.type != "cuda" else nullcontext():
         call()
     hook.remove()
@@ -355,8 +341,8 @@ def pictures(kind, device, dtype, size, steps):
         options |= {"use_resolution_binning": False, "clean_caption": False}
     rows = {
         "plain": (stock, {}),
-        "T-SAM, paper's schedule": (tsam, {}),
-        "T-SAM, fast": (tsam, {"schedule": "fast"}),
+        "T-SAM, paper": (tsam, {}),
+        "T-SAM, fast": (tsam, {"preset": "fast"}),
     }
     if kind == "sd":
         peer = StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
@@ -370,27 +356,74 @@ def pictures(kind, device, dtype, size, steps):
     return {"size": size, "steps": steps, "device": device.type, "methods": found}
 
 
-def loss_alone(device, repeats=20):
-    """Milliseconds of the loss and its gradient with respect to the maps, without the network, by prompt's length."""
-    found = {}
-    for tokens in (5, 20, 40, 75):
-        maps = torch.rand(1, tokens, 16, 16, device=device, requires_grad=True)
-        attention = torch.rand(1, tokens, tokens, device=device).tril()
-        text = Syntax(attention, attention, torch.ones(1, tokens, dtype=torch.bool, device=device), [])
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            torch.autograd.grad(l1(maps, text).sum(), maps)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        found[tokens] = round(1e3 * sorted(times)[repeats // 2], 2)
-    return found
+def clock(device):
+    """Seconds, of the processor on a CPU."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(call, device, repeats=20):
+    """The median's milliseconds."""
+    times = []
+    for _ in range(repeats):
+        started = clock(device)
+        call()
+        times.append(clock(device) - started)
+    return round(1e3 * sorted(times)[repeats // 2], 2)
+
+
+def loss_alone(tokens, window, device):
+    """Milliseconds and peak bytes of the loss and its gradient with respect to the maps, without the network."""
+    text = TextSelfAttention(
+        torch.rand(1, tokens, window), torch.ones(1, tokens, dtype=torch.bool), [["word"] * tokens]
+    )
+    alignment = LatentAlignment(text, Settings(gamma=2.0), device=device)
+    maps = torch.rand(1, tokens, 16, 16, device=device, requires_grad=True)
+    memory = PeakMemory()
+    with memory:
+        torch.autograd.grad(alignment.loss_of(maps).sum(), maps)
+    ms = timed(lambda: torch.autograd.grad(alignment.loss_of(maps).sum(), maps), device)
+    return {"ms": ms, "bytes": memory.peak}
+
+
+def windows(device, lengths=(75, 150, 300, 600), window=75):
+    """`loss_alone` of prompts in windows, and of as many tokens in one window, by their number."""
+    found = {"windows": lambda tokens: window, "one window": lambda tokens: tokens}
+    return {name: {n: loss_alone(n, of(n), device) for n in lengths} for name, of in found.items()}
+
+
+def overhead(device, tokens=9, layers=5, positions=256):
+    """Milliseconds of what a guided call does outside of the network, beside a plain step of Stable Diffusion 1.5 at
+    512 pixels in float32: `call`, once a call; `update`, the maps' mean, loss, gradient to the maps, and the move."""
+    with torch.device(device), torch.no_grad():
+        pipe = PIPELINES["sd"][1](**build_components("sd"))
+        settings = pipe.settings(preset="light")
+        latents = torch.randn(1, 4, 64, 64)
+        recorded = torch.rand(layers, 1, positions, TOKENS["sd"]).softmax(-1)
+        content = torch.zeros(1, TOKENS["sd"], dtype=torch.bool)
+        content[:, 1 : 1 + tokens] = True
+        text = TextSelfAttention(torch.rand(1, *[TOKENS["sd"]] * 2), content, [["word"] * tokens])
+        number = int(content.sum()) + 1
+
+        def start():
+            with frozen(pipe.unet), record_cross_attention(pipe.layers_of(settings), number, stop=True):
+                return LatentAlignment(text, settings, device=latents.device)
+
+        def maps_at(model_input):
+            maps = recorded[..., :number] + model_input.mean()  # the network's gradient in place of its backward pass
+            return mean_maps(dict(enumerate(maps)), 64, 64, layers)
+
+        alignment = start()
+        found = {"call": timed(start, device), "update": timed(lambda: alignment.update(latents, 1.0, maps_at), device)}
+        batch, states = latents.repeat(2, 1, 1, 1), torch.randn(2, TOKENS["sd"], 768)
+        found["plain step"] = timed(lambda: pipe.unet(batch, 1, states), device, 1)
+    return found | {"device": device.type, "share": round(found["update"] / found["plain step"], 5)}
 
 
 def compiled(device, steps=10, repeats=4):
     """The small models' seconds (on a CPU: of the processor), compiled beside uncompiled, once compiled."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
     found = {}
     for kind, (_, tsam) in PIPELINES.items():
         pipe = tsam.from_pretrained(MODELS[kind]).to(device)
@@ -399,9 +432,9 @@ def compiled(device, steps=10, repeats=4):
         def seconds(pipe=pipe, kind=kind, **arguments):
             times = []
             for _ in range(repeats):
-                started = clock()
+                started = clock(device)
                 pipe(PROMPT, num_inference_steps=steps, **ARGUMENTS[kind], **{**TUNED[kind], **arguments})
-                times.append(clock() - started)
+                times.append(clock(device) - started)
             return min(times)
 
         uncompiled = seconds(tsam_steps=0), seconds()
@@ -421,20 +454,25 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["operations", "modular", "loss", "sd", "pixart", "compiled"],
-        help="operations, modular, loss, the pipelines whose pictures are drawn (sd, pixart), compiled",
+        default=["operations", "modular", "loss", "windows", "overhead", "sd", "pixart", "compiled"],
+        help="%(default)s; sd and pixart draw pictures",
     )
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.device(args.device)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    dtype = getattr(torch, args.dtype)
+    calls = {
+        "operations": lambda: operations(PIPELINES, simulate, 512, 50),
+        "modular": lambda: operations(MODULAR, simulate_modular, 1024, 50),
+        "loss": lambda: {n: loss_alone(n, n, device)["ms"] for n in (5, 20, 40, 75)},
+        "windows": lambda: windows(device),
+        "overhead": lambda: overhead(device),
+        "compiled": lambda: compiled(device),
+    }
+    calls |= {kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps) for kind in PIPELINES}
     for part in args.parts:
-        if part in PIPELINES:
-            found[part] = pictures(part, device, getattr(torch, args.dtype), args.size, args.steps)
-        else:
-            calls = {"operations": lambda: operations(512, 50), "loss": lambda: loss_alone(device)}
-            calls |= {"modular": lambda: modular_operations(1024, 50)}
-            found[part] = {**calls, "compiled": lambda: compiled(device)}[part]()
+        found[part] = calls[part]()
         print(part, json.dumps(found[part]), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

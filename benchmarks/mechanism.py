@@ -1,34 +1,28 @@
-"""The paper's mechanism on a model of the shapes world: what the embeddings, T and the maps say of who belongs to whom.
+"""The paper's mechanism on a small model: what the embeddings, T and the maps say of who belongs to whom.
 
-    python -m diffusers_tsam.shapes.sink sink && python benchmarks/mechanism.py --name sink0.99 --model sink
+    python benchmarks/mechanism.py --model sink --output benchmarks/results/evaluation/mechanism-sink
 
-Over prompts of two coloured solids, stock's pictures. Pairs of words: "bound" (a solid and its own colour), "unbound"
-(a solid and the other's colour), "objects" (the two solids). A JSON line a picture holds for every pair the cosine
-similarity of their embeddings, T between them, and the cosine similarity C of their maps at the first step, at 40 % and
-at the last (1, 21 and 50 of 50 in the paper); the first line also the whole matrices of its prompt. `report.py` makes
-Section 4's numbers and figures of the lines.
+Over tuning prompts of two coloured solids, stock's pictures. Pairs of words: "bound" (a solid and its own colour),
+"unbound" (a solid and the other's colour), "objects" (the two solids). A run of the evaluation keeps of every picture
+and pair the cosine similarity of their embeddings, T between them, and the cosine similarity C of their maps at the
+first step, at 40 % and at the last (1, 21 and 50 of 50 in the paper), and the whole matrices of its prompt. `report.py`
+makes Section 4's numbers and figures of them.
 """
 
 import argparse
-import json
-from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
-from alignment import PROMPT_SEED, RESULTS, generators_of
-from diffusers.utils import logging
 from matplotlib.figure import Figure
 
-import diffusers_tsam
-from diffusers_tsam import FAMILIES
+from diffusers_tsam.evaluation.generate import generate
+from diffusers_tsam.evaluation.score import score
 from diffusers_tsam.figures import draw_table
-from diffusers_tsam.shapes import ARGUMENTS, MODELS
-from diffusers_tsam.shapes.judge import Judge
-from diffusers_tsam.shapes.scenes import prompts, words_of_solids
+from diffusers_tsam.shapes.scenes import words_of_solids
 from diffusers_tsam.tsam import cosine_similarity, smooth
 
 
+METHOD = "tsam:alpha=0:gamma=1:refinement_steps=none"  # only watches
 MOMENTS = (0.0, 0.4, 1.0)  # of the denoising steps
 RESAMPLES = 500  # of the prompts, for intervals
 COLOURS = {"bound": "#1f6fb4", "unbound": "#c8553d", "objects": "#999999"}
@@ -45,41 +39,26 @@ def pairs_of(words):
 
 
 @torch.no_grad()
-def measure(pipe, jobs, steps, arguments):
-    """For every (caption, seed) its picture and a dict as described above."""
-    captions = [caption for caption, _ in jobs]
-    output = pipe(
-        captions,
-        generator=generators_of(jobs),
-        num_inference_steps=steps,
-        tsam_steps=steps,
-        refinement_steps=(),
-        alpha=0.0,  # only watches
-        gamma=1.0,
-        output_attentions=True,
-        **arguments,
-    )
+def kept(pipe, prompts, output):
+    """For every picture a dict as described above."""
+    captions = [prompt.text for prompt in prompts]
     text = pipe.get_text_self_attention(captions)
     embeddings = pipe.encode_prompt(captions, pipe.device, 1, False)[0]
     found = []
-    for image, caption in enumerate(captions):
-        own = text.content[image]
+    for image, (caption, attention) in enumerate(zip(captions, output.attentions)):
+        own, maps = text.content[image], attention["maps"]
         alike = cosine_similarity(embeddings[image, : len(own)][own.to(embeddings.device)][None].float())[0]
-        syntax, maps = output.attentions[image]["text_attention"], output.attentions[image]["maps"]
-        maps = maps[[round(moment * (steps - 1)) for moment in MOMENTS]]
-        similar = cosine_similarity(smooth(maps).flatten(2))
-        found.append(
-            {
-                "matrices": {"words": caption.split(), "embeddings": alike.tolist(), "syntax": syntax.tolist()},
-                "bos": text.attention[image][own, 0].mean().item(),  # what its tokens give to the first
-                "pairs": [
-                    {"kind": kind, "embeddings": alike[i, j], "syntax": syntax[i, j], "maps": similar[:, i, j].tolist()}
-                    for kind, some in pairs_of(words_of_solids(caption)).items()
-                    for i, j in some
-                ],
-            }
-        )
-    return output.images, found
+        syntax, moments = attention["text_attention"], [round(moment * (len(maps) - 1)) for moment in MOMENTS]
+        similar = cosine_similarity(smooth(maps[moments]).flatten(2))
+        pairs = [
+            {"kind": kind, "embeddings": alike[i, j], "syntax": syntax[i, j], "maps": similar[:, i, j].tolist()}
+            for kind, some in pairs_of(words_of_solids(caption)).items()
+            for i, j in some
+        ]
+        matrices = {"words": caption.split(), "embeddings": alike.tolist(), "syntax": syntax.tolist()}
+        bos = text.attention[image][own, 0].mean()  # what the tokens give to the first
+        found.append(rounded({"matrices": matrices, "bos": bos, "pairs": pairs}))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +111,7 @@ def numbers_of(rows):
 
 
 PICTURES = {  # Fig. 4's, by the judge's verdict
-    "right": lambda row: row["present"],
+    "right": lambda row: row["right"],
     "a solid missing": lambda row: not row["objects"],
     "a swap": lambda row: row["swap"],
 }
@@ -202,41 +181,18 @@ def rounded(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="sd", help="what the lines call the model")
-    parser.add_argument("--pipeline", default="sd", choices=tuple(FAMILIES))
-    parser.add_argument("--model", help="folder of another model of the shapes world")
-    parser.add_argument("--split", default="tune", choices=("tune", "test", "train"))
+    parser.add_argument("--model", default="sd", help="sd, sink, or the folder of another small Stable Diffusion")
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=RESULTS / "mechanism.jsonl")
+    parser.add_argument("--output", required=True, help="the run's folder, which goes on where it was stopped")
     args = parser.parse_args()
-    logging.disable_progress_bar()
-    pipe = getattr(diffusers_tsam, FAMILIES[args.pipeline].pipeline).from_pretrained(
-        args.model or MODELS[args.pipeline], dtype=torch.float32
-    )
-    pipe.set_progress_bar_config(disable=True)
-    judge = Judge.from_pretrained()
-    wanted = prompts(2, args.split, args.prompts, PROMPT_SEED)
-    jobs = [(caption, seed) for seed, (caption, _) in product(range(args.seeds), wanted)]
-    with args.output.open("a") as file:
-        for first in range(0, len(jobs), args.batch):
-            part = jobs[first : first + args.batch]
-            images, found = measure(pipe, part, args.steps, ARGUMENTS[args.pipeline])
-            for index, ((caption, seed), seen, pairs) in enumerate(zip(part, judge.read(images), found), first):
-                if index:
-                    del pairs["matrices"]
-                row = {
-                    "model": args.name,
-                    "solids": 2,
-                    "caption": caption,
-                    "seed": seed,
-                    "seen": sorted(map(list, seen)),
-                }
-                file.write(json.dumps(rounded(row | pairs)) + "\n")
-            file.flush()
-            print(f"{args.name}: {first + len(part)} of {len(jobs)} pictures", flush=True)
+    given = {name: getattr(args, name) for name in ("model", "seeds", "output", "steps", "guidance_scale", "batch")}
+    method, prompts = f"{METHOD}:tsam_steps={args.steps}", f"shapes:2:tune:{args.prompts}"
+    generate(methods=[method], prompts=prompts, keep=kept, output_attentions=True, **given)
+    score(args.output, ["judge"])
 
 
 if __name__ == "__main__":

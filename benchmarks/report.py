@@ -3,7 +3,8 @@
     python benchmarks/report.py           # from benchmarks/results/ into README.md, RESULTS.md and docs/
     python benchmarks/report.py --check   # only say what would change
 
-A document has a pair of comments, `<!-- name -->` and `<!-- /name -->`, round every part that is made here.
+A document has a pair of comments, `<!-- name -->` and `<!-- /name -->`, round every part that is made here. The
+headline is of the evaluation's counted runs in results/evaluation, of prompts "shapes:SOLIDS:test:NUMBER".
 """
 
 import argparse
@@ -12,83 +13,184 @@ import re
 import sys
 from pathlib import Path
 
-import layout
 import mechanism
-from alignment import RESULTS, confusion, gain, interval, load, paired, parse_setting
+import numpy as np
 from matplotlib.figure import Figure
+from rows import (
+    COMPARED,
+    RESULTS,
+    compared,
+    fates,
+    interval,
+    load,
+    of_run,
+    paired,
+    points,
+    settings_of,
+    share,
+    solids_of,
+)
 
 from diffusers_tsam import FAMILIES, MODULAR
-from diffusers_tsam.evaluation.report import Scores, markdown, table_of
+from diffusers_tsam.evaluation.report import BLUE, Scores, markdown, table_of
 from diffusers_tsam.evaluation.runs import Run
-from diffusers_tsam.shapes import TUNED
+from diffusers_tsam.figures import GREY, save
+from diffusers_tsam.tsam_arguments import PRESETS, T5_PRESETS
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs" / "evaluation.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder apart"}
-INK, GREY, BLUE = "#222222", "#777777", "#1f6fb4"
+SMALL = {"sink": "SD with a sink", "sd": "SD", "pixart": "PixArt-α", "sd3": "SD 3"}  # the small models, in order
+PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen": "SynGen", "focus": "FOCUS"}
+SYMBOLS = {"alpha": "α"}
+OURS = {"tsam:preset=fast": 'T-SAM, `preset="fast"`', "tsam:preset=light": 'T-SAM, `preset="light"`'}
+PAPER = {"tsam": 'T-SAM, `preset="paper"`'}
 
 
 def read(name):
-    return json.loads((RESULTS / name).read_text())
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def described(setting):
-    """A setting of `alignment.py` in words."""
-    name, *changes = setting.split(",")
+    """A method of the evaluation in words."""
+    name, *changes = setting.split(":")
+    given = dict(change.split("=") for change in changes)
     if name == "stock":
         return "stock"
-    given = dict(part.split("=") for part in ([name, *changes] if "=" in name else changes))
-    peers = {"attend_and_excite": "Attend-and-Excite's loss", "conform": "CONFORM's loss", "syngen": "SynGen's loss"}
-    first = f"{peers[name]}, tokens given" if name in peers else f"`{given.pop('objective', 'l1')}`"
-    words = {"alpha": "α", "relative_step": "relative step", "schedule": "schedule"}
-    order = sorted(set(given) - {"gamma"}, key=lambda key: (key != "schedule", key))  # γ is the same for all
-    return ", ".join([first, *(f"{words.get(key, key)} {given[key]}" for key in order)])
+    if name in PEERS:
+        first = f"{PEERS[name]}'s loss, words given"
+    elif name == "anywhere":
+        first = "a control, moved to where chance says"
+    else:
+        first = f"`{given.pop('objective', PRESETS[given.get('preset', 'paper')].objective)}`"
+    order = sorted(given.keys() - {"gamma", "sharpness"}, key=lambda key: (key != "preset", key))
+    return ", ".join([first, *(f"{SYMBOLS.get(key, key.replace('_', ' '))} {given[key]}" for key in order)])
 
 
-def percent(values, clusters):
-    mean, half = interval(values, clusters)
-    return f"{100 * mean:.1f} ± {100 * half:.1f} %"
+# ----------------------------------------------------------------------------------------------------------------------
+# The headline: counted runs
 
 
-def share(rows, key):
-    """In how many of the rows `key` holds, in words."""
-    return percent([row[key] for row in rows], [row["caption"] for row in rows])
+def scored(pattern="*"):
+    """The judged runs in results/evaluation."""
+    return [Run(path.parent) for path in sorted((RESULTS / "evaluation").glob(f"{pattern}/score-judge.json"))]
+
+
+def counted_runs(solids):
+    """{one of SMALL: its `Scores`} of the runs whose solids were counted."""
+    found = {}
+    for run in scored():
+        of_tests = re.match(f"shapes:{solids}:test:", run.settings["prompt_set"])
+        if of_tests and "counted" in json.loads((run.folder / "score-judge.json").read_text()):
+            found[run.settings["model"]] = Scores(run)
+    return {name: found[name] for name in SMALL if name in found}
+
+
+def counted_right(scores, name, gain=False):
+    """Percent of a method's pictures, or its points over stock, and half of the interval; None if none was drawn."""
+    number = scores.run.methods.index(name) if name in scores.run.methods else None
+    if number is None or not np.isfinite(scores.values["counted"][number]).any():
+        return None
+    return tuple(100 * x for x in (scores.gain if gain else scores.of)(number, "counted"))
+
+
+def cell(scores, name, gain=True):
+    """The same in words, and of how many pictures where these are fewer than stock's."""
+    found, values = counted_right(scores, name, gain), scores.values["counted"]
+    if found is None:
+        return ""
+    own, all_drawn = (np.isfinite(values[k]).sum() for k in (scores.run.methods.index(name), scores.stock))
+    of = f" of {own}" if own < all_drawn else ""
+    return ("{:+.1f} ± {:.1f}" if gain else "{:.1f} ± {:.1f} %").format(*found) + of
+
+
+def best_peer(scores):
+    """Of the methods that are told the words, the one that gains most; None where none was drawn."""
+    peers = [name for name in scores.run.methods if name.partition(":")[0] in PEERS and counted_right(scores, name)]
+    return max(peers, key=lambda name: counted_right(scores, name, True), default=None)
+
+
+def named(name):
+    """A peer's name and preset."""
+    loss, _, changes = name.partition(":")
+    return f"{PEERS[loss]}, {dict(change.split('=') for change in changes.split(':') if change).get('preset', 'paper')}"
+
+
+def counted_table(solids, every):
+    """A row a method, `every` one or the headline's, a column a model: counted right, in points over stock."""
+    runs = counted_runs(solids)
+    if not runs:
+        return "Not drawn yet."
+    head, rows = ["counted right", *(SMALL[name] for name in runs)], []
+    rows.append(["stock", *(cell(scores, "stock", False) for scores in runs.values())])
+    drawn = dict.fromkeys(name for scores in runs.values() for name in scores.run.methods if name != "stock")
+    known = OURS | PAPER
+    for name in drawn if every else [name for name in known if name in drawn]:
+        cells = [cell(scores, name) for scores in runs.values()]
+        rows.append([known.get(name) or described(name), *cells])
+    if not every:
+        peers = {scores: best_peer(scores) for scores in runs.values()}
+        cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
+        rows.append(["the best peer on these pictures, told the words", *cells])
+    pictures = sorted({int(np.isfinite(scores.values["counted"][scores.stock]).sum()) for scores in runs.values()})
+    return markdown(head, rows) + f"\n\n{' or '.join(map(str, pictures))} pictures a cell."
+
+
+def counted_figure(solids=2):
+    """The headline as a picture: dots with 95 % intervals, by model."""
+    runs = counted_runs(solids)
+    fig = Figure((9, 4), dpi=120, layout="constrained", facecolor="white")
+    axes, shown = (
+        fig.subplots(),
+        {"stock": GREY, "tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE, "peer": "#c8553d"},
+    )
+    labels = {"stock": "stock", "peer": "the best peer, told the words"} | {
+        n: t.replace("`", "") for n, t in OURS.items()
+    }
+    for offset, (name, colour) in enumerate(shown.items()):
+        for x, scores in enumerate(runs.values()):
+            method = best_peer(scores) if name == "peer" else name
+            found = counted_right(scores, method)
+            if found is not None:
+                at, label = x + (offset - 1.5) * 0.14, labels.pop(name, None)  # once
+                axes.errorbar(at, *found, fmt="o", capsize=3, color=colour, label=label)
+    axes.set_xticks(range(len(runs)), [f"the small {SMALL[name]}" for name in runs])
+    axes.set(ylabel="counted right, %", ylim=(0, 102))
+    axes.spines[["top", "right"]].set_visible(False)
+    fig.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return fig
+
+
+def card_sentences(solids=2, name="tsam:preset=fast"):
+    """{family: what its model's card says}: of the counted runs; what the cards said before where there is none."""
+    found = read("summary.json")["card"]
+    for kind, scores in counted_runs(solids).items():
+        if kind in FAMILIES and counted_right(scores, name):
+            right, stock = (cell(scores, method, False) for method in (name, "stock"))
+            found[kind] = (
+                f"two solids were right in {right} of {scores.run.shape[1] * scores.run.shape[2]} pictures with T-SAM"
+                f' (`preset="fast"`), in {stock} with stock: {cell(scores, name)} points.'
+            )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows of pictures
 
 
 def chosen(rows, kind, solids, steps=25):
     return [row for row in rows if (row["pipeline"], row["solids"], row["steps"]) == (kind, solids, steps)]
 
 
-def settings_of(rows):
-    """Their settings, stock first, the others by how many pictures are right."""
-    right = {}
-    for row in rows:
-        right.setdefault(row["setting"], []).append(row["present"])
-    return sorted(right, key=lambda name: (name != "stock", -sum(right[name]) / len(right[name])))
-
-
-def compared(rows, name, words):
-    """A setting's cells: how many pictures are right, and what it makes of stock's wrong and right ones."""
-    pairs = paired(rows, name, "stock")
-    own, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
-    cells = [f"{words} ({len(own)})", percent([row["present"] for row in own], captions)]
-    if name == "stock":
-        return [*cells, "", "", ""]
-    mean, half = gain(pairs)
-    fixed = [row["present"] for row, stock in pairs if not stock["present"]]
-    kept = [row["present"] for row, stock in pairs if stock["present"]]
-    cells += [f"{100 * mean:+.1f} ± {100 * half:.1f}"]
-    return cells + [f"{100 * sum(some) / len(some):.0f} % of {len(some)}" if some else "-" for some in (fixed, kept)]
-
-
-COMPARED = ["setting (pictures)", "right", "points over stock", "fixes", "keeps"]
+def setting_table(rows):
+    """Settings, compared with stock."""
+    return markdown(COMPARED, [compared(rows, name, described(name)) for name in settings_of(rows)])
 
 
 def alignment_table(rows, kind):
-    """Settings of one pipeline, compared with stock."""
-    table = []
-    cost = read("cost.json")["operations"][kind]
+    """The same, with what they cost."""
+    cost, table = read("cost.json")["operations"][kind], []
     ratio = cost["guided_pass_flop"] / cost["plain_step_flop"]
     for name in settings_of(rows):
         own = next(row for row in rows if row["setting"] == name)
@@ -97,21 +199,14 @@ def alignment_table(rows, kind):
     return markdown([*COMPARED, "operations"], table)
 
 
-def joint_table(rows, split, solids):
-    """The small SD3's, whose settings are changes of the small PixArt-α's."""
-    rows = [row for row in rows if (row["split"], row["solids"]) == (split, solids)]
-    names = {name: name if name == "stock" else f"`{name.replace(',', ', ')}`" for name in settings_of(rows)}
-    return markdown(COMPARED, [compared(rows, name, words) for name, words in names.items()])
-
-
 def tuning_table(rows, kind):
     """What each setting did on tuning pictures: stock's wrong ones and a part of its right ones."""
     stock = {(r["caption"], r["seed"]): r for r in rows if r["pipeline"] == kind and r["setting"] == "stock"}
-    wrong = 1 - sum(row["present"] for row in stock.values()) / len(stock)
+    wrong = 1 - sum(row["right"] for row in stock.values()) / len(stock)
     table = []
     for name in {row["setting"]: None for row in rows if row["pipeline"] == kind and row["setting"] != "stock"}:
         own = [row for row in rows if row["pipeline"] == kind and row["setting"] == name]
-        parts = [[r["present"] for r in own if stock[r["caption"], r["seed"]]["present"] == right] for right in (0, 1)]
+        parts = [[r["right"] for r in own if stock[r["caption"], r["seed"]]["right"] == right] for right in (0, 1)]
         if not all(parts):
             continue
         fixes, keeps = (sum(part) / len(part) for part in parts)
@@ -163,83 +258,82 @@ def anatomy_tables():
     return "\n\n".join([*tables, about])
 
 
-def card_sentence(rows, kind):
-    """What a model card says of the small model: stock, and the setting that it ships with."""
-    rows = chosen(rows, kind, 3)
-    own = next(name for name in settings_of(rows) if parse_setting(name, kind) == TUNED[kind])
-    pairs = paired(rows, own, "stock")
-    (mean, half), captions = gain(pairs), [row["caption"] for row, _ in pairs]
-    right = [percent([pair[k]["present"] for pair in pairs], captions) for k in (0, 1)]
-    return (
-        f"three solids were right in {right[0]} of {len(pairs)} pictures with T-SAM ({described(own)}), in {right[1]}"
-        f" with stock: {100 * mean:+.1f} ± {100 * half:.1f} points."
-    )
-
-
 def laid_out(setting):
-    """A setting of `layout.py` in words."""
-    name, *changes = setting.split(",")
+    """A method of a run with regions, in words."""
+    name, *changes = setting.split(":")
     if name == "stock":
         return "stock"
-    given = dict(part.split("=") for part in changes)
-    first = "layout alone" if given.pop("objective", "") == "none" else "T-SAM with layout"
-    words = {"region_weight": "weight", "relative_step": "relative step"}
-    return ", ".join([first, *(f"{words.get(key, key)} {value}" for key, value in given.items())])
+    given = dict(change.split("=") for change in changes)
+    first = "layout alone" if given.pop("objective", "") == "layout" else "T-SAM with layout"
+    words, usual = {"region_weight": "weight"}, (("preset", "light"), ("alpha", "4"))
+    others = [
+        f"{words.get(key, key.replace('_', ' '))} {value}" for key, value in given.items() if (key, value) not in usual
+    ]
+    return ", ".join([first, *others])
 
 
-def layout_table(rows, kind):
-    own = [row for row in rows if row["pipeline"] == kind]
-    return layout.table(own, list(dict.fromkeys(row["setting"] for row in own)), laid_out)
+def layout_table(rows):
+    """Where solids are, by the judge."""
+    table = []
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        for row in own:
+            wanted = solids_of(row["caption"])
+            row["drawn"] = len(set(wanted) & set(map(tuple, row["seen"]))) / len(wanted)
+        table.append(
+            [f"{laid_out(name)} ({len(own)})", *(share(own, key) for key in ("placed", "all_placed", "drawn"))]
+        )
+    return markdown(["setting (pictures)", "solids where asked", "all of a picture's", "solids drawn"], table)
 
 
-def long_prompts_table(rows, kind):
+def long_prompts_table(rows):
     """How many pictures of several sentences are right, by the form of the captions."""
-    names = {"stock, cut": "stock, cut off behind a window", "stock": "stock", "tuned": "T-SAM"}
     table = []
     for form in ("sentences", "filled"):
-        own = [row for row in rows if row["pipeline"] == kind and row["form"] == form]
+        own = [row for row in rows if row["form"] == form]
+        base = "stock:max_sequence_length=90" if form == "filled" else "stock"
         for name in dict.fromkeys(row["setting"] for row in own):
-            pairs = paired(own, name, name)
-            captions, cells = [row["caption"] for row, _ in pairs], [form, f"{names[name]} ({len(pairs)})"]
-            cells += [percent([row[key] for row, _ in pairs], captions) for key in ("present", "objects")]
-            compared = paired(own, name, "stock") if name == "tuned" else []
-            table.append([*cells, "{:+.1f} ± {:.1f}".format(*(100 * x for x in gain(compared))) if compared else ""])
+            some, ours = [row for row in own if row["setting"] == name], name.startswith("tsam")
+            words = "T-SAM" if ours else "stock" if name == base else "stock, cut off behind a window"
+            cells = [form, f"{words} ({len(some)})", share(some, "right"), share(some, "objects")]
+            table.append([*cells, points(paired(own, name, base)) if ours else ""])
     return markdown(["captions", "setting (pictures)", "right", "every solid", "points over stock"], table)
 
 
-def long_prompts_cost():
+def windows_table():
     """Of the loss and its gradient, without a network."""
-    found = read("long_prompts_cost.json")
-    rows = [
-        [
-            tokens,
-            *(f"{each['ms']} ms, {each['bytes'] / 1e6:.2f} MB" for each in (found[name][tokens] for name in found)),
-        ]
-        for tokens in found["windows"]
-    ]
+    found = read("cost.json")["windows"]
+    each = {tokens: [of[tokens] for of in found.values()] for tokens in found["windows"]}
+    rows = [[tokens, *(f"{x['ms']} ms, {x['bytes'] / 1e6:.2f} MB" for x in both)] for tokens, both in each.items()]
     return markdown(["tokens", "in windows of 75", "in one window"], rows)
 
 
-SINK_SETTINGS = {  # of `alignment.py`
-    "stock": "stock",
-    "T-SAM": "objective=attainable,gamma=4,schedule=light,relative_step=0.05",
-}
+def overhead_sentence():
+    found = read("cost.json").get("overhead")
+    if found is None:
+        return "Not measured yet."
+    return (
+        f"{found['call']} ms once a call and {found['update']} ms an update, {100 * found['share']:.2g} % of a plain"
+        f" step's {found['plain step'] / 1e3:.1f} s (on one core of a CPU, float32)"
+    )
+
+
+SINK_SETTINGS = {"stock": "stock", "T-SAM": "tsam:preset=light:objective=attainable"}
 
 
 def by_model(rows):
-    """{model: its lines}; of `alignment.py` those without a name are of the small Stable Diffusion."""
-    return {
-        name: [row for row in rows if row.get("model", "sd") == name]
-        for name in dict.fromkeys(row.get("model", "sd") for row in rows)
-    }
+    """{model: its rows}; those without a name are of the small Stable Diffusion."""
+    names = dict.fromkeys(row.get("model", "sd") for row in rows)
+    return {name: [row for row in rows if row.get("model", "sd") == name] for name in names}
 
 
 def sink_rows():
-    """What was measured of models with attention sinks: {model: mechanism's lines}, {model: alignment's lines}."""
-    models = by_model(load(RESULTS / "mechanism.jsonl"))
-    pictures = by_model(load(RESULTS / "sink.jsonl"))
-    order = sorted(models, key=lambda name: mechanism.sink_of(models[name]))
-    return {name: models[name] for name in order}, pictures
+    """What was measured of models with attention sinks: {model: mechanism's rows}, {model: pictures' rows}."""
+    measured = load("mechanism.jsonl")
+    for run in scored("mechanism-*"):
+        measured += of_run(run)
+    models = by_model(measured)
+    return dict(sorted(models.items(), key=lambda item: mechanism.sink_of(item[1]))), by_model(load("sink.jsonl"))
 
 
 def mechanism_table(models):
@@ -268,29 +362,24 @@ def sink_table(models, pictures, solids):
     for model in models:
         own = [row for row in pictures.get(model, []) if row["solids"] == solids]
         for name in settings_of(own):
-            pairs = paired(own, name, "stock")
-            mine, captions = [row for row, _ in pairs], [row["caption"] for row, _ in pairs]
-            mean, half = gain(pairs)
-            points = "" if name == "stock" else f"{100 * mean:+.1f} ± {100 * half:.1f}"
-            cells = [share(mine, "present"), points]
-            cells += [percent([not row["objects"] for row in mine], captions)]
-            cells += [share(mine, "swap")]
-            rows.append([f"{model}, {described(name)} ({len(mine)})", *cells])
+            pairs = paired(own, name)
+            mine, gained = [row for row, _ in pairs], "" if name == "stock" else points(pairs)
+            shares = [share(mine, key) for key in ("right", "missing", "swap")]
+            rows.append([f"{model}, {described(name)} ({len(mine)})", shares[0], gained, *shares[1:]])
     return markdown(["setting (pictures)", "right", "points over stock", "a solid missing", "a swap"], rows)
 
 
 def sink_sentence(pictures, model="sink0.99", control="sink0.25"):
-    """What the README says of the model with a sink that ships."""
+    """What the documents say of the model with a sink that ships."""
     own, without = ([row for row in pictures[name] if row["solids"] == 2] for name in (model, control))
-    pairs = paired(own, SINK_SETTINGS["T-SAM"], "stock")
-    mean, half = gain(pairs)
+    pairs = paired(own, SINK_SETTINGS["T-SAM"])
     ours, stock = zip(*pairs)
     control = [row for row in without if row["setting"] == "stock"]
     return (
-        f"two solids are right in {share(stock, 'present')} of {len(pairs)} pictures with stock and in"
-        f" {share(ours, 'present')} with T-SAM ({100 * mean:+.1f} ± {100 * half:.1f} points); colours are swapped in"
+        f"two solids are right in {share(stock, 'right')} of {len(pairs)} pictures with stock and in"
+        f" {share(ours, 'right')} with T-SAM ({points(pairs)} points); colours are swapped in"
         f" {share(stock, 'swap')} and in {share(ours, 'swap')}. Trained alike but without a sink, stock has"
-        f" {share(control, 'present')} right and {share(control, 'swap')} swapped."
+        f" {share(control, 'right')} right and {share(control, 'swap')} swapped."
     )
 
 
@@ -300,61 +389,69 @@ def mechanism_figure(models, pictures):
         for model in models:
             own = [row for row in pictures.get(model, []) if (row["setting"], row["solids"]) == (name, 2)]
             if own:
-                mean, half = interval([row["present"] for row in own], [row["caption"] for row in own])
+                mean, half = interval([row["right"] for row in own], [row["caption"] for row in own])
                 right[label][model] = 100 * mean, 100 * half
     sinks = {name: rows for name, rows in models.items() if name != "sd"}  # all of one recipe
     return mechanism.picture(sinks, "sink0.99", right)
 
 
-def gains_figure(rows, solids=3):
-    """Points over stock by setting, a panel a pipeline, with 95 % intervals."""
-    fig = Figure((9, 3.6), dpi=120, layout="constrained")
-    for axes, (kind, family) in zip(fig.subplots(1, len(FAMILIES), sharex=True), FAMILIES.items()):
-        own = chosen(rows, kind, solids)
-        names = [name for name in reversed(settings_of(own)) if name != "stock"]
-        for y, name in enumerate(names):
-            mean, half = gain(paired(own, name, "stock"))
-            ours = not name.startswith(("attend", "conform", "syngen"))
-            axes.errorbar(100 * mean, y, xerr=100 * half, fmt="o", capsize=3, color=BLUE if ours else GREY)
-        axes.set_yticks(
-            range(len(names)), [described(name).replace("`", "").replace(", ", "\n", 1) for name in names], size=7
-        )
-        axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set_title(f"the small {family.name}", color=INK, size=11)
-        axes.set_xlabel("right pictures over stock, points, 95 %", color=INK, size=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    return fig
+def presets_table():
+    """What each preset of the arguments means."""
+
+    def cells(preset):
+        size = f"α = {preset.alpha:g}" if preset.relative_step is None else f"relative step {preset.relative_step:g}"
+        gamma = "-" if preset.objective == "contrast" else f"{preset.gamma:g}"
+        *first, last = [str(percent) for percent in preset.refined] or [""]
+        more = f"{preset.iterations} % of the steps' number at {', '.join(first)} and {last} %" if last else "none"
+        return [f"`{preset.objective}`", size, gamma, f"the first {preset.guided} %", more]
+
+    rows = []
+    for name, preset in PRESETS.items():
+        one = T5_PRESETS[name] == preset
+        rows.append([f'`"{name}"`' + ("" if one else ", Stable Diffusion"), *cells(preset)])
+        if not one:
+            rows.append([f'`"{name}"`, PixArt-α, SD 3, FLUX', *cells(T5_PRESETS[name])])
+    return markdown(["preset", "objective", "size of an update", "γ", "guided steps", "extra updates"], rows)
 
 
 def parts():
     """{name: Markdown} of everything that a document may hold."""
-    rows, tuning = load(RESULTS / "alignment.jsonl"), load(RESULTS / "tuning.jsonl")
+    rows, tuning, rules = load("alignment.jsonl"), load("tuning.jsonl"), load("rules.jsonl")
     found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
-    found["long-cost"] = long_prompts_cost()
+    found |= {
+        "overhead": overhead_sentence(),
+        "long-cost": windows_table(),
+        "presets": presets_table(),
+        "counted": counted_table(2, False),
+    }
     models, pictures = sink_rows()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
-    found["sink-sentence"] = sink_sentence(pictures)
-    narrow, rules = load(RESULTS / "narrow.jsonl"), load(RESULTS / "rules.jsonl")
+    found["sink-sentence"], narrow = sink_sentence(pictures), load("narrow.jsonl")
     for solids in (2, 3):
         found[f"narrow-{solids}"] = alignment_table(chosen(narrow, "sd", solids), "sd")
         found[f"sinks-{solids}"] = sink_table(models, pictures, solids)
+        found[f"counted-{solids}"] = counted_table(solids, True)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
-    joint = load(RESULTS / "joint.jsonl")
+    joint = load("joint.jsonl")
     for split, solids in {(row["split"], row["solids"]) for row in joint}:
-        found[f"joint-{split}-{solids}"] = joint_table(joint, split, solids)
+        own = [row for row in joint if (row["split"], row["solids"]) == (split, solids)]
+        found[f"joint-{split}-{solids}"] = setting_table(own)
     for kind in FAMILIES:
         for solids, steps in sorted({(row["solids"], row["steps"]) for row in rows if row["pipeline"] == kind}):
             own, longer = chosen(rows, kind, solids, steps), "" if steps == 25 else f"-{steps}-steps"
             found[f"alignment-{kind}-{solids}{longer}"] = alignment_table(own, kind)
-            found[f"fates-{kind}-{solids}{longer}"] = confusion(own, settings_of(own), described)
+            found[f"fates-{kind}-{solids}{longer}"] = fates(own, described)
         found[f"tuning-{kind}"] = tuning_table(tuning, kind)
         own = [row for row in rules if row["pipeline"] == kind]
         found[f"rules-{kind}"] = markdown(COMPARED, [compared(own, name, name) for name in settings_of(own)])
-        for name in ("layout", "layout_tuning"):
-            found[f"{name.replace('_', '-')}-{kind}"] = layout_table(layout.read(RESULTS / f"{name}.jsonl"), kind)
-        found[f"long-{kind}"] = long_prompts_table(load(RESULTS / "long_prompts.jsonl"), kind)
-    for run in (RESULTS / "evaluation").iterdir():
-        found[f"evaluation-{run.name}"] = markdown(*table_of(Scores(Run(run))))
+        for name, table in (
+            ("layout", layout_table),
+            ("layout_tuning", layout_table),
+            ("long_prompts", long_prompts_table),
+        ):
+            part = name.replace("_prompts", "").replace("_", "-")
+            found[f"{part}-{kind}"] = table([row for row in load(f"{name}.jsonl") if row["pipeline"] == kind])
+    found |= {f"evaluation-{run.folder.name}": markdown(*table_of(Scores(run))) for run in scored()}
     return found
 
 
@@ -371,10 +468,10 @@ def filled(text, found):
 
 def outputs():
     """{path: text} of every document and of the cards' sentences."""
-    found, rows = parts(), load(RESULTS / "alignment.jsonl")
-    cards = {"card": {kind: card_sentence(rows, kind) for kind in FAMILIES}}
-    texts = {path: filled(path.read_text(), found) for path in DOCUMENTS}
-    return texts | {RESULTS / "summary.json": json.dumps(cards, indent=1, ensure_ascii=False) + "\n"}
+    found = parts()
+    texts = {path: filled(path.read_text(encoding="utf-8"), found) for path in DOCUMENTS}
+    cards = json.dumps({"card": card_sentences()}, indent=1, ensure_ascii=False) + "\n"
+    return texts | {RESULTS / "summary.json": cards}
 
 
 def main():
@@ -382,14 +479,17 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything would change")
     args = parser.parse_args()
     made = outputs()
-    changed = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
+    changed = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     print(*(path.relative_to(ROOT) for path in changed), sep="\n")
     if args.check:
         sys.exit(bool(changed))
     for path, text in made.items():
-        path.write_text(text)
-    gains_figure(load(RESULTS / "alignment.jsonl")).savefig(ROOT / "docs" / "gains.png")
-    mechanism_figure(*sink_rows()).savefig(ROOT / "docs" / "mechanism.png")
+        path.write_text(text, encoding="utf-8")
+    figures = {"mechanism": mechanism_figure(*sink_rows())}
+    if counted_runs(2):
+        figures["counted"] = counted_figure()
+    for name, figure in figures.items():
+        save(figure, ROOT / "docs" / f"{name}.png")
 
 
 if __name__ == "__main__":

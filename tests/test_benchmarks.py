@@ -1,14 +1,18 @@
 """What the benchmarks count on the published architectures, that they run, and that documents have their numbers."""
 
+import json
 import re
-import runpy
 import sys
-from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import T5Config
 
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from diffusers_tsam.evaluation.prompts import Prompt
+from diffusers_tsam.evaluation.runs import Run
+from diffusers_tsam.tsam import OBJECTIVES
 
 
 @pytest.fixture
@@ -40,45 +44,97 @@ def test_a_fast_picture_takes_at_most_one_and_a_half_times_the_operations(cost, 
     assert cost.number_of_updates(kind, "paper", 50) == {"sd": 85, "pixart": 55}[kind]
 
 
-def test_alignment_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    def run(*settings):
-        few = "--prompts 2 --seeds 1 --steps 2 --solids 3 --output".split()
-        monkeypatch.setattr(sys, "argv", ["alignment.py", *few, str(results), "--setting", *settings])
-        runpy.run_path(str(BENCHMARKS / "alignment.py"), run_name="__main__")
-        return capsys.readouterr().out
+def test_counting_without_data_leaves_none_behind(cost):
+    from diffusers_tsam.tsam import smooth, spread_of
 
-    results = tmp_path / "results" / "alignment.jsonl"
-    first, lines = run("tuned"), results.read_text()
-    assert "| tuned (2) |" in first and "tuned: 2 pictures" in first
-    again = run("tuned")
-    assert "pictures" not in again and "| tuned (2) |" in again and results.read_text() == lines
-    assert "conform,alpha=4: 2 pictures" in run("tuned", "conform,alpha=4")
+    def read(maps):
+        return smooth(maps), spread_of(maps)
+
+    with cost.without_data("cpu", torch.float32):
+        assert all(type(found) is FakeTensor for found in read(torch.rand(1, 2, 16, 16)))
+    assert all(type(found) is torch.Tensor for found in read(torch.rand(1, 2, 16, 16)))
+    assert torch.get_default_dtype() is torch.float32
 
 
-def test_layout_and_long_prompts_go_on_where_they_were_stopped(tmp_path, monkeypatch, capsys):
-    def run(script, *arguments):
-        results = tmp_path / f"{script}.jsonl"
-        few = ["--prompts", "2", "--steps", "2", "--output", str(results)]
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *few, *arguments])
-        runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
-        return capsys.readouterr().out, results.read_text()
-
-    first, lines = run("layout", "--setting", "tuned")
-    assert "stock: 2 pictures" in first and "tuned: 2 pictures" in first and "| tuned (2) |" in first
-    again = run("layout", "--setting", "tuned")
-    assert again[1] == lines and "pictures," not in again[0] and "| tuned (2) |" in again[0]
-    first, lines = run("long_prompts")
-    assert "filled, stock, cut: " in first and "filled, tuned: " in first and lines.count("\n") == 10
-    assert run("long_prompts")[1] == lines
+def test_the_models_that_are_counted_have_no_dropout(cost):
+    config = {"d_model": 8, "d_ff": 8, "num_heads": 1, "vocab_size": 9}
+    with mock.patch.multiple(cost, T5Config=lambda **_: T5Config(**config, num_layers=1), build_denoiser=mock.Mock()):
+        encoder = cost.build_components("pixart")["text_encoder"]
+    assert encoder.config.dropout_rate > 0 and not any(module.training for module in encoder.modules())
 
 
-@pytest.mark.parametrize("place, there", [((0.2, 0.2), True), ((0.5, 0.2), False), ((0.2, 0.7), False)])
-def test_a_solid_is_where_it_was_asked_for_if_it_is_seen_inside(place, there):
-    import layout
+@pytest.mark.parametrize("kind, passes", [("sdxl", (85, 40)), ("sd3", (55, 34)), ("flux", (55, 34))])
+def test_blocks_are_counted_with_their_own_presets(cost, kind, passes):
+    assert tuple(cost.number_of_updates(kind, name, 50) for name in ("paper", "fast")) == passes
 
-    row = {"regions": {"red cube": (0.0, 0.0, 0.5, 0.5), "blue ring": (0.5, 0.5, 1.0, 1.0)}}
-    judged = layout.judged(row | {"places": [["red", "cube", *place], ["white", "star", 0.7, 0.7]]})
-    assert (judged["seen"], judged["placed"], judged["all"]) == (0.5, 0.5 * there, False)
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("stock", "stock"),
+        ("tsam", "`l1`"),
+        ("tsam:preset=fast", "`contrast`, preset fast"),
+        ("tsam:preset=light:objective=attainable:alpha=4:gamma=4", "`attainable`, preset light, α 4"),
+        ("conform:sharpness=none:alpha=4:preset=fast", "CONFORM's loss, words given, preset fast, α 4"),
+        ("anywhere:preset=light", "a control, moved to where chance says, preset light"),
+    ],
+)
+def test_a_method_has_words(setting, words):
+    import report
+
+    assert report.described(setting) == words
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A run of known verdicts in the place of the committed ones: of four pictures, two, three and four are right."""
+    import report
+
+    found = {"stock": 2, "tsam:preset=fast": 4, "conform:preset=light:alpha=1": 3, "syngen": None}
+    settings = {"methods": {name: {} for name in found}, "seeds": 2, "format": "png", "model": "pixart"}
+    settings |= {"prompt_set": "shapes:2:test:2", "kind": "pixart", "arguments": {"num_inference_steps": 25}}
+    prompts = [Prompt(str(k), text, []) for k, text in enumerate(("a red cube and a blue ring", "a white star"))]
+    run = Run.create(tmp_path / "evaluation" / "run", settings, prompts)
+    (run.folder / "score-judge.json").write_text('{"counted": true}')
+    for method, right in enumerate(found.values()):
+        for k in range(4 if right else 0):
+            own = {"method": method, "prompt": k // 2, "seed": k % 2}
+            seen = [["red", "cube"], ["blue", "ring"]] if k < 2 else [["white", "star"]]
+            with run.writer("drawn", 0) as drawn, run.writer("score-judge", 0) as scored:
+                drawn([own | {"updates": method}])
+                count = len(seen) + (k >= right)  # a double
+                scored([own | {"counted": int(k < right), "right": 1, "seen": seen, "count": count}])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return report
+
+
+def test_the_headline_is_of_counted_runs(counted):
+    rows = counted.counted_table(2, every=False).splitlines()
+    assert rows[0] == "| counted right | PixArt-α |" and rows[2].startswith("| stock | 50.0 ± 98.0 % |")
+    assert rows[3] == '| T-SAM, `preset="fast"` | +50.0 ± 98.0 |'
+    assert rows[4] == "| the best peer on these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"
+    assert rows[6] == "4 pictures a cell."
+    every = counted.counted_table(2, every=True)
+    assert "| CONFORM's loss, words given, preset light, α 1 | +25.0 ± 49.0 |" in every and "nan" not in every
+    assert counted.counted_table(3, every=True) == "Not drawn yet."
+    assert len(counted.counted_figure().axes[0].containers) == 3  # light was not drawn
+    (counted.RESULTS / "summary.json").write_text('{"card": {"sd": "as it was"}}')
+    cards = counted.card_sentences()
+    assert cards["sd"] == "as it was" and "100.0 ± 0.0 % of 4 pictures" in cards["pixart"]
+
+
+def test_a_runs_rows_are_those_of_its_lines(counted):
+    from rows import compared, of_run
+
+    rows = of_run(Run(counted.RESULTS / "evaluation" / "run"))
+    assert [row["right"] for row in rows if row["setting"] == "stock"] == [True, True, False, False]
+    assert all(row["present"] and row["pipeline"] == "pixart" and row["steps"] == 25 for row in rows)
+    assert compared(rows, "tsam:preset=fast", "ours")[1:] == [
+        "100.0 ± 0.0 %",
+        "+50.0 ± 98.0",
+        "100 % of 2",
+        "100 % of 2",
+    ]
 
 
 def test_the_documents_say_what_the_data_say():
@@ -98,16 +154,28 @@ def test_a_document_asks_only_for_what_is_there():
 
 def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path, monkeypatch):
     import mechanism
-    from alignment import load
+    from rows import of_run
 
-    output = tmp_path / "mechanism.jsonl"
-    monkeypatch.setattr(sys, "argv", f"mechanism.py --prompts 2 --seeds 1 --steps 2 --output {output}".split())
-    mechanism.main()
-    rows = load(output)
+    argv = f"mechanism.py --prompts 2 --seeds 1 --steps 2 --output {tmp_path}".split()
+    for _ in range(2):  # the second time nothing is left to do
+        monkeypatch.setattr(sys, "argv", argv)
+        mechanism.main()
+    rows = of_run(Run(tmp_path))
     assert len(rows) == 2 and 0 < mechanism.sink_of(rows) < 1
     for row in rows:
         assert [pair["kind"] for pair in row["pairs"]] == ["bound", "bound", "unbound", "unbound", "objects"]
         assert all(-1 <= value <= 1 for pair in row["pairs"] for value in (pair["embeddings"], *pair["maps"]))
+        assert row["matrices"]["words"] == row["caption"].split()
     pairs = [{"kind": kind, "syntax": value} for kind, value in (("bound", 3), ("bound", 1), ("unbound", 2))]
     assert mechanism.separable(pairs, "syntax") == 0.5
     assert mechanism.separable(pairs[:1] + pairs[2:], "syntax") == 1
+
+
+def test_an_update_is_measured_on_the_trajectory(tmp_path, monkeypatch):
+    import anatomy
+
+    monkeypatch.setattr(anatomy, "RESULTS", tmp_path / "anatomy.json")
+    monkeypatch.setattr(sys, "argv", "anatomy.py --prompts 2 --steps 10".split())
+    anatomy.main()
+    sizes = json.loads(anatomy.RESULTS.read_text())["relative_update"]
+    assert set(sizes) == set(OBJECTIVES) and all(0 < size for steps in sizes.values() for size in steps.values())
