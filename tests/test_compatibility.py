@@ -98,11 +98,11 @@ def same(output, expected):
 # Adapters
 
 
-def lora_of(pipe, rank=2):
-    """A LoRA of the UNet and the text encoder, as a file of one holds it."""
+def lora_of(pipe, models=("unet", "text_encoder"), rank=2):
+    """A LoRA of these models, as a file of one holds it."""
     state = {}
-    for prefix, model in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
-        for name, module in model.named_modules():
+    for prefix in models:
+        for name, module in getattr(pipe, prefix).named_modules():
             if name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj")):
                 wide, narrow = module.out_features, module.in_features
                 state[f"{prefix}.{name}.lora_A.weight"] = torch.randn(rank, narrow)
@@ -175,6 +175,19 @@ def test_textual_inversion_is_drawn_read_and_aligned(of_sd, vectors, tmp_path):
     assert of_sd.get_text_self_attention(THING).tokens == [output.attentions[0]["tokens"]]
 
 
+def ip_adapter_of(unet):
+    """An IP-Adapter of four tokens, as a file of one holds it."""
+    weights, width = {}, unet.config.cross_attention_dim
+    layers = [layer for name, layer in unet.named_modules() if name.endswith("attn2")]
+    for place, layer in enumerate(layers):
+        for which in ("k", "v"):
+            weight = getattr(layer, f"to_{which}").weight
+            weights[f"{2 * place + 1}.to_{which}_ip.weight"] = torch.randn_like(weight)
+    projection = {"proj.weight": torch.randn(4 * width, 12), "proj.bias": torch.zeros(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    return {"image_proj": projection, "ip_adapter": weights}
+
+
 class TestIPAdapter:
     @pytest.fixture
     def pipe(self, of_sd):
@@ -183,15 +196,7 @@ class TestIPAdapter:
             image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).eval(),
             feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
         )
-        layers = [layer for name, layer in of_sd.unet.named_modules() if name.endswith("attn2")]
-        weights = {}
-        for place, layer in enumerate(layers):
-            for which in ("k", "v"):
-                weight = getattr(layer, f"to_{which}").weight
-                weights[f"{2 * place + 1}.to_{which}_ip.weight"] = torch.randn_like(weight)
-        projection = {"proj.weight": torch.randn(4 * 16, 12), "proj.bias": torch.zeros(4 * 16)}
-        projection |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
-        of_sd.load_ip_adapter({"image_proj": projection, "ip_adapter": weights}, subfolder="", weight_name="")
+        of_sd.load_ip_adapter(ip_adapter_of(of_sd.unet), subfolder="", weight_name="")
         return of_sd
 
     def image(self, seed=0):
