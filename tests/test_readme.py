@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+ARGUMENTS_PAGE = (ROOT / "docs" / "arguments.md").read_text()
 PAGES = [
     ROOT / "README.md",
     *(page for folder in ("docs", "benchmarks", "shapes", "hub") for page in (ROOT / folder).glob("*.md")),
@@ -23,12 +24,13 @@ PAGES = [page for page in PAGES if page.name not in ("code.md", "weights.md")]  
 def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(page, kind, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    code = re.sub(r'"[^"]+/[^"]+"', repr(str(MODELS[kind])), code)
+    code = re.sub(r'"[^"]+/[^"]+"', repr(str(MODELS[kind])), code, count=1)
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")
     own = {name: value for name, value in ARGUMENTS[kind].items() if name != "guidance_scale"}
     code = code.replace('"a black car and a white clock"', f'"a red cube and a blue sphere", **{own}')
-    for name in (f"pipeline_tsam_{kind}.py", "attention_processors.py", "tsam.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    file = tmp_path / re.search(r'custom_pipeline="([^"]+)"', code)[1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(runpy.run_path(str(ROOT / "hub" / "single_file.py"))["single_file"](kind))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     (picture,) = tmp_path.glob("*.png")
@@ -55,7 +57,7 @@ def test_the_tests_that_the_documents_name_exist():
 
 
 def test_the_functions_that_the_papers_table_names_exist():
-    section = README[README.index("## For readers of the paper") : README.index("## For maintainers")]
+    section = (ROOT / "docs" / "method.md").read_text()
     code = (ROOT / "tsam.py").read_text() + (ROOT / "attention_processors.py").read_text()
     names = re.findall(r"^\|[^|]*\| `(?:\w+\.)?(\w+)` \|", section, re.MULTILINE)
     assert len(names) >= 8 and all(f"def {name}(" in code for name in names)
@@ -64,11 +66,11 @@ def test_the_functions_that_the_papers_table_names_exist():
 @pytest.mark.parametrize(
     "column, pipeline", list(enumerate(("StableDiffusionTSAMPipeline", "PixArtAlphaTSAMPipeline")))
 )
-def test_the_defaults_in_the_readme_are_those_of_the_code(column, pipeline):
+def test_the_defaults_in_the_table_of_arguments_are_those_of_the_code(column, pipeline):
     parameters = inspect.signature(getattr(diffusers_tsam, pipeline).__call__).parameters
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+?) \| ([^|]+?) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+?) \| ([^|]+?) \|", ARGUMENTS_PAGE, re.MULTILINE)
     table = {name: defaults[column] for name, *defaults in rows if defaults[column] != "-"}
     ours = list(parameters)[list(parameters).index("tsam_steps") :]
     assert set(ours) - {"kwargs"} == set(table)
-    numbers = {"alpha", "gamma", "attention_resolution", "attention_layers"} & set(ours)
+    numbers = set(ours) - {"kwargs", "preset"}
     assert {name: str(parameters[name].default) for name in numbers} == {name: table[name] for name in numbers}
