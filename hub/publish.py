@@ -16,6 +16,7 @@ from string import Template
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
+from single_file import SHARED
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR
@@ -23,8 +24,6 @@ from diffusers_tsam.shapes import ARGUMENTS, TUNED
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("attention_processors.py", "tsam.py", "tsam_arguments.py", "tsam_candidates.py", "tsam_layout.py")
-SHARED += ("tsam_pipeline.py",)  # what every pipeline imports
 FACTS = {  # what the cards say beside what FAMILIES does
     "sd": {"weights": "shapes-tsam", "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "seed": 74},
     "pixart": {"weights": "shapes-tsam-pixart", "base_model": "PixArt-alpha/PixArt-XL-2-1024-MS", "seed": 0},
