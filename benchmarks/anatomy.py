@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.utils import logging
+from rows import rounded
 
-from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS
+from diffusers_tsam.evaluation.generate import load
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.shapes.scenes import prompts, words_of_solids
 from diffusers_tsam.tsam import OBJECTIVES, LatentAlignment, cosine_similarity, normalize_text_attention, smooth
@@ -42,77 +41,62 @@ def kinds_of(caption):
     }
 
 
-def mean_of(matrix, caption, kind):
-    return float(np.mean([matrix[i, j] for i, j in kinds_of(caption)[kind]]))
+def means(matrices, captions):
+    """{kind: the mean of each caption's pairs, (captions,)} of a matrix a caption."""
+    kinds = [kinds_of(caption) for caption in captions]
+    return {
+        name: np.array([np.mean([matrix[pair] for pair in own[name]]) for matrix, own in zip(matrices, kinds)])
+        for name in kinds[0]
+    }
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(MODELS["sd"]), help="folder of a model of the shapes world")
+    parser.add_argument("--model", default="sd", help="sd, sink, or the folder of another small Stable Diffusion")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
-    logging.disable_progress_bar()
-    pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipe, _, arguments = load(args.model, torch.device("cpu"), guidance_scale=4.0)
     pipe.set_progress_bar_config(disable=True)
     wanted = prompts(2, "tune", args.prompts)
-    captions = [caption for caption, _ in wanted]
-    kinds = list(kinds_of(captions[0]))
+    captions, noise = [caption for caption, _ in wanted], torch.Generator()
+    kept = {0: torch.cat([torch.randn(1, 4, 16, 16, generator=noise.manual_seed(k)) for k in range(len(captions))])}
 
-    text = pipe.get_text_self_attention(captions)
-    rows = {}
+    def keep(pipe, i, t, tensors):
+        kept[i + 1] = tensors["latents"].clone()
+        return {}
+
+    watch = {"tsam_steps": args.steps, "alpha": 0.0, "refinement_steps": (), "output_attentions": True}
+    call = arguments | watch | {"num_inference_steps": args.steps, "callback_on_step_end": keep}
+    output = pipe(captions, latents=kept[0], **call)
+    right = np.array([set(own) <= seen for (_, own), seen in zip(wanted, Judge.from_pretrained().read(output.images))])
+
+    text, rows, similar, sizes = pipe.get_text_self_attention(captions), {}, {}, {}
     for gamma in (1.0, 2.0, 4.0):
-        matrix = normalize_text_attention(text.attention, text.content, gamma)[:, 1:, 1:]
-        rows[gamma] = {k: np.mean([mean_of(m, c, k) for m, c in zip(matrix, captions)]) for k in kinds}
-
-    kept = {}
-
-    def keep(pipe, i, t, kwargs):
-        kept[i + 1] = kwargs["latents"].clone()
-        return kwargs
-
-    generator = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
-    kept[0] = torch.cat(
-        [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(len(captions))]
-    )
-    output = pipe(
-        captions,
-        generator=generator,
-        num_inference_steps=args.steps,
-        **ARGUMENTS["sd"],
-        tsam_steps=args.steps,
-        alpha=0.0,
-        refinement_steps=(),
-        output_attentions=True,
-        callback_on_step_end=keep,
-    )
-    right = [set(solids) <= seen for (_, solids), seen in zip(wanted, Judge.from_pretrained().read(output.images))]
+        matrices = normalize_text_attention(text.attention, text.content, gamma)[:, 1:, 1:]
+        rows[gamma] = {kind: values.mean() for kind, values in means(matrices, captions).items()}
     steps = [int(fraction * args.steps) for fraction in FRACTIONS]
-    similar = {}
     for step in steps:
-        matrices = [cosine_similarity(smooth(a["maps"][step][None]).flatten(2))[0] for a in output.attentions]
-        similar[step] = {}
-        for kind in kinds[:-1]:
-            values = np.array([mean_of(m, c, kind) for m, c in zip(matrices, captions)])
-            groups = {name: values[np.array(right) == wanted] for name, wanted in (("right", True), ("wrong", False))}
-            similar[step][kind] = {name: group.mean() for name, group in groups.items() if len(group)}
+        maps = [attention["maps"][step][None] for attention in output.attentions]
+        found = means([cosine_similarity(smooth(each).flatten(2))[0] for each in maps], captions)
+        del found["noun - itself"]
+        groups = {name: own for name, own in (("right", right), ("wrong", ~right)) if own.any()}
+        similar[step] = {k: {name: values[own].mean() for name, own in groups.items()} for k, values in found.items()}
 
-    conditions, sizes = {"encoder_hidden_states": pipe.encode_prompt(captions, "cpu", 1, False)[0]}, {}
+    embeds = {"encoder_hidden_states": pipe.encode_prompt(captions, "cpu", 1, False)[0]}
     for objective in OBJECTIVES:
-        sizes[objective] = {}
+        settings, sizes[objective] = pipe.settings(alpha=1.0, gamma=2.0, objective=objective), {}
         for step in steps:
-            settings = pipe.settings(alpha=1.0, gamma=2.0, objective=objective)
-            call = (kept[step], pipe.scheduler.timesteps[step], [pipe.scheduler.timesteps[step]], conditions)
-            with torch.no_grad(), frozen(pipe.unet):
-                moved = pipe.align_latents(LatentAlignment(text, settings), *call, pipe.layers_of(settings))
-            moves = (moved - kept[step]).flatten(1).norm(dim=1) / kept[step].flatten(1).norm(dim=1)
+            before, t, alignment = kept[step], pipe.scheduler.timesteps[step], LatentAlignment(text, settings)
+            with frozen(pipe.unet):
+                moved = pipe.align_latents(alignment, before, t, [t], embeds, pipe.layers_of(settings))
+            moves = (moved - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
             sizes[objective][step] = moves.mean().item()
 
     found = {"prompts": len(captions), "steps": args.steps, "stock_right": sum(right), "alpha": 1.0, "gamma": 2.0}
     found |= {"rows_of_t": rows, "similarity": similar, "relative_update": sizes}
-    RESULTS.parent.mkdir(exist_ok=True)
-    found = json.loads(json.dumps(found, default=float), parse_float=lambda number: round(float(number), 4))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(rounded(found), indent=1) + "\n")
     print(RESULTS.read_text())
 
 

@@ -42,7 +42,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR, LatentAlignment, TextSelfAttention
 from diffusers_tsam.attention_processors import mean_maps, record_cross_attention
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
 from diffusers_tsam.tsam import Syntax, _blur, _places
 from diffusers_tsam.tsam_arguments import PRESETS, Settings
@@ -314,8 +313,6 @@ def measure(pipe, kind, device, arguments):
 
     def call():
         pipe(PROMPT, generator=torch.Generator().manual_seed(0), **arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     gc.collect()
     memory = PeakMemory(*pipe.components.values())
@@ -324,9 +321,9 @@ def measure(pipe, kind, device, arguments):
     hook.remove()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
+    started = clock(device)
     call()
-    seconds = time.perf_counter() - started
+    seconds = clock(device) - started
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory.peak
     return sum(passes), counter.get_total_flops(), seconds, peak
 
@@ -422,29 +419,6 @@ def overhead(device, tokens=9, layers=5, positions=256):
     return found | {"device": device.type, "share": round(found["update"] / found["plain step"], 5)}
 
 
-def compiled(device, steps=10, repeats=4):
-    """The small models' seconds (on a CPU: of the processor), compiled beside uncompiled, once compiled."""
-    found = {}
-    for kind, (_, tsam) in PIPELINES.items():
-        pipe = tsam.from_pretrained(MODELS[kind]).to(device)
-        pipe.set_progress_bar_config(disable=True)
-
-        def seconds(pipe=pipe, kind=kind, **arguments):
-            times = []
-            for _ in range(repeats):
-                started = clock(device)
-                pipe(PROMPT, num_inference_steps=steps, **ARGUMENTS[kind], **{**TUNED[kind], **arguments})
-                times.append(clock(device) - started)
-            return min(times)
-
-        uncompiled = seconds(tsam_steps=0), seconds()
-        getattr(pipe, FAMILIES[kind].denoiser).compile()
-        seconds(tsam_steps=0), seconds()
-        ratios = [after / before for after, before in zip((seconds(tsam_steps=0), seconds()), uncompiled)]
-        found[kind] = dict(zip(("plain", "tsam"), ratios))
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -454,7 +428,7 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["operations", "modular", "loss", "windows", "overhead", "sd", "pixart", "compiled"],
+        default=["operations", "modular", "loss", "windows", "overhead", "sd", "pixart"],
         help="%(default)s; sd and pixart draw pictures",
     )
     args = parser.parse_args()
@@ -468,7 +442,6 @@ def main():
         "loss": lambda: {n: loss_alone(n, n, device)["ms"] for n in (5, 20, 40, 75)},
         "windows": lambda: windows(device),
         "overhead": lambda: overhead(device),
-        "compiled": lambda: compiled(device),
     }
     calls |= {kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps) for kind in PIPELINES}
     for part in args.parts:

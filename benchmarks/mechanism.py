@@ -14,6 +14,7 @@ import argparse
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rows import rounded
 
 from diffusers_tsam.evaluation.generate import generate
 from diffusers_tsam.evaluation.score import score
@@ -110,18 +111,13 @@ def numbers_of(rows):
     return found
 
 
-PICTURES = {  # Fig. 4's, by the judge's verdict
-    "right": lambda row: row["right"],
-    "a solid missing": lambda row: not row["objects"],
-    "a swap": lambda row: row["swap"],
-}
+PICTURES = {"right": "right", "a solid missing": "missing", "a swap": "swap"}  # Fig. 4's, by the judge's verdict
 
 
 def similarity_when(rows, kind, which, moment=1):
     """Fig. 4: mean C of a kind of pairs in some of the PICTURES, in words."""
-    own = [
-        [pair["maps"][moment] for pair in row["pairs"] if pair["kind"] == kind] for row in filter(PICTURES[which], rows)
-    ]
+    chosen = [row["pairs"] for row in rows if row[PICTURES[which]]]
+    own = [[pair["maps"][moment] for pair in pairs if pair["kind"] == kind] for pairs in chosen]
     if not own:
         return "-"
     values = np.mean(own, 1)
@@ -168,15 +164,6 @@ def picture(models, shown, right):
     for axes in (left, middle, told, drawn):
         axes.spines[["top", "right"]].set_visible(False)
     return fig
-
-
-def rounded(value):
-    """Everything in it to four places."""
-    if isinstance(value, dict):
-        return {key: rounded(some) for key, some in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(some) for some in value]
-    return round(float(value), 4) if isinstance(value, float) or torch.is_tensor(value) else value
 
 
 def main():

@@ -16,20 +16,7 @@ from pathlib import Path
 import mechanism
 import numpy as np
 from matplotlib.figure import Figure
-from rows import (
-    COMPARED,
-    RESULTS,
-    compared,
-    fates,
-    interval,
-    load,
-    of_run,
-    paired,
-    points,
-    settings_of,
-    share,
-    solids_of,
-)
+from rows import COMPARED, RESULTS, compared, interval, load, of_run, paired, points, settings_of, share, solids_of
 
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import BLUE, Scores, markdown, table_of
@@ -43,9 +30,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((RO
 TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder apart"}
 SMALL = {"sink": "SD with a sink", "sd": "SD", "pixart": "PixArt-α", "sd3": "SD 3"}  # the small models, in order
 PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen": "SynGen", "focus": "FOCUS"}
-SYMBOLS = {"alpha": "α"}
-OURS = {"tsam:preset=fast": 'T-SAM, `preset="fast"`', "tsam:preset=light": 'T-SAM, `preset="light"`'}
-PAPER = {"tsam": 'T-SAM, `preset="paper"`'}
+OURS = {f"tsam:preset={name}": f'T-SAM, `preset="{name}"`' for name in ("fast", "light")}
+OURS["tsam"] = 'T-SAM, `preset="paper"`'
 
 
 def read(name):
@@ -65,7 +51,7 @@ def described(setting):
     else:
         first = f"`{given.pop('objective', PRESETS[given.get('preset', 'paper')].objective)}`"
     order = sorted(given.keys() - {"gamma", "sharpness"}, key=lambda key: (key != "preset", key))
-    return ", ".join([first, *(f"{SYMBOLS.get(key, key.replace('_', ' '))} {given[key]}" for key in order)])
+    return ", ".join([first, *(f"{key.replace('alpha', 'α').replace('_', ' ')} {given[key]}" for key in order)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,10 +111,8 @@ def counted_table(solids, every):
     head, rows = ["counted right", *(SMALL[name] for name in runs)], []
     rows.append(["stock", *(cell(scores, "stock", False) for scores in runs.values())])
     drawn = dict.fromkeys(name for scores in runs.values() for name in scores.run.methods if name != "stock")
-    known = OURS | PAPER
-    for name in drawn if every else [name for name in known if name in drawn]:
-        cells = [cell(scores, name) for scores in runs.values()]
-        rows.append([known.get(name) or described(name), *cells])
+    for name in drawn if every else [name for name in OURS if name in drawn]:
+        rows.append([OURS.get(name) or described(name), *(cell(scores, name) for scores in runs.values())])
     if not every:
         peers = {scores: best_peer(scores) for scores in runs.values()}
         cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
@@ -197,29 +181,6 @@ def alignment_table(rows, kind):
         passes = 1 + ratio * own["updates"] / own["steps"]
         table.append([*compared(rows, name, described(name)), "1x" if name == "stock" else f"{passes:.2f}x"])
     return markdown([*COMPARED, "operations"], table)
-
-
-def tuning_table(rows, kind):
-    """What each setting did on tuning pictures: stock's wrong ones and a part of its right ones."""
-    stock = {(r["caption"], r["seed"]): r for r in rows if r["pipeline"] == kind and r["setting"] == "stock"}
-    wrong = 1 - sum(row["right"] for row in stock.values()) / len(stock)
-    table = []
-    for name in {row["setting"]: None for row in rows if row["pipeline"] == kind and row["setting"] != "stock"}:
-        own = [row for row in rows if row["pipeline"] == kind and row["setting"] == name]
-        parts = [[r["right"] for r in own if stock[r["caption"], r["seed"]]["right"] == right] for right in (0, 1)]
-        if not all(parts):
-            continue
-        fixes, keeps = (sum(part) / len(part) for part in parts)
-        error = sum(
-            share**2 * max(p * (1 - p), 0.25 / len(part)) / len(part)
-            for share, p, part in ((wrong, fixes, parts[0]), (1 - wrong, keeps, parts[1]))
-        )
-        points = 100 * (wrong * fixes - (1 - wrong) * (1 - keeps))
-        counts = [f"{100 * p:.0f} % of {len(part)}" for p, part in ((fixes, parts[0]), (keeps, parts[1]))]
-        table.append((points, [name, str(own[0]["updates"]), *counts, f"{points:+.1f} ± {100 * error**0.5:.1f}"]))
-    table = [cells for _, cells in sorted(table, key=lambda row: -row[0])]
-    head = [f"setting (stock: {100 * (1 - wrong):.1f} % of {len(stock)} right)", "passes", "fixes", "keeps"]
-    return markdown([*head, "gain ± one standard error"], table)
 
 
 def operations_table(part, names):
@@ -416,7 +377,7 @@ def presets_table():
 
 def parts():
     """{name: Markdown} of everything that a document may hold."""
-    rows, tuning, rules = load("alignment.jsonl"), load("tuning.jsonl"), load("rules.jsonl")
+    rows, narrow, joint = (load(f"{name}.jsonl") for name in ("alignment", "narrow", "joint"))
     found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
     found |= {
         "overhead": overhead_sentence(),
@@ -426,13 +387,12 @@ def parts():
     }
     models, pictures = sink_rows()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
-    found["sink-sentence"], narrow = sink_sentence(pictures), load("narrow.jsonl")
+    found["sink-sentence"] = sink_sentence(pictures)
     for solids in (2, 3):
         found[f"narrow-{solids}"] = alignment_table(chosen(narrow, "sd", solids), "sd")
         found[f"sinks-{solids}"] = sink_table(models, pictures, solids)
         found[f"counted-{solids}"] = counted_table(solids, True)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
-    joint = load("joint.jsonl")
     for split, solids in {(row["split"], row["solids"]) for row in joint}:
         own = [row for row in joint if (row["split"], row["solids"]) == (split, solids)]
         found[f"joint-{split}-{solids}"] = setting_table(own)
@@ -440,10 +400,6 @@ def parts():
         for solids, steps in sorted({(row["solids"], row["steps"]) for row in rows if row["pipeline"] == kind}):
             own, longer = chosen(rows, kind, solids, steps), "" if steps == 25 else f"-{steps}-steps"
             found[f"alignment-{kind}-{solids}{longer}"] = alignment_table(own, kind)
-            found[f"fates-{kind}-{solids}{longer}"] = fates(own, described)
-        found[f"tuning-{kind}"] = tuning_table(tuning, kind)
-        own = [row for row in rules if row["pipeline"] == kind]
-        found[f"rules-{kind}"] = markdown(COMPARED, [compared(own, name, name) for name in settings_of(own)])
         for name, table in (
             ("layout", layout_table),
             ("layout_tuning", layout_table),

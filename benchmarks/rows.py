@@ -5,13 +5,11 @@ saw. results/*.jsonl hold rows of before the evaluation drew everything, results
 """
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from diffusers_tsam.evaluation.report import interval as interval_of_means
-from diffusers_tsam.evaluation.report import markdown
 from diffusers_tsam.shapes.judge import verdict
 from diffusers_tsam.shapes.scenes import words_of_solids
 
@@ -100,22 +98,6 @@ def compared(rows, name, words):
     return [*cells, points(pairs), *shares]
 
 
-def fates(rows, label):
-    """Markdown table: what became of the solids that were asked for, and how many came unasked a picture."""
-    names, table = ("drawn", "in another colour", "as another solid", "absent"), []
-    for setting in settings_of(rows):
-        counts, unasked, own = Counter(), 0, [row for row in rows if row["setting"] == setting]
-        for row in own:
-            wanted, seen = set(solids_of(row["caption"])), set(map(tuple, row["seen"]))
-            for colour, solid in wanted:
-                if (colour, solid) in seen:
-                    counts["drawn"] += 1
-                elif any(solid == other for _, other in seen):
-                    counts["in another colour"] += 1
-                else:
-                    taken = any(colour == other for other, _ in seen - wanted)
-                    counts["as another solid" if taken else "absent"] += 1
-            unasked += len({solid for _, solid in seen} - {solid for _, solid in wanted})
-        shares = [f"{100 * counts[name] / counts.total():.1f} %" for name in names]
-        table.append([label(setting), *shares, f"{unasked / len(own):.2f}"])
-    return markdown(["setting", *names, "unasked"], table)
+def rounded(found):
+    """What JSON keeps of it, numbers to four places."""
+    return json.loads(json.dumps(found, default=float), parse_float=lambda number: round(float(number), 4))
