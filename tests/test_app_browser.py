@@ -10,8 +10,9 @@ import os
 import shutil
 import time
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import parse_qs, urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from diffusers_tsam.app import app  # noqa: E402
 from diffusers_tsam.app.drawing import SHIPPED, Models  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
 SD, PIXART = SHIPPED
 WAIT = 60  # seconds at most for anything
 WIDE, NARROW = 1280, 390
@@ -45,13 +47,6 @@ def server(folder):
     _, address, _ = app.serve(page, prevent_thread_lock=True, quiet=True, server_port=None)
     yield address.rstrip("/")
     page.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory):
-    folder = Path(os.environ.get("TSAM_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 class Browser:
@@ -88,21 +83,27 @@ class Browser:
         wanted = {name: values[0] for name, values in parse_qs(query.lstrip("?")).items()}
         self.until(lambda: self.button("Draw"), "the page")
         if "prompt" in wanted:
-            self.until(lambda: self.field("Prompt").get_attribute("value") == wanted["prompt"], "the link's settings")
+            self.until(lambda: self.value("Prompt") == wanted["prompt"], "the link's settings")
         return self
 
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+    def all(self, selector, by=By.CSS_SELECTOR):
+        return self.driver.find_elements(by, selector)
 
     def text(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector).text
+        return self.all(selector)[0].text
 
     def button(self, name):
-        return next(each for each in self.all("button") if each.text == name and each.is_displayed())
+        return next(each for each in self.all("button") if name in each.text and each.is_displayed())
+
+    def label(self, label):
+        return self.all(f'//label[.//span[normalize-space(text())="{label}"]]', By.XPATH)[0]
 
     def field(self, label):
         xpath = f'//label[.//span[normalize-space(text())="{label}"]]//*[self::input or self::textarea]'
-        return self.driver.find_element(By.XPATH, f'{xpath} | //input[@aria-label="{label}"]')
+        return self.all(f'{xpath} | //input[@aria-label="{label}"]', By.XPATH)[0]
+
+    def value(self, label):
+        return self.field(label).get_attribute("value")
 
     def write(self, label, text):
         field = self.field(label)
@@ -122,24 +123,23 @@ class Browser:
 
     def sources(self, *labels):
         """Addresses of the pictures shown, by their components' labels."""
-        found = []
-        for label in labels:
-            xpath = f'//label[normalize-space()="{label}"]/ancestor::div[contains(@class, "block")][1]//img'
-            found += [image.get_attribute("src") for image in self.driver.find_elements(By.XPATH, xpath)]
-        return found
+        path = '//label[normalize-space()="{}"]/ancestor::div[contains(@class, "block")][1]//img'
+        return [image.get_attribute("src") for label in labels for image in self.all(path.format(label), By.XPATH)]
 
     def download(self, name, folder):
         """The bytes of the file that a button gives."""
-        behaviour = {"behavior": "allow", "downloadPath": str(folder)}
-        self.driver.execute_cdp_cmd("Page.setDownloadBehavior", behaviour)
+        self.driver.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
         self.button(name).click()
         path = folder / app.FILES[name]
         self.until(path.exists, path.name)
         return path.read_bytes()
 
+    def sides(self):
+        """Width and height of the page."""
+        return self.driver.execute_script("let e = document.documentElement; return [e.scrollWidth, e.scrollHeight]")
+
     def save(self, path):
-        height = self.driver.execute_script("return document.documentElement.scrollHeight")
-        clip = {"x": 0, "y": 0, "width": self.driver.execute_script("return innerWidth"), "height": height, "scale": 1}
+        clip = {"x": 0, "y": 0, "scale": 1} | dict(zip(("width", "height"), self.sides()))
         found = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         path.write_bytes(base64.b64decode(found["data"]))
 
@@ -162,16 +162,12 @@ def browser(chromium):
     return chromium()
 
 
-def fetch(address):
-    with urlopen(address) as answer:
-        return answer.read()
-
-
 def pixels(address):
-    return np.asarray(Image.open(io.BytesIO(fetch(address))).convert("RGB"), dtype=float)
+    with urlopen(address) as answer:
+        return np.asarray(Image.open(answer).convert("RGB"), dtype=float)
 
 
-def test_a_prompt_is_drawn_and_every_panel_follows(browser, screenshots, tmp_path):
+def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
     browser.open("?prompt=a+red+cube&steps=5&seed=3")
     assert not any(title.is_displayed() for title in browser.all("h2"))  # nothing empty before the first drawing
     blank = browser.sources("Stock and T-SAM")
@@ -190,36 +186,32 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, screenshots, tmp_pat
     assert words == "a red cube and a blue sphere".split()
 
     chosen = browser.sources("Stock", "T-SAM")
-    unchosen = next(
-        radio for radio in browser.all("fieldset label") if not radio.find_element(By.TAG_NAME, "input").is_selected()
-    )
-    unchosen.click()
+    next(each for each in browser.all("fieldset label input") if not each.is_selected()).click()
     browser.until(lambda: not set(chosen) & set(browser.sources("Stock", "T-SAM")), "the word's maps")
     first = browser.sources("Stock", "T-SAM")
-    browser.driver.find_element(By.CSS_SELECTOR, 'input[type="range"]').send_keys(Keys.ARROW_RIGHT)
+    browser.all('input[type="range"]')[0].send_keys(Keys.ARROW_RIGHT)
     browser.until(lambda: "S: T-SAM, step 2" in browser.text(".tsam-tables"), "the second step")
     browser.until(lambda: not set(first) & set(browser.sources("Stock", "T-SAM")), "the second step's maps")
-    assert len(browser.all(".tsam-tables table")) == 3
+    assert len(browser.all(".tsam-tables table")) == 4
 
     with Image.open(io.BytesIO(browser.download("T-SAM picture", tmp_path))) as picture:
         assert picture.size == (128, 128)
     numbers = json.loads(browser.download("Numbers (JSON)", tmp_path))
     assert numbers["prompt"] == "a red cube and a blue sphere" and len(numbers["tsam"]["losses"]) == 5
 
-    for width in (WIDE, NARROW):
-        for dark in (False, True):
-            browser.resize(width, dark)
-            time.sleep(0.5)
-            assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
-            browser.save(screenshots / f"{width}-{'dark' if dark else 'light'}.png")
+    screenshots = Path(os.environ.get("TSAM_SCREENSHOTS") or tmp_path)
+    screenshots.mkdir(parents=True, exist_ok=True)
+    for width, dark in ((WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)):
+        browser.resize(width, dark)
+        time.sleep(0.5)
+        assert browser.sides()[0] <= width
+        browser.save(screenshots / f"{width}-{'dark' if dark else 'light'}.png")
     browser.resize(WIDE)
 
-
-def test_a_link_reproduces_the_settings(browser):
     address = next(each.get_attribute("href") for each in browser.all("a") if "link" in each.text)
     assert address.startswith(browser.server)
     browser.open("?" + urlsplit(address).query)
-    assert [browser.field(name).get_attribute("value") for name in ("Seed", "Steps")] == ["3", "5"]
+    assert [browser.value(name) for name in ("Seed", "Steps")] == ["3", "5"]
 
 
 @pytest.mark.parametrize(
@@ -230,14 +222,12 @@ def test_wrong_input_is_told_of_at_its_field_and_can_be_repaired(label, text, sa
     browser.open("?prompt=a+red+cube&steps=2")
     browser.write(label, text)
     browser.draw()
-    xpath = f'//label[.//span[normalize-space(text())="{label}"]]'
-    field = browser.driver.find_element(By.XPATH, xpath)
-    browser.until(lambda: says in field.text, says)
+    browser.until(lambda: says in browser.label(label).text, says)
     assert "Traceback" not in browser.text("body") and "step" not in browser.text("#tsam-status")
     browser.write(label, {"Prompt": "a red cube", "Steps": 1}[label])
     browser.draw()
     browser.drawn()
-    assert says not in browser.driver.find_element(By.XPATH, xpath).text.replace("Two words or more.", "")
+    assert says not in browser.label(label).text.replace("Two words or more.", "")
 
 
 @pytest.mark.parametrize(
@@ -246,11 +236,11 @@ def test_wrong_input_is_told_of_at_its_field_and_can_be_repaired(label, text, sa
 )
 def test_a_link_that_asks_for_what_cannot_be_is_told_of(query, says, browser):
     browser.open(query).status(says)
-    assert browser.field("Model").get_attribute("value") == SD
+    assert browser.value("Model") == SD
 
 
 def test_an_alpha_that_breaks_the_picture_is_warned_of(browser):
-    browser.open("?prompt=a+red+cube&steps=2&alpha=300").draw()
+    browser.open("?prompt=a+red+cube&steps=2&alpha=9000").draw()
     assert "halve alpha" in browser.drawn()
 
 
@@ -276,14 +266,17 @@ def test_another_page_sees_its_place_in_the_queue_and_gets_its_turn(browser, chr
     other.drawn()
 
 
-def test_an_example_and_another_model_bring_their_settings(browser):
-    browser.open()
-    next(each for each in browser.all("button") if app.EXAMPLES[2][2] in each.text).click()
-    browser.until(lambda: browser.field("Model").get_attribute("value") == PIXART, "the example's model")
-    assert browser.field("Seed").get_attribute("value") == str(app.EXAMPLES[2][1])
-    next(each for each in browser.all("button") if "Advanced" in each.text).click()
-    browser.until(lambda: browser.field("Relative step").get_attribute("value") == "0.05", "what was tuned for it")
-    assert browser.field("Alpha").get_attribute("value") == ""
+def test_an_example_and_a_preset_bring_their_settings(browser):
+    browser.open().button(app.EXAMPLES[2][2]).click()
+    browser.until(lambda: browser.value("Model") == PIXART, "the example's model")
+    assert browser.value("Seed") == str(app.EXAMPLES[2][1])
+    browser.button("Advanced").click()
+    browser.until(lambda: browser.value("Relative step") == "0.05", "what was tuned for it")
+    assert (browser.value("Alpha"), browser.value("Objective")) == ("", "contrast")
+    browser.field("Preset").click()
+    next(each for each in browser.all('[role="option"]') if each.text.strip("✓ ") == "paper").click()
+    browser.until(lambda: browser.value("Alpha") == "15", "what the preset says")
+    assert (browser.value("Relative step"), browser.value("Objective")) == ("", "l1")
 
 
 def test_every_control_has_a_name(browser):
@@ -312,18 +305,11 @@ def test_nothing_is_asked_of_anyone_else(browser):
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "app/app.py", "../../../../etc/passwd", "setup.cfg"])
 def test_the_server_gives_out_no_files_and_takes_none(path, server):
-    from urllib.error import HTTPError
-    from urllib.request import Request
-
     with pytest.raises(HTTPError) as refused:
-        fetch(f"{server}/gradio_api/file={path}")
+        urlopen(f"{server}/gradio_api/file={path}")
     assert refused.value.code in (403, 404)
-    body = (
-        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
-        + b"a" * 1000
-        + b"\r\n--x--\r\n"
-    )
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n%b\r\n--x--\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     with pytest.raises(HTTPError) as refused:
-        fetch(Request(f"{server}/gradio_api/upload", body, headers))
+        urlopen(Request(f"{server}/gradio_api/upload", body % (b"a" * 1000), headers))
     assert refused.value.code == 413
