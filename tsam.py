@@ -28,6 +28,7 @@ SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
 RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
 PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
+ROUNDING = 1e-6  # of a mean over a map in float32
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
 FP16_ATTEMPTS = 6  # the last one scales by 2^-8
@@ -249,7 +250,8 @@ def weight_of(maps):
     """
     maps = maps.detach().flatten(2)
     largest = maps.amax(-1)
-    return (1 - maps.mean(-1) / torch.where(largest > 0, largest, 1)).where(largest > 0, 0) ** 2
+    localised = 1 - maps.mean(-1) / torch.where(largest > 0, largest, 1)
+    return localised.where((largest > 0) & (localised > ROUNDING), 0) ** 2  # a flat map's blur leaves that much
 
 
 def relation_loss(relation, similarity, weight, content):
