@@ -207,7 +207,10 @@ def generate(
         pipe.safety_checker = None  # whose black pictures would count against a method
     given |= {"num_inference_steps": steps, **more}
     methods = {name: parse_method(name, kind) for name in methods}
-    check_methods(methods, getattr(pipe, "known", None) or inspect.signature(pipe.__call__).parameters)
+    known = getattr(pipe, "known", None) or inspect.signature(pipe.__call__).parameters
+    check_methods(methods, known)
+    if "regions" not in known and any(prompt.regions for prompt in wanted):
+        raise ValueError(f"The prompts {prompts!r} have regions, which {model!r} cannot hold. Choose others.")
     if state.is_main_process:
         others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds}
         settings = described(pipe, kind, model, methods, given, **others)

@@ -2,7 +2,7 @@
 
     python examples/attention.py
 
-`--alpha 0` only watches: the picture is the stock one, and so are its maps.
+`--relative-step 0` only watches: the picture is the stock one, and so are its maps.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
 from diffusers_tsam.figures import draw_map, draw_picture, draw_table, save
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 parser = argparse.ArgumentParser()
@@ -22,9 +22,9 @@ parser.add_argument("--steps", type=int, default=50)
 parser.add_argument("--relative-step", type=float, default=0.05)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings without ARGUMENTS
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "relative_step": args.relative_step}
+settings = {"preset": "fast", "relative_step": args.relative_step, "num_inference_steps": args.steps} | ARGUMENTS["sd"]
 generator = torch.Generator().manual_seed(args.seed)
 output = pipe(args.prompt, generator=generator, output_attentions=True, **settings)
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 PROMPTS = ["a red cube and a blue sphere", "a green cube and a purple ring and a red star", "a white cone"]
@@ -22,9 +22,9 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=50)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings without ARGUMENTS
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "output_type": "np"}
+settings = {"preset": "fast"} | ARGUMENTS["sd"] | {"num_inference_steps": args.steps, "output_type": "np"}
 
 prompts = [prompt for prompt in PROMPTS for _ in SEEDS]
 seeds = SEEDS * len(PROMPTS)

@@ -3,17 +3,16 @@
     python examples/layout.py
 
 Left: stock; middle: the red cube on the left, the blue sphere on the right; right: the other way round, the sphere in a
-round mask. A box is (left, top, right, bottom) in fractions of the picture, a mask an array, a picture or a tensor.
+round mask. A box is (left, top, right, bottom) in fractions of the picture, a mask a tensor.
 """
 
 import argparse
 
-import numpy as np
 import torch
 from diffusers.utils import make_image_grid
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 parser = argparse.ArgumentParser()
@@ -21,12 +20,12 @@ parser.add_argument("--seed", type=int, default=3)
 parser.add_argument("--steps", type=int, default=50)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings without ARGUMENTS
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
+settings = {"preset": "fast"} | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
 prompt = "a red cube and a blue sphere"
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
-row, column = np.mgrid[:64, :64] + 0.5
+row, column = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
 DISC = (row - 32) ** 2 + (column - 16) ** 2 < 15**2  # in the middle of the left half
 
 

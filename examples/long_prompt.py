@@ -13,7 +13,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 parser = argparse.ArgumentParser()
@@ -21,9 +21,9 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--steps", type=int, default=50)
 args = parser.parse_args()
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), settings = {"preset": "fast"}, and a prompt
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), a prompt, and settings without ARGUMENTS
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
+settings = {"preset": "fast"} | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
 prompt = (
     "a red cube with a red cube and a red cube next to the red cube ,"
     " a blue sphere with a blue sphere and a blue sphere next to the blue sphere , a green ring and a green ring"

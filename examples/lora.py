@@ -14,7 +14,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.scenes import draw_scene, random_scene
 
 
@@ -48,7 +48,7 @@ pipe.save_lora_weights("lora", convert_state_dict_to_diffusers(get_peft_model_st
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
 pipe.load_lora_weights("lora")
 prompts = ["a red cube and a blue sphere", "a yellow cylinder and a purple star"]
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
+settings = {"preset": "fast"} | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
 pictures = []
 for scale in (0.0, 0.5, 1.0):
     settings["generator"] = [torch.Generator().manual_seed(seed) for seed in (74, 1)]

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 parser = argparse.ArgumentParser()
@@ -24,7 +24,7 @@ gpu = torch.cuda.is_available()
 device, dtype = ("cuda", torch.float16) if gpu else ("cpu", torch.float32)
 pipe = StableDiffusionTSAMPipeline.from_pretrained(args.model, dtype=dtype)
 # The fast preset guides fewer steps, which saves time; a guided step takes as much memory.
-settings = TUNED["sd"] | ARGUMENTS["sd"] if args.model == MODELS["sd"] else {"preset": "fast"}
+settings = {"preset": "fast"} | (ARGUMENTS["sd"] if args.model == MODELS["sd"] else {})
 prompts = ["a red cube and a blue sphere", "a black cone and a white ring"]
 
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from diffusers_tsam import StableDiffusionTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.tsam import smooth
 
 
@@ -37,9 +37,9 @@ def neglect(maps, text):
     return torch.stack(losses)
 
 
-# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings = {"preset": "fast"}
+# For Stable Diffusion 1.5: its Hub id, dtype=torch.float16, .to("cuda"), and settings without ARGUMENTS
 pipe = StableDiffusionTSAMPipeline.from_pretrained(MODELS["sd"])
-settings = TUNED["sd"] | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
+settings = {"preset": "fast"} | ARGUMENTS["sd"] | {"num_inference_steps": args.steps}
 
 
 def draw(**changes):

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils import make_image_grid
 
 from diffusers_tsam import PixArtAlphaTSAMPipeline
-from diffusers_tsam.shapes import ARGUMENTS, MODELS, TUNED
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 parser = argparse.ArgumentParser()
@@ -28,8 +28,8 @@ args = parser.parse_args()
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 pipe = PixArtAlphaTSAMPipeline.from_pretrained(args.model, dtype=dtype).to(device)
 
-# The small model has settings of its own. The fast preset guides the first fifth of the steps.
-settings = TUNED["pixart"] | ARGUMENTS["pixart"] if args.model == MODELS["pixart"] else {"preset": "fast"}
+# The fast preset guides the first fifth of the steps. The small model has a guidance scale of its own.
+settings = {"preset": "fast"} | (ARGUMENTS["pixart"] if args.model == MODELS["pixart"] else {})
 
 
 def draw(**changes):

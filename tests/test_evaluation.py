@@ -216,6 +216,9 @@ def test_every_small_model_is_drawn_by_the_same_methods(model, tmp_path, capsys)
     assert [each.get("preset") for each in arguments] == [None, "fast", "light"]
     other = {"pixart": "attention_keys=all", "sd3": "candidates=2", "sink": "attention_layers=1+2"}[model]
     assert "has no argument" in refused(capsys, *command, f"tsam:{other}")
+    if model == "sd3":
+        quarters = ["--prompts", "quarters:2:test:1"]
+        assert "have regions, which 'sd3' cannot hold" in refused(capsys, *command, methods, *quarters)
 
 
 def test_a_run_of_a_thousand_seeds_is_complete_whatever_a_file_manager_leaves_in_it(tmp_path):

@@ -10,9 +10,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
+from diffusers_tsam.shapes.judge import Judge
+from diffusers_tsam.shapes.scenes import words_of_solids
 from tiny import tiny_sdxl_components
 
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROUNDING = 2e-4  # where white is 1
 
@@ -63,8 +66,6 @@ def test_guidance_changes_the_picture_of_a_tiny_sdxl(run, tmp_path):
 
 
 def test_stock_forgets_the_sphere_that_guidance_draws(run):
-    from diffusers_tsam.shapes.judge import Judge
-
     defined = run("stable_diffusion")
     stock, tsam = Judge.from_pretrained().read([defined["stock"], defined["tsam"]])
     assert stock == {("red", "cube")} and tsam == {("red", "cube"), ("blue", "sphere")}
@@ -116,8 +117,6 @@ def test_ones_own_loop_draws_what_the_pipeline_draws(run):
 
 
 def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run):
-    from diffusers_tsam.shapes.judge import Judge
-
     defined, judge = run("objective"), Judge.from_pretrained()
     right = {("red", "cube"), ("blue", "sphere")}
     assert right not in judge.read(defined["stock"].images)
@@ -127,9 +126,6 @@ def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run):
 
 
 def test_solids_get_the_colours_back_that_stock_swaps(run):
-    from diffusers_tsam.shapes.judge import Judge
-    from diffusers_tsam.shapes.scenes import words_of_solids
-
     defined, judge = run("sink"), Judge.from_pretrained()
     for prompt, *pictures in zip(defined["SEEDS"], *defined["drawn"].values()):
         words = prompt.split()
@@ -139,8 +135,6 @@ def test_solids_get_the_colours_back_that_stock_swaps(run):
 
 
 def test_solids_are_drawn_where_they_are_asked_for_and_where_they_are_not_when_asked_otherwise(run):
-    from diffusers_tsam.shapes.judge import Judge
-
     defined, judge = run("layout"), Judge.from_pretrained()
     cube, sphere = ("red", "cube"), ("blue", "sphere")
     one, other = judge.locate([output.images[0] for output in defined["outputs"]])

@@ -423,14 +423,41 @@ def test_a_preset_gives_what_is_left_out_and_what_is_given_wins():
     assert (given.alpha, given.relative_step, given.objective, given.gamma) == (3.0, None, "l1", 4.0)
 
 
-WRONG = {"alpha": -1, "gamma": "x", "objective": "l2", "preset": "slow", "relative_step": 7, "refinement_steps": (99,)}
+WRONG = [
+    ({"tsam_steps": -1}, ValueError, r"`tsam_steps` is -1, but .* at least 0. Pass 0 for off, or None"),
+    ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps. Pass 0 to 4"),
+    ({"tsam_steps": 1.5}, TypeError, "`tsam_steps` has to be an integer but is 1.5"),
+    ({"candidates": 0}, ValueError, "`candidates` is 0, but has to be at least 1"),
+    ({"alpha": -1.0}, ValueError, "`alpha` is -1.0, but has to be at least 0.* Pass .* 10.0"),
+    ({"alpha": math.inf}, ValueError, "`alpha` is inf, but has to be finite"),
+    ({"alpha": "10"}, TypeError, "`alpha` has to be a number but is '10'"),
+    ({"relative_step": 1.5}, ValueError, "`relative_step` is 1.5, but has to be between 0 and 1"),
+    ({"alpha": 10.0, "relative_step": 0.1}, ValueError, "`alpha` is 10.0 and `relative_step` 0.1.* Leave one out"),
+    ({"gamma": 0.0}, ValueError, "`gamma` is 0.0, but has to be above 0.* Pass .* 2.0"),
+    ({"region_weight": -1}, ValueError, "`region_weight` is -1, but has to be at least 0.* 10.0"),
+    ({"refinement_iterations": -1}, ValueError, "`refinement_iterations` is -1, .* Pass 0 for no refinement"),
+    ({"refinement_steps": (2,)}, ValueError, "`refinement_steps` has 2, but only steps 0 to 1.* or raise `tsam_steps`"),
+    ({"refinement_steps": (-1,)}, ValueError, r"`refinement_steps` is -1, .* pass \(\) for no refinement"),
+    ({"refinement_steps": 0}, TypeError, r"`refinement_steps` has to be a sequence but is 0. Pass \(0, 10\)"),
+    ({"preset": "slow"}, ValueError, "`preset` is 'slow', but has to be one of 'paper', 'fast', 'light'"),
+    ({"objective": "l2"}, ValueError, r"is 'l2', but .* 'l1', 'cosine', .*'contrast'.* a function \(maps, text\)"),
+    ({"objective": 3}, ValueError, "`objective` is 3, but has to be one of"),
+    ({"objective": "layout"}, ValueError, "`objective` is 'layout', but there are no `regions`"),
+]
 
 
-@pytest.mark.parametrize("wrong", [{name: value} for name, value in WRONG.items()] + [WRONG], ids="-".join)
-def test_without_a_guided_step_nothing_else_is_looked_at(wrong):
-    assert Settings(tsam_steps=0, **wrong).plan(20) == (0, set(), 0)
-    with pytest.raises((TypeError, ValueError), match="|".join(wrong)):
-        Settings(**wrong).plan(20)
+@pytest.mark.parametrize("arguments, error, message", WRONG)
+def test_a_wrong_value_is_named_with_its_limit_and_remedy_unless_no_step_is_guided(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Settings(**arguments).plan(4)
+    if not arguments.keys() & {"tsam_steps", "candidates"}:
+        assert Settings(**arguments, tsam_steps=0).plan(4) == (0, set(), 0)
+
+
+def test_off_counts_no_steps_that_are_not_there():
+    for settings in (Settings(), Settings(tsam_steps=0)):
+        with pytest.raises(ValueError, match="`num_inference_steps` is 0, but .* at least 1. 50 is usual"):
+            settings.plan(0)
 
 
 def test_the_names_of_objectives_are_those_that_there_are():
