@@ -58,6 +58,7 @@ class Scouting:
 def scouted(pipe, stock, given, settings, states=None):
     """The `Scouting` loop of one start an image, run. stock: the stock pipeline's call."""
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
+    settings.chosen_after(loop.num_steps)  # too many are refused before a network runs
     loop.states = states
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     with suppress(Scouted), loop.open():

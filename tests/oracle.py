@@ -97,12 +97,11 @@ def similarity(images):
     return [[cosine(a, b) for b in flat] for a in flat]
 
 
-def normalized(matrix, objective):
+def normalized(matrix):
     """S_ij = C_ij / Σ_k C_ik for j <= i; k <= i. Eq. (7)."""
     rows = []
     for i, row in enumerate(matrix):
-        total = sum(row if objective == "l1_full" else row[: i + 1])
-        rows.append([value / total for value in row[: i + 1]])
+        rows.append([value / sum(row[: i + 1]) for value in row[: i + 1]])
     return rows
 
 
@@ -120,7 +119,7 @@ def loss(text, images, objective):
         return total
     if objective == "attainable":
         text = attainable(text)
-    rows = normalized(similar, objective)
+    rows = normalized(similar)
     for i in range(1, size + 1):
         for j in range(1, i + 1):
             total = total + i / size * abs(text[i - 1][j - 1] - rows[i - 1][j - 1])

@@ -135,7 +135,7 @@ def test_similarity_is_summed_over_the_tokens_up_to_a_words_own():
     product = tsam.similarity_of(maps.float(), content)
     for image, mask in enumerate(content):
         rows, outside = ragged(product[image], mask)
-        assert close(rows, oracle.normalized(oracle.similarity(maps[image, positions(mask)].tolist()), "l1"))
+        assert close(rows, oracle.normalized(oracle.similarity(maps[image, positions(mask)].tolist())))
         assert outside == pytest.approx(0, abs=1e-5)
 
 
