@@ -188,7 +188,7 @@ def guided_steps(call):
 def updates(pipe, kind, call):
     """How many updates every picture gets."""
     steps, guided, refined = call["num_inference_steps"], guided_steps(call), call["refinement_steps"]
-    if pipe.get_text_self_attention(call["prompt"]).content.sum(-1).max() < 2:
+    if guided == 0 or pipe.get_text_self_attention(call["prompt"]).content.sum(-1).max() < 2:
         return 0
     if refined is None:
         percents = (0, 20, 40) if call["preset"] == "paper" else (0, 8, 16)
