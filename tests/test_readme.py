@@ -20,6 +20,7 @@ PAGES = [
 PAGES = [page for page in PAGES if page.name not in ("code.md", "weights.md")]  # which are filled in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page, kind", [("README.md", "sd"), ("docs/pixart.md", "pixart")])
 def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(page, kind, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
