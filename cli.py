@@ -197,10 +197,7 @@ def settings_of(pipe, kind, tuned=None, **given):
     known = {each.name for each in fields(pipe.settings)}
     for name in given.keys() - known:
         raise ValueError(f"--{name.replace('_', '-')} is not for {FAMILIES[kind].name}. Leave it out.")
-    usual = dict(TUNED[tuned]) if tuned else {}
-    if given.keys() & {"alpha", "relative_step", "preset"}:
-        usual = {name: value for name, value in usual.items() if name not in ("alpha", "relative_step")}
-    return pipe.settings(**usual | given)
+    return pipe.settings(**(TUNED[tuned] if tuned else {}) | given)
 
 
 def judged(pictures):

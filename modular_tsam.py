@@ -42,7 +42,7 @@ from .tsam import LatentAlignment, content_of, logger, symmetrize, text_of
 from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import StandIn, frozen, input_scale, uncorrected, updates_per_timestep
+from .tsam_pipeline import StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
 
 
 CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
@@ -276,9 +276,9 @@ class AlignedLoop:
         block_state.attentions = None
         if alignment is not None:
             block_state.losses = alignment.losses_per_image()
-            block_state.steps = [step for step, number in enumerate(block_state.updates) for _ in range(number)]
+            block_state.steps = steps_of(block_state.updates)
             if alignment.keep_maps:
-                block_state.attentions = alignment.attentions(list(dict.fromkeys(block_state.steps)))
+                block_state.attentions = alignment.attentions(block_state.steps)
         super().set_block_state(state, block_state)
 
 

@@ -485,11 +485,12 @@ class LatentAlignment:
     def attentions(self, steps):
         """What `output_attentions` returns, a dict per image, on the CPU; s content tokens, G guided steps:
 
-        tokens (s strings), text_attention T and relation R (s, s), steps (the G given ones), maps (G, s, H, W) and
-        similarity S (G, s, s), both before the step's first update, and None where nothing was guided. T, R and S are
-        zero between windows. With a layout also region_shares, {phrase: (G,)}, the shares of attention inside, of the
-        same maps.
+        tokens (s strings), text_attention T and relation R (s, s), steps (the G different ones of those given), maps
+        (G, s, H, W) and similarity S (G, s, s), both before the step's first update, and None where nothing was guided.
+        T, R and S are zero between windows. With a layout also region_shares, {phrase: (G,)}, the shares of attention
+        inside, of the same maps.
         """
+        steps = list(dict.fromkeys(steps))
         content = self.text.content.cpu()
         of_image = content.unflatten(0, (-1, self.windows)).flatten(1)
 

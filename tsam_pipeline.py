@@ -218,8 +218,8 @@ class GuidedLoop:
 
     @property
     def steps(self):
-        updates = [] if self.alignment is None else self.alignment.losses
-        return [step for step, number in enumerate(self.updates or []) for _ in range(number)][: len(updates)]
+        made = 0 if self.alignment is None else len(self.alignment.losses)
+        return steps_of(self.updates or [])[:made]
 
     def losses(self, images):
         return torch.empty(images, 0) if self.alignment is None else self.alignment.losses_per_image()
@@ -229,7 +229,7 @@ class GuidedLoop:
         """With `output_attentions`, a dict per image: `LatentAlignment.attentions`."""
         if self.alignment is None or not self.settings.output_attentions:
             return None
-        return self.alignment.attentions(list(dict.fromkeys(self.steps)))
+        return self.alignment.attentions(self.steps)
 
     def check_updates(self):
         """Raise where stock's loop ran and asked for nothing that was planned."""
@@ -268,6 +268,11 @@ def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_
         else 1 + refinement_iterations * (step in refinement_steps)
         for i, step in enumerate(steps)
     ]
+
+
+def steps_of(updates):
+    """The step of every update, of how many there are before each entry of the timesteps."""
+    return [step for step, number in enumerate(updates) for _ in range(number)]
 
 
 def input_scale(scheduler, t):
@@ -531,8 +536,8 @@ def refuse(cls, name):
 
 def register(cls, stock):
     """Let diffusers' AutoPipeline classes take `cls` for what they take `stock` for, in `from_pipe`."""
+    name = next((name for name, other in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if other is stock), None)
     for mapping in SUPPORTED_TASKS_MAPPINGS:
-        name = next((name for name, other in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if other is stock), None)
         if name in mapping:
             mapping[f"{name}-tsam"] = cls if mapping is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else mapping[name]
 
