@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ..cli import load as load_pipeline
-from ..shapes import ARGUMENTS, JOINT_MODEL, MODELS, TUNED
+from ..shapes import ARGUMENTS, JOINT_MODEL, MODELS, SD3_TOKENS, TUNED
 from ..shapes.sink import add_sink
 from ..tsam_arguments import JointSettings, PixArtAlphaSettings, StableDiffusionSettings, kind_of_field
 from . import prompts as prompt_sets
@@ -99,8 +99,6 @@ def identity(model):
 class JointPipeline:
     """The small SD3 that ships, as modular blocks, with the call of our pipelines."""
 
-    tokens = 13  # of T5, as in training
-
     def __init__(self, device, dtype, guidance_scale):
         from diffusers import ClassifierFreeGuidance
 
@@ -115,7 +113,7 @@ class JointPipeline:
         self.set_progress_bar_config = self.pipe.set_progress_bar_config
 
     def __call__(self, prompt, **arguments):
-        state = self.pipe(prompt=prompt, negative_prompt="", max_sequence_length=self.tokens, **arguments)
+        state = self.pipe(prompt=prompt, negative_prompt="", max_sequence_length=SD3_TOKENS, **arguments)
         return SimpleNamespace(**{name: state.get(name) for name in ("images", "losses", "attentions")})
 
 

@@ -44,7 +44,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from . import MODELS
+from . import MODELS, SD3_TOKENS
 from .judge import Judge
 from .scenes import (
     COLOURS,
@@ -63,7 +63,6 @@ from .sink import WEIGHTS, changes_of
 STAGES = ("judge", "vae", "sd", "pixart", "sd3", "sink")
 STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000, "sink": 1_200}
 MAX_TOKENS = 32
-SD3_TOKENS = 13  # of CLIP and of T5: SD3 attends to padding, so that the number has to be the same in every call
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
 GROUNDING = 0.03  # weight of the share of a word's map that lies off its solid (TokenCompose, Wang et al. 2024)

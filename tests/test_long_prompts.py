@@ -293,6 +293,9 @@ def test_embeddings_of_windows_are_drawn_as_the_prompt_is(pipe):
     assert torch.equal(output.images, expected.images) and torch.equal(output.losses, expected.losses)
     again = run(pipe, LONG, negative_prompt=LONG, text_self_attention=text, **SHORTLY)
     assert torch.equal(again.images, expected.images)
+    one_window = pipe.get_text_self_attention(LONG)
+    with refused(pipe, ValueError, r"these prompts need \(1, 48, 12\)"):
+        run(pipe, None, text_self_attention=one_window, **given)
 
 
 def test_a_callback_may_drop_the_unconditional_half_and_its_mask(pipe):
