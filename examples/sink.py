@@ -19,7 +19,7 @@ from diffusers_tsam.shapes.sink import add_sink
 SEEDS = {
     "an orange sphere and a red cone": 2658822507,
     "a green sphere and a blue star": 3664125443,
-    "a black cylinder and a green ring": 2454450119,
+    "a black cylinder and a green ring": 9,
     "a purple sphere and a blue cone": 0,
 }
 
