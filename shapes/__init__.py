@@ -13,3 +13,21 @@ ARGUMENTS = {  # what a call for them needs, guided or not
 # T-SAM's settings for the models that ship; "sink" is `sd` with the weights of sink.py. The paper's were chosen for
 # large models and overshoot on these, because their maps are sharper.
 TUNED = {name: {"preset": "fast"} for name in ("sd", "pixart", "sink", "sd3")}
+SOLIDS = ("cube", "sphere", "cone", "cylinder", "ring", "star")
+COLOURS = {
+    "red": (205, 40, 40),
+    "green": (45, 150, 60),
+    "blue": (45, 75, 205),
+    "yellow": (235, 210, 50),
+    "purple": (135, 50, 165),
+    "orange": (240, 130, 30),
+    "black": (35, 35, 38),
+    "white": (240, 240, 240),
+}
+WORDS = (*COLOURS, *SOLIDS, "a", "an", "and", "with")  # of the captions that the models were trained on
+
+
+def unknown_words(prompt):
+    """The words of a prompt that the models that ship were not trained on, each once; most are spelled in letters."""
+    words = (word.strip(".,;:!?-–—\"'()") for word in prompt.split())
+    return [word for word in dict.fromkeys(words) if word and word.lower() not in WORDS]

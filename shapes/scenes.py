@@ -13,6 +13,8 @@ from itertools import combinations, product
 import numpy as np
 from PIL import Image, ImageDraw
 
+from . import COLOURS, SOLIDS
+
 
 SIZE = 128  # pixels of a picture's side
 GRID = 16  # latent positions of a picture's side
@@ -20,17 +22,6 @@ SUPERSAMPLING = 4  # sprites are drawn this much larger, then reduced
 SPRITE_SIZES = (40, 46, 52)  # pixels
 MAX_SOLIDS = 3
 MAX_TRIES = 100_000  # to find different prompts in
-SOLIDS = ("cube", "sphere", "cone", "cylinder", "ring", "star")
-COLOURS = {
-    "red": (205, 40, 40),
-    "green": (45, 150, 60),
-    "blue": (45, 75, 205),
-    "yellow": (235, 210, 50),
-    "purple": (135, 50, 165),
-    "orange": (240, 130, 30),
-    "black": (35, 35, 38),
-    "white": (240, 240, 240),
-}
 PAIRS = tuple(product(COLOURS, SOLIDS))  # every coloured solid, in the order of the judge's outputs
 FACES = (0.25, 0.0, -0.25)  # how much lighter than its colour a solid's light, plain and dark faces are
 BACKGROUNDS = (115, 155)  # darkest and lightest grey: every face of black and of white stands out
