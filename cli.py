@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import sys
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,7 +14,14 @@ from pathlib import Path
 
 from . import FAMILIES
 from .shapes import ARGUMENTS, MODELS, TUNED
-from .tsam_arguments import PixArtAlphaSettings, Settings, StableDiffusionSettings, kind_of_field
+from .tsam_arguments import (
+    OBJECTIVE_NAMES,
+    PixArtAlphaSettings,
+    Settings,
+    StableDiffusionSettings,
+    kind_of_field,
+    one_of,
+)
 
 
 # What the command takes of T-SAM's settings. The rest is for programs, or has a flag of its own form.
@@ -34,6 +42,24 @@ def region(text):
     if not phrase or len(box) != 4:
         raise argparse.ArgumentTypeError(f'it is {text!r}, but has to be as "a red cube=0,0,0.5,1".')
     return phrase, box
+
+
+def objective_of(text):
+    """An objective's name as it is, or the function that "my.py:function" names: `Settings` takes either. ValueError
+    for what is neither."""
+    file, _, name = text.rpartition(":")
+    if text in OBJECTIVE_NAMES:
+        return text
+    if not Path(file).is_file():
+        known = one_of(OBJECTIVE_NAMES)
+        raise ValueError(f"`objective` is {text!r}, but has to be {known}, or a function in a file, my.py:function.")
+    try:
+        found = runpy.run_path(file).get(name)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"`objective` is {text!r}, whose file fails: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"`objective` is {text!r}, but that file has no function {name!r}.")
+    return found
 
 
 class Parser(argparse.ArgumentParser):
