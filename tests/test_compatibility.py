@@ -547,7 +547,7 @@ IN_THREADS = [*product(KINDS, SECOND), *product(BLOCKS, ["the same denoiser"])]
 
 class TestThreads:
     @pytest.mark.parametrize("kind, which", IN_THREADS, indirect=["kind"])
-    def test_two_draw_what_each_draws_alone(self, kind, pipe, which, tmp_path):
+    def test_two_threads_draw_what_each_draws_alone(self, kind, pipe, which, tmp_path):
         second = SECOND[which](kind, pipe, tmp_path)
         # A guided pass has as many rows as a prediction without classifier-free guidance.
         options = {"guidance_scale": 1.0} if which == "stock" else {}
