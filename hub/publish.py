@@ -16,14 +16,13 @@ from string import Template
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
-from single_file import SHARED
+from single_file import ROOT, single_file
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.shapes import ARGUMENTS, TUNED
 
 
-ROOT = Path(__file__).resolve().parent.parent
 FACTS = {  # what the cards say beside what FAMILIES does
     "sd": {"weights": "shapes-tsam", "base_model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "seed": 74},
     "pixart": {"weights": "shapes-tsam-pixart", "base_model": "PixArt-alpha/PixArt-XL-2-1024-MS", "seed": 0},
@@ -61,20 +60,16 @@ def build_blocks(folder, org, kind):
 
 def build(folder, org, kind, card):
     """Write the repository of a kind of model whose card is "code" or "weights"."""
-    family = FAMILIES[kind]
+    family, name = FAMILIES[kind], "pipeline.py"  # which diffusers looks for where there is nothing but code
     if card == "weights":
+        name = f"{family.module}.py"
         shutil.copytree(ROOT / "shapes" / kind, folder)
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = [family.module, family.pipeline]  # code beside the weights, which loads with trust
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    else:
-        folder.mkdir(parents=True)
-        # diffusers looks for pipeline.py. From a local folder it copies only what this imports itself, and it runs
-        # that of every folder in the same module, where a second name would be a second pipeline.
-        shim = [f"from .{Path(file).stem} import *  # noqa: F403\n" for file in SHARED]
-        shim.append(f"from .{family.module} import {family.pipeline} as Pipeline  # noqa: F401\n")
-        (folder / "pipeline.py").write_text("".join(shim))
-    for file in (*SHARED, f"{family.module}.py", "LICENSE", "docs/tsam.png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(single_file(kind), encoding="utf-8")
+    for file in ("LICENSE", "docs/tsam.png"):
         shutil.copy(ROOT / file, folder)
     tuned = ", ".join(f"{name}={value!r}" for name, value in (TUNED[kind] | ARGUMENTS[kind]).items()).replace("'", '"')
     values = family._asdict() | FACTS[kind] | {"org": org, "kind": kind, "tuned": tuned, "measured": measured(kind)}
@@ -102,10 +97,10 @@ def check(api, org, repositories):
     own = [user["name"], *(group["name"] for group in user.get("orgs", []))]
     if org not in own:
         raise ValueError(f"ORG is {org!r}, neither you nor an organization of yours. Pass one of {', '.join(own)}.")
-    for name, (kind, _) in repositories.items():
+    ours = {"pipeline.py", "modular_tsam.py", *(f"{family.module}.py" for family in FAMILIES.values())}
+    for name in repositories:
         files = set(api.list_repo_files(name)) - {".gitattributes"} if api.repo_exists(name) else set()
-        module = FAMILIES[kind].module if kind in FAMILIES else "modular_tsam"
-        if files and f"{module}.py" not in files:
+        if files and not files & ours:
             raise ValueError(f"{name} exists, and its {len(files)} files are not T-SAM's. Rename it on the Hub first.")
 
 

@@ -13,15 +13,10 @@ from urllib.parse import unquote, urlsplit
 USER = {"name": "ada", "orgs": [{"name": "tsam"}], "auth": {}}  # whose token is "secret"
 
 
-class Repository:
-    """files: {path: bytes} of the last of so many `commits`, the only one that is kept."""
+class Repository(dict):
+    """{path: bytes} of the last of so many `commits`, the only one that is kept."""
 
-    def __init__(self, name, files=()):
-        self.name, self.files, self.commits = name, dict(files), 0
-
-    @property
-    def sha(self):
-        return hashlib.sha1(f"{self.name} {self.commits}".encode()).hexdigest()
+    commits = 0
 
 
 def oid(data):
@@ -42,35 +37,33 @@ def answer(hub, method, path, token, data):
         return 200, {"errors": [], "warnings": []}, {}
     if path == "/api/repos/create":
         name = f"{json.loads(data)['organization'] or USER['name']}/{json.loads(data)['name']}"
-        hub.repositories.setdefault(name, Repository(name))
+        hub.repositories.setdefault(name, Repository())
         return 200, {"url": f"{hub.url}/{name}", "name": name}, {}
 
     # /api/models/NAME[/WHAT/REVISION] and /NAME/resolve/REVISION/FILE, REVISION being the last one
     found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(\w+)/[^/]+(?:/(.+))?)?", path)
-    repository = hub.repositories.get(found[1]) if found else None
-    if repository is None:
+    files = hub.repositories.get(found[1]) if found else None
+    if files is None:
         return refusal(404, f"Repository not found: {path}", "RepoNotFound")
-    files, what, file = repository.files, found[2], found[3]
-    if what == "resolve" and file in files:
-        return 200, files[file], {"X-Repo-Commit": repository.sha, "ETag": f'"{oid(files[file])}"'}
-    if what == "resolve":
+    what, file, sha = found[2], found[3], oid(f"{found[1]} {files.commits}".encode())
+    if what == "resolve" and file not in files:
         return refusal(404, f"Entry not found: {file}", "EntryNotFound")
-    if what in (None, "revision"):
-        siblings = [{"rfilename": name} for name in files]
-        return 200, {"id": repository.name, "sha": repository.sha, "siblings": siblings, "tags": []}, {}
+    if what == "resolve":
+        return 200, files[file], {"X-Repo-Commit": sha, "ETag": f'"{oid(files[file])}"'}
     if what == "tree":
-        entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": oid(files[name])} for name in files]
-        return 200, entries, {}
+        return 200, [{"type": "file", "path": p, "size": len(files[p]), "oid": oid(files[p])} for p in files], {}
     if what == "preupload":
         asked = [file["path"] for file in json.loads(data)["files"]]
         oids = {name: oid(files[name]) if name in files else None for name in asked}
         answers = [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": oids[p]} for p in asked]
         return 200, {"files": answers}, {}
-    assert what == "commit", path
-    changes = [line["value"] for line in map(json.loads, data.splitlines()) if line["key"] == "file"]
-    files |= {change["path"]: base64.b64decode(change["content"]) for change in changes}
-    repository.commits += 1
-    return 200, {"commitOid": repository.sha, "commitUrl": f"{hub.url}/{found[1]}/commit/{repository.sha}"}, {}
+    if what == "commit":
+        changes = [line["value"] for line in map(json.loads, data.splitlines()) if line["key"] == "file"]
+        files |= {change["path"]: base64.b64decode(change["content"]) for change in changes}
+        files.commits += 1
+        return 200, {"commitOid": sha, "commitUrl": f"{hub.url}/{found[1]}/commit/{sha}"}, {}
+    siblings = [{"rfilename": name} for name in files]
+    return 200, {"id": found[1], "sha": sha, "siblings": siblings, "tags": []}, {}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,7 +71,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization", "").removeprefix("Bearer ")
-        status, body, headers = answer(self.server, self.command, path, token, self.read())
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body, headers = answer(self.server, self.command, path, token, data)
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -88,16 +82,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_GET = do_HEAD = do_POST = handle_request
-
-    def read(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        data = b""
-        while size := int(self.rfile.readline(), 16):
-            data += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return data
 
     def log_message(self, *args):
         pass

@@ -50,11 +50,13 @@ def test_a_box_covers_of_each_position_the_part_that_lies_in_it(box, grid):
     assert found.sum().item() == pytest.approx((box[2] - box[0]) * (box[3] - box[1]) * grid[0] * grid[1], rel=1e-4)
 
 
-def test_a_mask_is_averaged_over_each_position():
-    mask = torch.rand(12, 8)
-    for grid in ((4, 2), (12, 8), (1, 1)):
-        expected = torch.tensor(oracle.mask_on(mask.tolist(), *grid))
-        torch.testing.assert_close(tsam_layout.region_on(mask, *grid), expected)
+def test_a_mask_of_any_number_type_is_averaged_over_each_position():
+    array = np.random.default_rng(0).random((12, 8)) < 0.5
+    for mask in (torch.tensor(array), torch.tensor(array).double(), array, array.astype(np.float64)):
+        (checked,) = tsam_layout.check_regions({"car": mask}, 1)[0].values()
+        for grid in ((4, 2), (12, 8), (1, 1)):
+            expected = torch.tensor(oracle.mask_on(array.astype(float).tolist(), *grid))
+            torch.testing.assert_close(tsam_layout.region_on(checked, *grid), expected)
 
 
 def test_a_box_and_its_mask_are_one():
@@ -63,62 +65,45 @@ def test_a_box_and_its_mask_are_one():
     torch.testing.assert_close(tsam_layout.region_on(mask, 10, 4), tsam_layout.region_on((0.25, 0.2, 0.75, 0.8), 10, 4))
 
 
-def test_a_mask_may_be_of_any_number_type():
-    array = np.zeros((8, 8), dtype=bool)
-    array[2:5, 1:7] = True
-    masks = [torch.tensor(array), torch.tensor(array).double(), array.astype(np.float64)]
-    checked = [tsam_layout.check_regions({"car": mask}, 1)[0]["car"] for mask in masks]
-    assert all(torch.equal(mask, torch.tensor(array).float()) for mask in checked)
-
-
 def test_the_loss_is_the_mean_over_phrases_and_words_of_the_attention_outside():
-    tokens = ["a black car and a white clock".split(), "a red cube".split(), "a dog".split()]
-    mask = torch.rand(8, 6)
-    regions = [{"black car": LEFT, "a white clock": mask}, {"cube": (0.2, 0.2, 0.7, 0.6)}, None]
-    layout, maps, grid = layout_of(regions, tokens), torch.rand(3, 8, 4, 3), (4, 3)
-    on_grid = tsam_layout.regions_on(layout.regions, *grid)
+    tokens, mask, grid = [PROMPT.split(), SHORT.split(), ["a", "dog"]], torch.rand(8, 6), (4, 3)
+    small = (0.2, 0.2, 0.7, 0.6)
+    layout = layout_of([{"black car": LEFT, "a white clock": mask}, {"cube": small}, None], tokens)
+    maps, on_grid = torch.rand(3, 8, *grid), tsam_layout.regions_on(layout.regions, *grid)
     shares, loss = (f(maps, on_grid, layout.tokens) for f in (tsam_layout.shares_inside, tsam_layout.layout_loss))
     own = maps.double().tolist()
-    expected = [
-        [([own[0][k] for k in (2, 3)], oracle.box_on(LEFT, *grid))],
-        [([own[1][3]], oracle.box_on((0.2, 0.2, 0.7, 0.6), *grid))],
+    phrases = [  # of each image: of each phrase the maps of its words, and its region
+        [(own[0][2:4], oracle.box_on(LEFT, *grid)), (own[0][5:8], oracle.mask_on(mask.tolist(), *grid))],
+        [(own[1][3:4], oracle.box_on(small, *grid))],
         [],
     ]
-    expected[0].append(([own[0][k] for k in (5, 6, 7)], oracle.mask_on(mask.tolist(), *grid)))
-    assert loss.tolist() == pytest.approx([oracle.layout(phrases) for phrases in expected], **EXACT)
-    for image, phrases in enumerate(expected):
-        each = [1 - oracle.layout([phrase]) for phrase in phrases]
+    assert loss.tolist() == pytest.approx([oracle.layout(of_image) for of_image in phrases], **EXACT)
+    for image, of_image in enumerate(phrases):
+        each = [1 - oracle.layout([phrase]) for phrase in of_image]
         assert shares[image].tolist() == pytest.approx(each + [0] * (2 - len(each)), **EXACT)
 
 
 def test_attention_that_lies_inside_and_attention_on_nothing_costs_nothing_to_speak_of():
     maps, layout = torch.zeros(1, 3, 4, 4), layout_of([{"cube": LEFT}], [["red", "cube"]])
     on_grid = tsam_layout.regions_on(layout.regions, 4, 4)
+    assert tsam_layout.layout_loss(maps, on_grid, layout.tokens).isfinite().all()
     maps[0, 2, :, 0] = 0.3
     assert tsam_layout.layout_loss(maps, on_grid, layout.tokens).item() == pytest.approx(0)
-    assert tsam_layout.layout_loss(torch.zeros_like(maps), on_grid, layout.tokens).isfinite().all()
 
 
 @pytest.mark.parametrize("objective", ["l1", "attainable", "layout"])
 def test_update_with_regions_is_the_oracles(pipe, objective):
     """Of two phrases, of a mask, and of a prompt without regions, which nothing but T moves."""
-    scene, weight = Scene(pipe), 0.7
-    mask = torch.rand(8, 12)
-    regions = [{"a black car": (0.1, 0.3, 0.8, 1)}, {"red cube": mask, "sphere": RIGHT}, None]
+    scene, weight, box, mask = Scene(pipe), 0.7, (0.1, 0.3, 0.8, 1), torch.rand(8, 12)
+    regions = [{"a black car": box}, {"red cube": mask, "sphere": RIGHT}, None]
     phrases = [
-        [([0, 1, 2], oracle.box_on((0.1, 0.3, 0.8, 1), *scene.grid))],
+        [([0, 1, 2], oracle.box_on(box, *scene.grid))],
         [([1, 2], oracle.mask_on(mask.tolist(), *scene.grid)), ([6], oracle.box_on(RIGHT, *scene.grid))],
         [],
     ]
-    checked = tsam_layout.check_regions(regions, len(PROMPTS))
-    alignment = alignment_of(
-        scene.text,
-        scene.kind.alpha,
-        GAMMA,
-        objective,
-        layout=tsam_layout.layout_of(checked, scene.text, pipe.words_of),
-        region_weight=weight,
-    )
+    layout = tsam_layout.layout_of(tsam_layout.check_regions(regions, len(PROMPTS)), scene.text, pipe.words_of)
+    settings = {"objective": objective, "layout": layout, "region_weight": weight}
+    alignment = alignment_of(scene.text, scene.kind.alpha, GAMMA, **settings)
     pipe.scheduler, model = Scaling(1.0), oracle.double(scene.model)
     with torch.no_grad():
         moved = aligned(pipe, alignment, scene.latents, scene.t, scene.conditions, scene.layers)
@@ -137,28 +122,17 @@ def test_update_with_regions_is_the_oracles(pipe, objective):
 # The pipelines
 
 
-def test_alone_it_draws_each_phrase_into_its_region(kind, pipe):
-    options = {"num_inference_steps": 4, "tsam_steps": 3, "refinement_steps": (0,), "refinement_iterations": 5}
-    output = run(
-        pipe,
-        regions=REGIONS,
-        region_weight=1.0,
-        objective="layout",
-        relative_step=0.1,
-        output_attentions=True,
-        **options,
-    )
+def test_alone_it_draws_each_phrase_into_its_region(pipe):
+    options = {"num_inference_steps": 3, "tsam_steps": 2, "refinement_steps": (0,), "refinement_iterations": 5}
+    options |= {"objective": "layout", "relative_step": 0.1, "region_weight": 1.0, "output_attentions": True}
+    output = run(pipe, regions=REGIONS, **options)
     (seen,) = output.attentions
-    assert output.losses.shape == (1, 8) and output.losses[0, 5] < output.losses[0, 0]
-    shares = seen["region_shares"]
-    assert [*shares] == [*REGIONS] and all(share.shape == (3,) for share in shares.values())
-    assert all(share[-1] > share[0] for share in shares.values())
+    shares, maps, tokens = seen["region_shares"], seen["maps"], seen["tokens"]
+    assert output.losses.shape == (1, 7) and output.losses[0, 5] < output.losses[0, 0]
+    assert [*shares] == [*REGIONS] and all(share.shape == (2,) and share[1] > share[0] for share in shares.values())
     assert output.losses[0, 0].item() == pytest.approx(1 - sum(share[0].item() for share in shares.values()) / 2)
-    # as they are in the maps
-    height, width = seen["maps"].shape[-2:]
-    tokens = seen["tokens"].index("black"), seen["tokens"].index("car")
-    region = oracle.box_on(REGIONS["black car"], height, width)
-    expected = 1 - oracle.layout([([seen["maps"][0, k].tolist() for k in tokens], region)])
+    own = [maps[0, tokens.index(word)].tolist() for word in ("black", "car")]
+    expected = 1 - oracle.layout([(own, oracle.box_on(REGIONS["black car"], *maps.shape[-2:]))])
     assert shares["black car"][0].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -173,24 +147,16 @@ def test_regions_of_no_weight_change_nothing_and_of_weight_do(kind, pipe):
 
 
 @pytest.mark.parametrize("size", [{}, {"height": 48, "width": 80}], ids=["default", "oblong"])
-def test_an_image_of_a_batch_is_the_same_alone_with_its_regions(kind, pipe, size):
+def test_every_image_of_a_batch_has_its_prompts_regions_and_is_the_same_alone(kind, pipe, size):
     prompts, regions = [PROMPT, SHORT, "a dog"], [REGIONS, None, {"dog": (0.2, 0.2, 0.9, 0.4)}]
     options = {**SHORTLY, **size, "alpha": kind.alpha, "region_weight": 3.0}
-    together = run(pipe, prompts, regions=regions, generator=generators(3), **options)
-    for image, (prompt, own) in enumerate(zip(prompts, regions)):
-        alone = run(pipe, prompt, regions=own, generator=generators(3)[image], **options)
+    together = run(pipe, prompts, regions=regions, num_images_per_prompt=2, generator=generators(6), **options)
+    for image in (0, 1, 3, 5):
+        own = {"regions": regions[image // 2], "seed": image}
+        alone = run(pipe, prompts[image // 2], **own, **options)
         if alone.losses.shape[1]:
             torch.testing.assert_close(together.losses[image], alone.losses[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(together.images[image], alone.images[0], rtol=1e-2, atol=1e-2)
-
-
-def test_every_image_of_a_prompt_has_its_regions(kind, pipe):
-    regions = [REGIONS, {"cube": LEFT}]
-    each = run(pipe, [PROMPT, SHORT], regions=regions, num_images_per_prompt=2, generator=generators(4), **SHORTLY)
-    twice = [own for own in regions for _ in range(2)]
-    prompts = [PROMPT, PROMPT, SHORT, SHORT]
-    expected = run(pipe, prompts, regions=twice, generator=generators(4), **SHORTLY)
-    torch.testing.assert_close(each.losses, expected.losses)
 
 
 def test_a_prompt_of_one_word_can_be_held_to_a_region(pipe):
@@ -205,22 +171,18 @@ def test_without_updates_regions_are_without_effect(stock, pipe):
 def test_a_phrase_may_lie_in_any_window_of_a_long_prompt():
     pipe = make(KINDS["sd"].tsam, tiny_components(12))
     prompt = "a red cube on the table. a blue sphere with a dog. a white clock"
-    regions = {"a blue sphere": LEFT, "clock": RIGHT}
-    options = {**SHORTLY, "relative_step": 0.05, "max_sequence_length": 60, "output_attentions": True}
-    output = run(pipe, prompt, regions=regions, region_weight=1.0, objective="layout", **options)
-    (seen,), loss = output.attentions, 0.0
-    for phrase, box in regions.items():
-        tokens = [seen["tokens"].index(word) for word in phrase.split()[1:] or [phrase]]
-        tokens += [tokens[0] - 1] if len(phrase.split()) > 1 else []
-        maps = [seen["maps"][0, k].tolist() for k in tokens]
-        loss += oracle.layout([(maps, oracle.box_on(box, *seen["maps"].shape[-2:]))]) / 2
-    assert output.losses[0, 0].item() == pytest.approx(loss, rel=1e-4)
+    options = {**SHORTLY, "objective": "layout", "max_sequence_length": 60, "output_attentions": True}
+    output = run(pipe, prompt, regions={"a blue sphere": LEFT, "clock": RIGHT}, region_weight=1.0, **options)
+    (seen,) = output.attentions
+    sphere, clock, grid = seen["tokens"].index("sphere"), seen["tokens"].index("clock"), seen["maps"].shape[-2:]
+    own = seen["maps"][0].tolist()
+    phrases = [(own[sphere - 2 : sphere + 1], oracle.box_on(LEFT, *grid)), ([own[clock]], oracle.box_on(RIGHT, *grid))]
+    assert output.losses[0, 0].item() == pytest.approx(oracle.layout(phrases), rel=1e-4)
 
 
-def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(kind, pipe):
-    options = {**SHORTLY, "regions": REGIONS}
-    text = pipe.get_text_self_attention(PROMPT)
-    output = run(pipe, None, text_self_attention=text, **embeddings(pipe, PROMPT), **options)
+def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(pipe):
+    given, options = embeddings(pipe, PROMPT), {**SHORTLY, "regions": REGIONS}
+    output = run(pipe, None, text_self_attention=pipe.get_text_self_attention(PROMPT), **given, **options)
     torch.testing.assert_close(output.losses, run(pipe, **options).losses, rtol=1e-4, atol=1e-5)
 
 
@@ -229,26 +191,22 @@ def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(kind, pipe)
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    "wrong, error, message",
     [
         ({"regions": 3}, TypeError, "`regions` has to be a dict of phrases .* but is 3. Pass {"),
         ({"regions": [LEFT]}, TypeError, "`regions` has to be a dict of phrases"),
-        (
-            {"regions": [REGIONS, None]},
-            ValueError,
-            "is of 2 prompts, but there are 1. Pass a list with a dict for each",
-        ),
+        ({"regions": [REGIONS, None]}, ValueError, "of 2 prompts, but there are 1. Pass a list with a dict for each"),
         ({"regions": {3: LEFT}}, TypeError, "`regions` has 3, but a phrase has to be words"),
         ({"regions": {"": LEFT}}, TypeError, "`regions` has '', but a phrase has to be words"),
-        ({"regions": {"car": (0, 0, 64, 64)}}, ValueError, "fractions of the picture.* Divide pixels by width"),
-        ({"regions": {"car": (0.5, 0, 0.5, 1)}}, ValueError, "0 <= x0 < x1 <= 1"),
-        ({"regions": {"car": (float("nan"), 0, 1, 1)}}, ValueError, "0 <= x0 < x1 <= 1"),
-        ({"regions": {"car": (0, 0, 1)}}, ValueError, r"has shape \(3,\), but a box has four numbers"),
-        ({"regions": {"car": "left"}}, TypeError, r"is 'left', which is neither a box \(x0, y0, x1, y1\) nor a mask"),
-        ({"regions": {"car": None}}, TypeError, "is None, which is neither a box"),
-        ({"regions": {"car": np.full((4, 4), 255)}}, ValueError, "a mask of 255 to 255.* Divide it"),
-        ({"regions": {"car": np.zeros((4, 4))}}, ValueError, "a mask of zeros.* Leave the phrase out"),
-        ({"regions": {"car": torch.ones(3, 4, 4)}}, ValueError, r"has shape \(3, 4, 4\)"),
+        ((0, 0, 64, 64), ValueError, "fractions of the picture.* Divide pixels by width"),
+        ((0.5, 0, 0.5, 1), ValueError, "0 <= x0 < x1 <= 1"),
+        ((float("nan"), 0, 1, 1), ValueError, "0 <= x0 < x1 <= 1"),
+        ((0, 0, 1), ValueError, r"has shape \(3,\), but a box has four numbers"),
+        ("left", TypeError, r"is 'left', which is neither a box \(x0, y0, x1, y1\) nor a mask"),
+        (None, TypeError, "is None, which is neither a box"),
+        (np.full((4, 4), 255), ValueError, "a mask of 255 to 255.* Divide it"),
+        (np.zeros((4, 4)), ValueError, "a mask of zeros.* Leave the phrase out"),
+        (torch.ones(3, 4, 4), ValueError, r"has shape \(3, 4, 4\)"),
         ({"region_weight": -1.0}, ValueError, "`region_weight` is -1.0, but has to be at least 0"),
         ({"region_weight": "1"}, TypeError, "`region_weight` has to be a number but is '1'"),
         ({"objective": "layout"}, ValueError, "`objective` is 'layout', but there are no `regions` to hold"),
@@ -256,9 +214,9 @@ def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(kind, pipe)
     ],
     ids=str,
 )
-def test_wrong_values_are_refused_before_any_network_runs(pipe, arguments, error, message):
+def test_wrong_arguments_and_a_cars_wrong_region_are_refused_before_any_network_runs(pipe, wrong, error, message):
     with refused(pipe, error, message):
-        run(pipe, **arguments)
+        run(pipe, **(wrong if isinstance(wrong, dict) else {"regions": {"car": wrong}}))
 
 
 @pytest.mark.parametrize(
