@@ -31,6 +31,17 @@ FAMILIES = {
         "transformer",
     ),
 }
+# Variants of these models, and models of which nothing trained ships.
+VARIANTS = {
+    kind: Family(name, f"pipeline_tsam_{kind}", f"{stock}TSAMPipeline", f"{stock}Pipeline", denoiser)
+    for kind, name, stock, denoiser in (
+        ("sd_img2img", "Stable Diffusion, image to image", "StableDiffusionImg2Img", "unet"),
+        ("sd_inpaint", "Stable Diffusion, inpainting", "StableDiffusionInpaint", "unet"),
+        ("sd_controlnet", "Stable Diffusion, ControlNet", "StableDiffusionControlNet", "unet"),
+        ("sdxl", "Stable Diffusion XL", "StableDiffusionXL", "unet"),
+        ("pixart_sigma", "PixArt-Σ", "PixArtSigma", "transformer"),
+    )
+}
 
 
 class Blocks(NamedTuple):
@@ -50,8 +61,9 @@ MODULAR = {
 _MODULES = {"LatentAlignment": "tsam", "Syntax": "tsam", "TextSelfAttention": "tsam"}
 for _family in FAMILIES.values():
     _MODULES |= {_family.pipeline: _family.module, f"{_family.pipeline}Output": _family.module}
+_MODULES |= {_family.pipeline: _family.module for _family in VARIANTS.values()}
 _MODULES |= {_family.blocks: "modular_tsam" for _family in MODULAR.values()}
-__all__ = ["FAMILIES", "MODULAR", *_MODULES]
+__all__ = ["FAMILIES", "VARIANTS", "MODULAR", *_MODULES]
 
 
 def __getattr__(name):

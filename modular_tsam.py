@@ -12,7 +12,6 @@ import shutil
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +35,17 @@ from .attention_processors import (
     record_joint_attention,
     record_self_attention,
     run_to_last_map,
-    unet_cross_attention_layers,
 )
-from .tsam import LatentAlignment, content_of, logger, symmetrize, text_of
+from .tsam import LatentAlignment, logger, symmetrize, text_of
 from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_layout import Layout  # noqa: F401
 from .tsam_pipeline import StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
+from .tsam_sd import text_of_clips, unet_layers
 
 
 CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
-CODE += [f"tsam_{name}.py" for name in ("arguments", "candidates", "layout", "pipeline")]
+CODE += [f"tsam_{name}.py" for name in ("arguments", "candidates", "layout", "pipeline", "sd")]
 UNSUPPORTED = ("regions", "region_weight", "candidates", "candidate_steps")  # by the pipelines alone
 
 
@@ -70,18 +69,6 @@ TSAM_OUTPUTS = [
 
 # ----------------------------------------------------------------------------------------------------------------------
 # T: text steps
-
-
-def text_of_clips(recordings, tokenizer):
-    """Of one or two CLIPs, causal encoders, which both read the prompt; all their layers count alike: a choice."""
-    special = tokenizer.bos_token_id, tokenizer.eos_token_id
-    own = [ids.where(content_of(ids, *special), -1) for ids in (recording.input_ids for recording in recordings)]
-    if any(not torch.equal(ids, own[0]) for ids in own):  # what the two pad with differs
-        raise ValueError(
-            "`prompt_2` has other tokens than `prompt`, but T is read from both text encoders. Leave it out, or pass"
-            " `tsam_steps=0`."
-        )
-    return text_of(mean_self_attention(recordings), recordings[0].input_ids, tokenizer)
 
 
 def text_of_t5(recordings, tokenizer):
@@ -231,13 +218,8 @@ class AlignedLoop:
         images = max(len(latents) // len(text.tokens), 1)
         block_state.alignment = LatentAlignment(text, settings, images, latents.device)
         if block_state.alignment.possible:
-            whole = len(timesteps) == len(scheduler.timesteps)  # not in image to image, which leaves the first out
-            entries = SimpleNamespace(
-                timesteps=timesteps,
-                order=scheduler.order,
-                prk_timesteps=getattr(scheduler, "prk_timesteps", None) if whole else None,
-            )
-            block_state.updates = updates_per_timestep(entries, given.num_inference_steps, *plan)
+            steps = given.num_inference_steps
+            block_state.updates = updates_per_timestep(scheduler, steps, *plan, len(timesteps))
 
     def conditional_call(self, components, block_state, i, t):
         """How this loop would call the denoiser: the arguments of its first call, every guider's conditional one."""
@@ -283,18 +265,13 @@ class AlignedLoop:
 
 
 class UNetLoop(AlignedLoop):
-    """SDXL: cross-attention on the grid of a quarter of the latent's side, 32 x 32 at 1024 pixels: a choice, as 16 x 16
-    is of Stable Diffusion 1.x."""
+    """SDXL's cross-attention."""
 
     denoiser = "unet"
     settings = UNetSettings
 
     def layers(self, model, settings):
-        side = settings.attention_resolution
-        if side is None and model.config.sample_size is not None:
-            size = model.config.sample_size
-            side = (size if isinstance(size, int) else size[0]) // 4
-        return unet_cross_attention_layers(model, side)
+        return unet_layers(model, settings.attention_resolution)
 
     def recording(self, block_state):
         return record_cross_attention(block_state.layers, block_state.alignment.num_tokens, stop=True)

@@ -19,8 +19,8 @@ class Scouted(Exception):
 class Scouting:
     """Before a `GuidedLoop`: runs unguided to where starts are compared, takes their loss, and draws no picture.
 
-    states: the generators' states to draw the starts from, or None for theirs. start: the latents and the generators'
-    states behind them. loss: (images,) float32.
+    states: the generators' states to draw the starts from, or None for theirs. start: what `prepare_latents` returned,
+    and the generators' states behind it. loss: (images,) float32, None where the call was interrupted.
     """
 
     guided, reads, needed = False, True, True
@@ -36,9 +36,9 @@ class Scouting:
         generators = generators_of(self.given)
         for generator, state in zip(generators, self.states or []):
             generator.set_state(state)
-        latents = stock(*args, **kwargs)
-        self.start = latents, [generator.get_state() for generator in generators]
-        return latents
+        prepared = stock(*args, **kwargs)
+        self.start = prepared, [generator.get_state() for generator in generators]
+        return prepared
 
     def predict(self, sample, *args, **kwargs):
         kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
@@ -55,11 +55,12 @@ class Scouting:
         raise Scouted
 
 
-def scouted(pipe, stock, given, settings, states=None):
-    """The `Scouting` loop of one start an image, run. stock: the stock pipeline's call."""
+def scouted(pipe, stock, given, settings, states=None, encoding=None):
+    """The `Scouting` loop of one start an image, run. stock: the stock pipeline's call. encoding: of the prompts, which
+    another of this call's loops has."""
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
     settings.chosen_after(loop.num_steps)  # too many are refused before a network runs
-    loop.states = states
+    loop.states, loop.encoding = states, encoding
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     with suppress(Scouted), loop.open():
         stock(**given | silent | {"output_type": "latent", "return_dict": False})
@@ -67,30 +68,39 @@ def scouted(pipe, stock, given, settings, states=None):
 
 
 def choose(pipe, stock, given, settings, images):
-    """The latents to begin with and the generators' states behind the first draw, the losses (images, k) of the k
-    starts, and which of them was chosen, (images,).
+    """The loop of the first start, what to begin with in place of it, the losses (images, k) of the k starts, and
+    which of them was chosen, (images,).
 
     The first start is what a call without candidates would draw; the others come from the same generators, or are what
-    `latents` holds besides. They run one after another, so that the call needs no more memory.
+    `latents` holds besides. They run one after another, so that the call needs no more memory. Where the call is
+    interrupted meanwhile, those that are left do not run.
     """
-    own = [] if given["latents"] is None else list(given["latents"].split(images))
+    own = [] if given.get("latents") is None else list(given["latents"].split(images))
     number = settings.candidates
     if own and (len(own) > number or len(own[-1]) != images):
         raise ValueError(
             f"`latents` hold {len(given['latents'])} starts, but {images} images with `candidates` {number} take"
             f" {images} to {images * number}, a multiple of {images}. Pass as many."
         )
-    starts, states = [], None
+    loops, states, encoding = [], None, None
     for candidate in range(number):
-        latents = own[candidate] if candidate < len(own) else None
-        loop = scouted(pipe, stock, given | {"latents": latents}, settings, states)
-        starts.append(loop)
-        states = loop.start[1]
-    losses = torch.stack([loop.loss for loop in starts], 1)
+        latents = {"latents": own[candidate] if candidate < len(own) else None} if "latents" in given else {}
+        loops.append(scouted(pipe, stock, given | latents, settings, states, encoding))
+        states, encoding = loops[-1].start[1], loops[0].encoding
+        if pipe.interrupt:
+            break
+    losses = [loop.loss for loop in loops if loop.loss is not None]
+    losses = torch.stack(losses, 1) if losses else torch.zeros(images, 1)
     chosen = losses.argmin(1)
-    latents = torch.stack([loop.start[0] for loop in starts])
-    start = latents[chosen.to(latents.device), torch.arange(images, device=latents.device)]
-    return (start, starts[0].start[1]), losses, chosen
+    first = loops[0]
+    return first, (chosen_of([loop.start[0] for loop in loops], chosen), first.start[1]), losses, chosen
+
+
+def chosen_of(starts, chosen):
+    """Each image's rows of the start that was chosen, of tensors or tuples of such."""
+    if isinstance(starts[0], tuple):
+        return tuple(chosen_of(parts, chosen) for parts in zip(*starts))
+    return torch.stack(starts)[chosen.to(starts[0].device), torch.arange(len(chosen), device=starts[0].device)]
 
 
 def generators_of(given):

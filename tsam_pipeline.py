@@ -24,7 +24,7 @@ from .attention_processors import (
     shadowed,
 )
 from .tsam import LatentAlignment
-from .tsam_arguments import check_text_self_attention
+from .tsam_arguments import OFF, check_text_self_attention
 from .tsam_candidates import choose, generators_of, scouted
 from .tsam_layout import check_regions, layout_of
 
@@ -70,16 +70,18 @@ class GuidedLoop:
     def __init__(self, pipe, given, settings, on_step_end=None):
         self.pipe, self.given, self.settings, self.on_step_end = pipe, given, settings, on_step_end
         self.model, self.scheduler = pipe.components[pipe.denoiser], pipe.components["scheduler"]
-        custom = next((given[name] for name in ("timesteps", "sigmas") if given[name] is not None), None)
-        self.num_steps = given["num_inference_steps"] if custom is None else len(custom)
-        self.plan = settings.plan(self.num_steps)
+        self.num_steps = steps_of_call(given)
+        drawn = "strength" not in given or self.num_steps > 0  # a low one may leave none, which is stock's to draw
+        self.plan = settings.plan(self.num_steps) if drawn else OFF
         if self.guided:
             pipe.layers_of(settings)  # so that a wrong choice is refused at once
         self.conditions = {}  # what the denoiser is given beside what stock gives it
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
-        self.updates, self.index, self.encoded = None, -1, False
+        self.encoding, self.encoded = None, False  # what another loop of this call encoded; whether this one has
+        self.updates, self.index = None, 0
         self.latents, self.moved = None, None  # those of this step, and which of them were moved
-        self.start = None  # latents to begin with, and the generators' states behind them
+        self.start = None  # what `prepare_latents` returns, and the generators' states behind that
+        self.interrupted = False  # while the start was chosen
 
     @property
     def guided(self):
@@ -125,19 +127,23 @@ class GuidedLoop:
         if self.encoded:  # a callback's
             return stock(*args, **kwargs)
         self.encoded = True
+        if self.encoding is not None:
+            encoded, self.text, self.layout, self.conditions = self.encoding
+            return encoded
         if not self.reads:
             return self.encode(stock, *args, **kwargs)
         prompt, count = self.given["prompt"], prompts_of(self.given)
         regions = check_regions(self.settings.regions, count)
         check_text_self_attention(self.text, prompt, count, self.num_tokens, self.pipe.window)
         if self.text is None:
-            with record_self_attention(self.pipe.text_encoder) as recordings:
+            with record_self_attention(*self.pipe.text_encoders) as recordings:
                 encoded = self.encode(stock, *args, **kwargs)
             self.text = self.read(recordings)
         else:
             encoded = self.encode(stock, *args, **kwargs)
         images, device = self.given["num_images_per_prompt"], encoded[0].device
         self.layout = layout_of(regions, self.text, self.words_of, images, device)
+        self.encoding = encoded, self.text, self.layout, self.conditions
         return encoded
 
     def encode(self, stock, *args, **kwargs):
@@ -146,10 +152,11 @@ class GuidedLoop:
     def prepare_latents(self, stock, *args, **kwargs):
         if self.start is None:
             return stock(*args, **kwargs)
-        latents, states = self.start
+        prepared, states = self.start
         for generator, state in zip(generators_of(self.given), states):
             generator.set_state(state)
-        return latents
+        self.pipe._interrupt = self.interrupted  # stock begins a call with False
+        return prepared
 
     def read(self, recordings):
         return self.pipe.read_text_self_attention(recordings)
@@ -164,18 +171,20 @@ class GuidedLoop:
         return self.pipe.window if embeds is None else embeds.shape[1]
 
     def begin(self):
-        """Plan the updates, now that the timesteps are known."""
-        self.updates = [0] * len(self.scheduler.timesteps)
+        """Plan the updates, now that the timesteps are known: of some pipelines fewer than the scheduler's."""
+        number = getattr(self.pipe, "_num_timesteps", len(self.scheduler.timesteps))
+        self.updates = [0] * number
         if self.guided:
             images, device = self.given["num_images_per_prompt"], self.latents.device
             self.alignment = LatentAlignment(self.text, self.settings, images, device, self.layout)
             if self.alignment.possible:
-                self.updates = updates_per_timestep(self.scheduler, self.num_steps, *self.plan)
+                self.updates = updates_per_timestep(self.scheduler, self.num_steps, *self.plan, number)
 
     def scale_model_input(self, stock, sample, t):
-        self.index, self.t = self.index + 1, t
-        self.halves = 2 if self.pipe.do_classifier_free_guidance else 1
-        self.latents, self.moved = sample.chunk(self.halves)[-1], None
+        if self.latents is None:  # the first in a step is for the denoiser
+            self.t, self.moved = t, None
+            self.halves = 2 if self.pipe.do_classifier_free_guidance else 1
+            self.latents = sample.chunk(self.halves)[-1]
         return stock(sample, t)
 
     def predict(self, sample, *args, **kwargs):
@@ -189,18 +198,33 @@ class GuidedLoop:
         if self.updates is None:
             self.begin()
         kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
-        if self.updates[self.index] > 0:
-            self.latents = self.move(args, kwargs)
-            self.moved = self.alignment.moved
-            sample = torch.cat([self.latents] * self.halves)
-            sample = self.scheduler.scale_model_input(sample, self.t)
+        if not self.updates[self.index]:
+            return self.model(sample, *args, **kwargs)
+        beside = sample[:, self.latents.shape[1] :]  # an inpainting model's mask and picture
+        self.latents = self.move(beside, args, kwargs)
+        self.moved = self.alignment.moved
+        sample = self.scheduler.scale_model_input(torch.cat([self.latents] * self.halves), self.t)
+        return self.network(sample, beside, *args, **kwargs)
+
+    def network(self, sample, beside, *args, **kwargs):
+        """The prediction of latents that were moved, both halves or the conditional one, and of what is beside them."""
+        if beside.shape[1]:
+            sample = torch.cat([sample, beside], 1)
         return self.model(sample, *args, **kwargs)
 
-    def move(self, args, kwargs):
+    def move(self, beside, args, kwargs):
         """The latents of this step after its updates. args, kwargs: what the denoiser is called with. Eq. (15)."""
         layers = self.pipe.layers_of(self.settings)  # now, because a callback may have changed the denoiser
         latents = self.pipe.align_latents(
-            self.alignment, self.latents, self.t, args, kwargs, layers, self.updates[self.index], self.saving
+            self.alignment,
+            self.latents,
+            self.t,
+            (beside, *args),
+            kwargs,
+            layers,
+            self.updates[self.index],
+            self.saving,
+            self.network,
         )
         if hasattr(self.bar, "set_postfix") and not getattr(self.bar, "disable", False):
             self.bar.set_postfix(loss=f"{self.alignment.losses[-1].mean().item():.3f}", refresh=False)
@@ -210,10 +234,11 @@ class GuidedLoop:
         if self.pipe.interrupt:
             return sample, sample
         sample, self.latents = sample if self.moved is None else self.latents, None
+        index, self.index = self.index, self.index + 1
         with uncorrected(self.scheduler, self.moved):
             latents, *others = stock(prediction, t, sample, *args, **kwargs)
         if self.on_step_end is not None:
-            latents = self.on_step_end(self.pipe, self.index, t, {"latents": latents}).pop("latents", latents)
+            latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
         return latents, *others
 
     @property
@@ -242,21 +267,30 @@ class GuidedLoop:
             )
 
 
+def steps_of_call(given):
+    """How many denoising steps a call takes: of image to image those that `strength` leaves."""
+    custom = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
+    steps = given["num_inference_steps"] if custom is None else len(custom)
+    return min(int(steps * given["strength"]), steps) if "strength" in given else steps
+
+
 def prompts_of(given):
     """How many prompts a call is of."""
     prompt, embeds = given["prompt"], given["prompt_embeds"]
     return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
 
 
-def updates_per_timestep(scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations):
-    """How many updates the latent gets before each entry of the scheduler's timesteps.
+def updates_per_timestep(
+    scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations, number=None
+):
+    """How many updates the latent gets before each entry of the timesteps, of which the loop takes `number`, or all.
 
     A denoising step may take several entries: second-order schedulers evaluate the model twice, PNDM four times in its
     Runge-Kutta steps or, without these, twice in its first. Only a step's first evaluation is guided, because the later
     ones start again from the sample that the scheduler kept.
     """
-    number, runge_kutta = len(scheduler.timesteps), getattr(scheduler, "prk_timesteps", None)
-    if runge_kutta is not None and len(runge_kutta):
+    number, runge_kutta = number or len(scheduler.timesteps), getattr(scheduler, "prk_timesteps", None)
+    if runge_kutta is not None and len(runge_kutta) and number == len(scheduler.timesteps):
         first = len(runge_kutta)
         steps = [i // 4 if i < first else first // 4 + i - first for i in range(number)]
     else:
@@ -430,23 +464,32 @@ class TSAMPipelineMixin:
     loop = GuidedLoop
 
     @property
+    def text_encoders(self):
+        """Whose self-attention T is the mean of."""
+        return [self.text_encoder]
+
+    @property
     def components(self):
         return {name: part.original if isinstance(part, StandIn) else part for name, part in super().components.items()}
 
-    def align_latents(self, alignment, latents, t, args, kwargs, layers, iterations=1, saving=nullcontext):
+    def align_latents(
+        self, alignment, latents, t, args, kwargs, layers, iterations=1, saving=nullcontext, network=None
+    ):
         """Move latents (B, C, h, w) `iterations` times before the noise prediction at timestep `t`. Eq. (15).
 
         args, kwargs: what the denoiser is called with behind the latents, for both halves of classifier-free guidance
-        or for the conditional one alone. layers: whose maps are read. saving: what `frozen` yields.
+        or for the conditional one alone. layers: whose maps are read. saving: what `frozen` yields. network: what
+        predicts, the denoiser unless given.
         """
         components = self.components
-        model, scale = components[self.denoiser], input_scale(components["scheduler"], t)
+        network = components[self.denoiser] if network is None else network
+        scale = input_scale(components["scheduler"], t)
         args, kwargs = conditional_rows((args, kwargs), len(latents))
         kwargs.pop("return_dict", None)
         with saving(), record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
 
             def maps_at(model_input):
-                run_to_last_map(model, model_input, *args, **kwargs)
+                run_to_last_map(network, model_input, *args, **kwargs)
                 return mean_maps(maps, *latents.shape[-2:], len(layers))
 
             return alignment.update(latents, scale, maps_at, iterations)
@@ -461,7 +504,8 @@ class TSAMPipelineMixin:
             loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
             if settings.candidates > 1:
                 images = prompts_of(given) * given["num_images_per_prompt"]
-                loop.start, losses, chosen = choose(self, stock, given, settings, images)
+                first, loop.start, losses, chosen = choose(self, stock, given, settings, images)
+                loop.encoding, loop.interrupted = first.encoding, self.interrupt
             with loop.open() if loop.needed else nullcontext():
                 output = stock(**given | {"return_dict": False})
         fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions, losses, chosen)
@@ -490,12 +534,20 @@ class TSAMPipelineMixin:
         ValueError for a pipeline that another class serves, or of which a part would be lost.
         """
         refuse(cls, type(pipeline).__name__)
-        own = cls._get_signature_keys(cls)[0]
-        lost = [name for name in ("controlnet", "adapter") if name in pipeline.components and name not in own]
+        own, optional = map(set, cls._get_signature_keys(cls))
+        has = pipeline.components.keys() | kwargs.keys()
+        lost = [name for name in ("controlnet", "adapter") if name in has and name not in own]
         if lost:
             raise ValueError(
                 f"{type(pipeline).__name__} has a `{lost[0]}`, for which {cls.__name__} has no place, so that it would"
-                f" draw without. Take its other components by `{cls.__name__}(**components)`."
+                " draw without. `diffusers_tsam.StableDiffusionControlNetTSAMPipeline` has one for Stable Diffusion's"
+                f" ControlNets; else take the other components by `{cls.__name__}(**components)`."
+            )
+        missing = sorted(own - {"self"} - has - set(cls._optional_components) - optional)
+        if missing:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs. Which class serves"
+                " which model: docs/compatibility.md."
             )
         if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
             return super().from_pipe(pipeline, **kwargs)
@@ -518,19 +570,20 @@ class TSAMPipelineMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-BLOCKS = {  # by how the names of the pipelines that they serve begin
-    "StableDiffusionXL": "StableDiffusionXLTSAMBlocks",
+SERVED = {  # by what, by how the names of the pipelines begin
+    "StableDiffusionXL": "StableDiffusionXLTSAMPipeline",
     "StableDiffusion3": "StableDiffusion3TSAMBlocks",
     "Flux": "FluxTSAMBlocks",
 }
 
 
 def refuse(cls, name):
-    """ValueError for the name of a pipeline's class that blocks of ours serve, and no pipeline."""
-    served = next((ours for stock, ours in BLOCKS.items() if isinstance(name, str) and name.startswith(stock)), None)
-    if served:
+    """ValueError for the name of a pipeline's class that another of ours serves."""
+    start = next((start for start in SERVED if isinstance(name, str) and name.startswith(start)), None)
+    if start and not cls.__name__.startswith(start):
         raise ValueError(
-            f"This is a {name}, not for {cls.__name__}: `diffusers_tsam.{served}` is for such models (docs/modular.md)."
+            f"This is a {name}, not for {cls.__name__}: `diffusers_tsam.{SERVED[start]}` is for such models"
+            " (docs/compatibility.md)."
         )
 
 

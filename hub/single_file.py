@@ -11,13 +11,22 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from diffusers_tsam import FAMILIES
+from diffusers_tsam import FAMILIES, VARIANTS
 
 
 ROOT = Path(__file__).resolve().parent.parent
-# What every pipeline imports, each behind what it imports itself.
-SHARED = ("tsam_arguments.py", "tsam_layout.py", "tsam.py", "attention_processors.py", "tsam_candidates.py")
-SHARED += ("tsam_pipeline.py",)
+PIPELINES = FAMILIES | VARIANTS
+# What pipelines import, each behind what it imports itself.
+SHARED = (
+    "tsam_arguments",
+    "tsam_layout",
+    "tsam",
+    "attention_processors",
+    "tsam_candidates",
+    "tsam_pipeline",
+    "tsam_sd",
+)
+SHARED += ("tsam_pixart",)
 WIDTH = 119  # of diffusers' lines
 HEAD = """
 {files} of T-SAM for diffusers in one file, written by its hub/single_file.py: change those, not this.
@@ -64,8 +73,9 @@ def import_block(imports):
 
 def single_file(kind):
     """The text of a pipeline with all that it imports from beside it."""
-    family, imports = FAMILIES[kind], {}
-    files = (*SHARED, f"{family.module}.py")
+    own, imports = f"{PIPELINES[kind].module}.py", {}
+    source = (ROOT / own).read_text(encoding="utf-8")
+    files = (*(f"{name}.py" for name in SHARED if f"from .{name} import" in source), own)
     modules = [split((ROOT / file).read_text(encoding="utf-8"), imports) for file in files]
     names = Counter(
         name
@@ -84,6 +94,6 @@ def single_file(kind):
 if __name__ == "__main__":
     folder = ROOT / "build" / "community"
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, family in FAMILIES.items():
+    for kind, family in PIPELINES.items():
         (folder / f"{family.module}.py").write_text(single_file(kind), encoding="utf-8")
         print((folder / f"{family.module}.py").relative_to(ROOT))

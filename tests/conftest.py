@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
-from kinds import BLOCKS, KINDS, make  # noqa: E402
+from kinds import ALL, KINDS, make  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(params=KINDS)
 def kind(request):
-    """Which pipeline is tested: each, unless a module is of one alone; with `every`, blocks as well."""
-    return (KINDS | BLOCKS)[request.param]
+    """Which pipeline is tested: the first two, unless a module is of one alone; with `every`, blocks as well."""
+    return ALL[request.param]
 
 
 @pytest.fixture

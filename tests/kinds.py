@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,10 +13,11 @@ import torch
 from diffusers import DDIMScheduler, ModularPipelineBlocks
 
 import diffusers_tsam
-from diffusers_tsam import FAMILIES, MODULAR, LatentAlignment
+from diffusers_tsam import FAMILIES, MODULAR, VARIANTS, LatentAlignment
 from diffusers_tsam.tsam_arguments import Settings
 from tiny import (
     tiny_components,
+    tiny_controlnet_components,
     tiny_flux_components,
     tiny_pixart_components,
     tiny_sd3_components,
@@ -30,7 +30,9 @@ SHORT = "a red cube"
 INPUTS = "callback_on_step_end_tensor_inputs"
 OF_T = ("l1", "cosine", "attainable")  # objectives that compare S with T; the others are in test_contrast.py
 SCHEDULERS = sorted({DDIMScheduler, *DDIMScheduler().compatibles}, key=lambda scheduler: scheduler.__name__)
-SET_BY_CALLS = "guidance_scale guidance_rescale clip_skip cross_attention_kwargs interrupt num_timesteps lora_scale"
+SET_BY_CALLS = (
+    "guidance_scale guidance_rescale clip_skip cross_attention_kwargs interrupt num_timesteps lora_scale denoising_end"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,18 +48,19 @@ class Kind:
         with torch.random.fork_rng():
             return self.build()
 
-    stock = property(lambda self: getattr(diffusers, FAMILIES[self.name].stock))
+    family = property(lambda self: (FAMILIES | VARIANTS)[self.name])
+    stock = property(lambda self: getattr(diffusers, self.family.stock))
     pipeline = property(lambda self: self.stock)  # whose instances are of this kind
-    tsam = property(lambda self: getattr(diffusers_tsam, FAMILIES[self.name].pipeline))
-    file = property(lambda self: f"{FAMILIES[self.name].module}.py")
-    denoiser = property(lambda self: FAMILIES[self.name].denoiser)
+    tsam = property(lambda self: getattr(diffusers_tsam, self.family.pipeline))
+    file = property(lambda self: f"{self.family.module}.py")
+    denoiser = property(lambda self: self.family.denoiser)
     first = property(lambda self: int(self.components["tokenizer"].bos_token_id is not None))  # token of the prompt's
+    side = property(lambda self: 16 if self.name == "sd" or self.name.startswith("sd_") else 8)  # of maps
 
     @property
     def fields(self):
         """Of the output."""
-        module = importlib.import_module(self.tsam.__module__)
-        return [field.name for field in dataclasses.fields(getattr(module, f"{self.tsam.__name__}Output"))]
+        return [field.name for field in dataclasses.fields(self.tsam.output)]
 
     @property
     def extra(self):
@@ -72,6 +75,22 @@ KINDS = {
     for kind in (Kind("sd", tiny_components, 20.0, {}), Kind("pixart", tiny_pixart_components, 500.0, RAW))
 }
 assert KINDS.keys() == FAMILIES.keys()
+IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+MASK = torch.zeros(1, 1, 64, 64).index_fill(3, torch.arange(32), 1.0)  # the left half is filled
+# Latents, because stock draws those of a masked image from the first of several generators alone.
+FILLED = {"image": IMAGE, "mask_image": MASK, "masked_image_latents": IMAGE[:, :, ::2, ::2].repeat(1, 2, 1, 1)[:, :4]}
+FURTHER = {
+    kind.name: kind
+    for kind in (
+        Kind("sd_img2img", tiny_components, 20.0, {"image": IMAGE, "strength": 1.0}),
+        Kind("sd_inpaint", functools.partial(tiny_components, in_channels=9), 20.0, FILLED),
+        Kind("sd_controlnet", tiny_controlnet_components, 20.0, {"image": IMAGE}),
+        Kind("sdxl", tiny_sdxl_components, 10.0, {"height": 64, "width": 64}),
+        Kind("pixart_sigma", tiny_pixart_components, 500.0, RAW),
+    )
+}
+assert FURTHER.keys() == VARIANTS.keys()
+PIPELINES = KINDS | {f"{name}-pipeline" if name == "sdxl" else name: kind for name, kind in FURTHER.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +113,9 @@ SD3 = Blocks("sd3", tiny_sd3_components, 30.0, SMALL | {"negative_prompt": ""}, 
 FLUX = Blocks("flux", tiny_flux_components, 100.0, SMALL, "FluxPipeline")
 BLOCKS = {kind.name: kind for kind in (SDXL, SD3, FLUX)}
 assert BLOCKS.keys() == MODULAR.keys()
-every = pytest.mark.parametrize("kind", [*KINDS, *BLOCKS], indirect=True)  # for a law that blocks keep, too
+ALL = PIPELINES | BLOCKS
+every = pytest.mark.parametrize("kind", ALL, indirect=True)  # for a law that all keep
+every_pipeline = pytest.mark.parametrize("kind", PIPELINES, indirect=True)
 
 
 def make(cls, components, workflow="text2image"):
@@ -112,7 +133,7 @@ def make(cls, components, workflow="text2image"):
 
 
 def kind_of(pipe):
-    return next(kind for kind in (KINDS | BLOCKS).values() if isinstance(pipe, kind.pipeline))
+    return next(kind for kind in ALL.values() if isinstance(pipe, kind.pipeline))
 
 
 def denoiser_of(pipe):

@@ -1,7 +1,9 @@
 """The ways to load, share and save, as users do: from a file, with the installed class, and back to stock."""
 
+import functools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import diffusers_tsam
 from diffusers_tsam import FAMILIES
 from diffusers_tsam.shapes import MODELS
-from kinds import KINDS, make
+from kinds import KINDS, denoiser_of, make
 
 
 ROOT = Path(__file__).parent.parent
-SHARED = ("attention_processors.py", "tsam.py", "tsam_arguments.py", "tsam_candidates.py", "tsam_layout.py")
-SHARED += ("tsam_pipeline.py",)
 CALL = {"num_inference_steps": 2, "refinement_iterations": 1, "output_type": "latent"}
 NOTHING_INSTALLED = 'import sys; sys.modules["diffusers_tsam"] = None\n'
 
@@ -73,6 +74,12 @@ def draw(kind, pipe):
     return pipe("a red cube and a blue sphere", generator=generator, **CALL, **kind.call).images
 
 
+@functools.cache
+def drawn(kind):
+    """What a pipeline that was not loaded draws."""
+    return draw(kind, make(kind.tsam, kind.components))
+
+
 def custom(kind):
     """The arguments that load a pipeline from its file."""
     return {"custom_pipeline": str(ROOT / kind.file), "trust_remote_code": True}
@@ -83,56 +90,51 @@ def dtypes_of(pipe):
     return {(name, key): value.dtype for name, model in models.items() for key, value in model.state_dict().items()}
 
 
-def test_a_saved_pipeline_is_an_ordinary_folder(kind, saved):
+def test_a_saved_pipeline_is_an_ordinary_folder(kind, saved, tmp_path):
     assert json.loads((saved / "model_index.json").read_text())["_class_name"] == kind.stock.__name__
-    assert not list(saved.rglob("*.py"))
-    make(kind.stock, kind.components).save_pretrained(saved.parent / "stock")
-    names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (saved, saved.parent / "stock")]
-    assert names[0] == names[1]
+    make(kind.stock, kind.components).save_pretrained(tmp_path)
+    ours, theirs = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in (saved, tmp_path))
+    assert ours == theirs and not [path for path in ours if path.suffix == ".py"]
 
 
 FRESH = """
 import diffusers, torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-for name, (folder, file, ours, stock, call) in {cases!r}.items():
+for name, (folder, files, ours, stock, call) in cases.items():
     stock = getattr(diffusers, stock)
-    for cls in (stock, AutoPipelineForText2Image, DiffusionPipeline):
-        assert type(cls.from_pretrained(folder)) is stock, cls
-    for cls in (stock, AutoPipelineForText2Image, DiffusionPipeline):
-        pipe = cls.from_pretrained(folder, custom_pipeline=file, trust_remote_code=True)
-        assert type(pipe).__name__ == ours, cls
-    pipe.save_pretrained("saved-" + name)
-    assert type(DiffusionPipeline.from_pretrained("saved-" + name)) is stock
-    pipes = {{"file": pipe, "again": DiffusionPipeline.from_pretrained("saved-" + name, **{again!r}[name])}}
-    for which, pipe in pipes.items():
-        pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        torch.save(pipe("a red cube and a blue sphere", generator=generator, **call).images, which + "-" + name + ".pt")
+    loaders = stock, AutoPipelineForText2Image, DiffusionPipeline
+    assert all(type(cls.from_pretrained(folder)) is stock for cls in loaders)
+    for file in files:
+        code = {"custom_pipeline": file, "trust_remote_code": True}
+        for cls in loaders:
+            pipe = cls.from_pretrained(folder, **code)
+            assert type(pipe).__name__ == ours, cls
+        pipe.save_pretrained("saved")
+        assert type(DiffusionPipeline.from_pretrained("saved")) is stock
+        for which, pipe in (("loaded", pipe), ("again", DiffusionPipeline.from_pretrained("saved", **code))):
+            pipe.set_progress_bar_config(disable=True)
+            generator = torch.Generator().manual_seed(0)
+            images = pipe("a red cube and a blue sphere", generator=generator, **call).images
+            torch.save(images, f"{which}-{file}.pt")
 """
 
 
 @pytest.mark.slow
 def test_in_a_fresh_process_with_nothing_installed_a_saved_folder_is_stock_and_with_the_files_tsam(folders, tmp_path):
-    """The files alone, copied elsewhere, with an empty module cache; both pipelines in one process."""
-    for file in (*SHARED, *(kind.file for kind in KINDS.values())):
-        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
-    cases = {
-        name: (str(folders[name]), kind.file, kind.tsam.__name__, kind.stock.__name__, CALL | kind.call)
-        for name, kind in KINDS.items()
-    }
-    again = {name: {"custom_pipeline": kind.file, "trust_remote_code": True} for name, kind in KINDS.items()}
-    run_fresh(tmp_path, NOTHING_INSTALLED + FRESH.format(cases=cases, again=again))
+    """The files alone, copied elsewhere, or the single file of each; all in one process with an empty module cache."""
+    single_file, cases = runpy.run_path(str(ROOT / "hub" / "single_file.py"))["single_file"], {}
     for name, kind in KINDS.items():
-        expected = draw(kind, make(kind.tsam, kind.components))
-        for which in ("file", "again"):
-            assert torch.equal(torch.load(tmp_path / f"{which}-{name}.pt"), expected)
-
-
-def test_the_installed_class_loads_a_saved_folder(kind, saved):
-    pipe = kind.tsam.from_pretrained(saved)
-    assert type(pipe) is kind.tsam
-    assert torch.equal(draw(kind, pipe), draw(kind, make(kind.tsam, kind.components)))
+        for file in (kind.file, *(f"{module}.py" for module in get_relative_imports(ROOT / kind.file))):
+            (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+        (tmp_path / f"single_{name}.py").write_text(single_file(name))
+        classes = kind.tsam.__name__, kind.stock.__name__
+        cases[name] = str(folders[name]), (kind.file, f"single_{name}.py"), *classes, CALL | kind.call
+    run_fresh(tmp_path, f"{NOTHING_INSTALLED}cases = {cases!r}\n{FRESH}")
+    for name, kind in KINDS.items():
+        for file in cases[name][1]:
+            for which in ("loaded", "again"):
+                assert torch.equal(torch.load(tmp_path / f"{which}-{file}.pt"), drawn(kind))
 
 
 # What was saved before this was so: the code lies beside the weights, and the index names it.
@@ -153,12 +155,12 @@ LOAD_OLD = """
 import diffusers, diffusers_tsam
 from diffusers import DiffusionPipeline
 
-for folder, ours, stock in {cases!r}:
+for folder, ours, stock in cases:
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert type(pipe).__name__ == ours and pipe.old
     ours = getattr(diffusers_tsam, ours)
-    assert type(ours.from_pretrained(folder)) is ours
-    assert type(ours.from_pretrained(folder, trust_remote_code=True)) is ours
+    for trust in ({}, {"trust_remote_code": True}):
+        assert type(ours.from_pretrained(folder, **trust)) is ours
     for cls in (DiffusionPipeline, getattr(diffusers, stock)):
         try:
             cls.from_pretrained(folder)
@@ -170,77 +172,72 @@ for folder, ours, stock in {cases!r}:
 
 
 @pytest.mark.slow
-def test_what_the_previous_version_saved_loads_as_its_own_code_or_as_the_installed_class(folders, tmp_path):
-    for name, family in FAMILIES.items():
-        old = tmp_path / name
-        make(KINDS[name].stock, KINDS[name].components).save_pretrained(old)
-        index = json.loads((old / "model_index.json").read_text())
-        index |= {"_class_name": [family.module, family.pipeline]}
-        (old / "model_index.json").write_text(json.dumps(index))
-        (old / f"{family.module}.py").write_text(OLD_PIPELINE.format(**family._asdict()))
-        (old / "attention_processors.py").write_text(OLD_HELPER)
+def test_what_the_previous_version_saved_loads_as_its_own_code_or_as_the_installed_class(tmp_path):
     cases = [(str(tmp_path / name), family.pipeline, family.stock) for name, family in FAMILIES.items()]
-    run_fresh(tmp_path / "home", LOAD_OLD.format(cases=cases))
+    for name, family in FAMILIES.items():
+        make(KINDS[name].stock, KINDS[name].components).save_pretrained(tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        index |= {"_class_name": [family.module, family.pipeline]}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+        (tmp_path / name / f"{family.module}.py").write_text(OLD_PIPELINE.format(**family._asdict()))
+        (tmp_path / name / "attention_processors.py").write_text(OLD_HELPER)
+    run_fresh(tmp_path / "home", f"cases = {cases!r}\n{LOAD_OLD}")
 
 
-def test_both_custom_pipelines_live_in_one_process(folders):
-    pipes = {name: DiffusionPipeline.from_pretrained(folders[name], **custom(kind)) for name, kind in KINDS.items()}
+def test_both_custom_pipelines_and_the_installed_classes_live_in_one_process(folders):
+    pipes = {}
     for name, kind in KINDS.items():
-        assert type(pipes[name]).__name__ == kind.tsam.__name__ and type(pipes[name]) is not kind.tsam
-        assert torch.equal(draw(kind, pipes[name]), draw(kind, make(kind.tsam, kind.components)))
+        stock = kind.stock.from_pretrained(folders[name])
+        files = (
+            DiffusionPipeline.from_pretrained(folders[name], **custom(kind)),
+            DiffusionPipeline.from_pipe(stock, **custom(kind), dtype=torch.float32),
+        )
+        assert all(type(pipe).__name__ == kind.tsam.__name__ and type(pipe) is not kind.tsam for pipe in files)
+        pipes[name] = *files, kind.tsam.from_pretrained(folders[name])
+        assert type(pipes[name][-1]) is kind.tsam
+    assert all(torch.equal(draw(kind, pipe), drawn(kind)) for name, kind in KINDS.items() for pipe in pipes[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_pipe_shares_the_components_and_their_dtype(kind, saved, dtype):
+# Of a stock pipeline's models: the dtype that they are loaded in, and what then is done to some
+WEIGHTS = {
+    "float32": (torch.float32, lambda pipe: None),
+    "bfloat16": (torch.bfloat16, lambda pipe: None),
+    "mixed": (torch.bfloat16, lambda pipe: pipe.vae.float()),
+    "cast by layers": (
+        torch.float32,
+        lambda pipe: denoiser_of(pipe).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_from_pipe_shares_the_components_as_they_are(kind, saved, weights):
+    dtype, change = WEIGHTS[weights]
     stock = kind.stock.from_pretrained(saved, dtype=dtype)
+    change(stock)
+    found = dtypes_of(stock)
+    assert len(set(found.values()) - {torch.int64}) == 1 + (weights in ("mixed", "cast by layers"))
     pipe = kind.tsam.from_pipe(stock)
     assert type(pipe) is kind.tsam
     assert all(pipe.components[name] is component for name, component in stock.components.items())
-    assert pipe.components[kind.denoiser].dtype == pipe.text_encoder.dtype == dtype
-    if dtype == torch.float32:
-        assert torch.equal(draw(kind, pipe), draw(kind, make(kind.tsam, kind.components)))
+    assert draw(kind, pipe).isfinite().all()
+    assert weights != "float32" or torch.equal(draw(kind, pipe), drawn(kind))
+    assert dtypes_of(pipe) == dtypes_of(stock) == found
     back = kind.stock.from_pipe(pipe, dtype=dtype)
-    assert back.components[kind.denoiser] is stock.components[kind.denoiser] and type(back) is kind.stock
+    assert denoiser_of(back) is denoiser_of(stock) and type(back) is kind.stock
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
-def test_from_pipe_casts_nothing_unless_it_is_told_to(kind, saved):
-    stock = kind.stock.from_pretrained(saved, dtype=torch.bfloat16)
-    stock.vae.float()
-    mixed = dtypes_of(stock)
-    assert {torch.float32, torch.bfloat16} <= set(mixed.values())
-    pipe = kind.tsam.from_pipe(stock)
-    assert dtypes_of(pipe) == mixed and dtypes_of(stock) == mixed
-    for name in ("dtype", "torch_dtype"):
-        told = kind.tsam.from_pipe(pipe, **{name: torch.bfloat16})
-        assert {dtype for dtype in dtypes_of(told).values() if dtype.is_floating_point} == {torch.bfloat16}
-        told.vae.float()
-
-
-def test_from_pipe_leaves_a_layerwise_cast_denoiser_as_it_is(kind, saved):
-    stock = kind.stock.from_pretrained(saved)
-    stock.components[kind.denoiser].enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    mixed = dtypes_of(stock)
-    assert {torch.float32, torch.float8_e4m3fn} <= set(mixed.values())
-    pipe = kind.tsam.from_pipe(stock)
-    assert dtypes_of(pipe) == mixed
-    assert draw(kind, pipe).isfinite().all() and dtypes_of(pipe) == mixed
-
-
-def test_from_pipe_takes_the_custom_pipeline_too(kind, saved):
-    stock = kind.stock.from_pretrained(saved)
-    pipe = DiffusionPipeline.from_pipe(stock, **custom(kind), dtype=torch.float32)
-    assert torch.equal(draw(kind, pipe), draw(kind, make(kind.tsam, kind.components)))
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_from_pipe_casts_where_it_is_told_to(kind, saved, name):
+    told = kind.tsam.from_pipe(kind.stock.from_pretrained(saved), **{name: torch.bfloat16})
+    assert {dtype for dtype in dtypes_of(told).values() if dtype.is_floating_point} == {torch.bfloat16}
 
 
 def test_the_installed_package_is_this_checkout():
     installed = Path(diffusers_tsam.__file__).parent
-    files = [
-        *ROOT.glob("*.py"),
-        *ROOT.glob("shapes/*.py"),
-        *(path for folder in MODELS for path in (ROOT / "shapes" / folder).rglob("*.*")),
-    ]
-    for path in files:
+    shipped = [path for folder in MODELS for path in (ROOT / "shapes" / folder).rglob("*.*")]
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("shapes/*.py"), *shipped):
         copy = installed / path.relative_to(ROOT)
         assert copy.is_file() and copy.read_bytes() == path.read_bytes(), f"{path.name}: install again"
 

@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -94,12 +95,13 @@ def sharpen_cross_attention(unet):
             layer.to_k.weight.data *= 4
 
 
-def tiny_components(length=77, alphabet=ASCII):
+def tiny_components(length=77, alphabet=ASCII, in_channels=4):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(length, alphabet)
     text_encoder = tiny_clip(tokenizer)
     unet = UNet2DConditionModel(
         sample_size=32,
+        in_channels=in_channels,
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -118,6 +120,16 @@ def tiny_components(length=77, alphabet=ASCII):
         "safety_checker": None,
         "feature_extractor": None,
     }
+
+
+def tiny_controlnet_components():
+    """One whose last layers are not zero, as an untrained one's are."""
+    components = tiny_components()
+    controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8)).eval()
+    for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    return components | {"controlnet": controlnet}
 
 
 def tiny_t5_tokenizer():

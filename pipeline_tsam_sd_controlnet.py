@@ -1,0 +1,70 @@
+"""Stable Diffusion's ControlNet with T-SAM.
+
+Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236).
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch.nn.functional as F
+from diffusers import StableDiffusionControlNetPipeline
+
+from .attention_processors import shadowed
+from .tsam import LatentAlignment  # noqa: F401, because diffusers' loader copies the files that are named here
+from .tsam_arguments import StableDiffusionSettings
+from .tsam_candidates import choose  # noqa: F401
+from .tsam_layout import Layout  # noqa: F401
+from .tsam_pipeline import StandIn, conditional_rows, extends, frozen
+from .tsam_sd import StableDiffusionTSAM, WindowedLoop
+
+
+class ControlledLoop(WindowedLoop):
+    """ControlNet's residuals are of a model input, so those of latents that moved are computed again.
+
+    controlled: what stock called the ControlNet with in this step, behind the model input.
+    """
+
+    @contextmanager
+    def open(self):
+        self.controlnet = self.pipe.components["controlnet"]
+        with (
+            frozen(self.controlnet) if self.guided else nullcontext(),
+            shadowed(self.pipe, "controlnet", StandIn(self.controlnet, self.control)),
+            super().open(),
+        ):
+            yield
+
+    def control(self, sample, *args, **kwargs):
+        self.controlled = args, kwargs
+        return self.controlnet(sample, *args, **kwargs)
+
+    def network(self, sample, beside, *args, **kwargs):
+        rows = min(len(sample), len(self.controlled[1]["encoder_hidden_states"]))  # `guess_mode` has the last half only
+        own_args, own = conditional_rows(self.controlled, rows)
+        down, middle = self.controlnet(sample[-rows:], *own_args, **own)
+        *down, middle = (F.pad(part, (0,) * 6 + (len(sample) - rows, 0)) for part in (*down, middle))
+        kwargs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return super().network(sample, beside, *args, **kwargs)
+
+
+class StableDiffusionControlNetTSAMPipeline(StableDiffusionTSAM, StableDiffusionControlNetPipeline):
+    """`StableDiffusionControlNetPipeline` whose first denoising steps are aligned with the prompt's syntax.
+
+    An update also passes through the ControlNet, forward and back, and a guided step once more forward.
+    """
+
+    loop = ControlledLoop
+
+    @extends(StableDiffusionControlNetPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
+    def __call__(self, given, settings):
+        """Generate, as `StableDiffusionControlNetPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
+
+        Args:
+            {arguments}
+
+        Returns:
+            `StableDiffusionTSAMPipelineOutput`, or with `return_dict=False` a tuple of its fields in their order.
+
+        Raises:
+            ValueError, TypeError: a wrong argument, before the denoiser runs.
+        """
+        return self.guided_call(given, settings)

@@ -1,0 +1,39 @@
+"""Stable Diffusion's inpainting with T-SAM, by UNets of its own (9 channels) and of text to image (4).
+
+Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236).
+"""
+
+from diffusers import StableDiffusionInpaintPipeline
+
+from .attention_processors import mean_maps  # noqa: F401, because diffusers' loader copies the files named here
+from .tsam import LatentAlignment  # noqa: F401
+from .tsam_arguments import StableDiffusionSettings
+from .tsam_candidates import choose  # noqa: F401
+from .tsam_layout import Layout  # noqa: F401
+from .tsam_pipeline import extends
+from .tsam_sd import StableDiffusionTSAM
+
+
+class StableDiffusionInpaintTSAMPipeline(StableDiffusionTSAM, StableDiffusionInpaintPipeline):
+    """`StableDiffusionInpaintPipeline` whose first denoising steps are aligned with the prompt's syntax.
+
+    The loss reads the maps of the whole picture, what is kept included: name what is there in the prompt, or a word may
+    be held against it. What the mask keeps is kept as stock keeps it: latents of 4-channel UNets are blended after
+    every step, and those of 9-channel ones may change outside the mask, as in stock.
+    """
+
+    @extends(StableDiffusionInpaintPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
+    def __call__(self, given, settings):
+        """Fill `mask_image`, as `StableDiffusionInpaintPipeline.__call__` does, whose arguments these are up to
+        `tsam_steps`. Steps, and the presets' shares of them, are of those that `strength` leaves.
+
+        Args:
+            {arguments}
+
+        Returns:
+            `StableDiffusionTSAMPipelineOutput`, or with `return_dict=False` a tuple of its fields in their order.
+
+        Raises:
+            ValueError, TypeError: a wrong argument, before the denoiser runs.
+        """
+        return self.guided_call(given, settings)

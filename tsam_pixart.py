@@ -1,0 +1,129 @@
+"""What both PixArt pipelines share: their layers, T5's T, and what callbacks may ask of a pipeline."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ImagePipelineOutput
+
+from .attention_processors import mean_self_attention, record_self_attention
+from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
+from .tsam_arguments import PixArtAlphaSettings, check_integer
+from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin
+
+
+@dataclass
+class PixArtAlphaTSAMPipelineOutput(ImagePipelineOutput):
+    """The stock output, and what T-SAM saw.
+
+    losses: (images, updates) float32, each taken before its update; no columns where nothing was guided. steps: the
+    denoising step of each column, counted as callbacks count. attentions: with `output_attentions`, a dict per image,
+    see `LatentAlignment.attentions`. candidate_losses (images, candidates) and chosen (images,), with more than one.
+    """
+
+    losses: torch.Tensor | None = None
+    steps: list[int] | None = None
+    attentions: list[dict] | None = None
+    candidate_losses: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+
+
+class PixArtLoop(GuidedLoop):
+    """The prompt's length and cleaning are arguments of stock's call, which sets no state."""
+
+    def __init__(self, pipe, given, settings, on_step_end=None):
+        super().__init__(pipe, given, settings, on_step_end)
+        pipe._guidance_scale, pipe._interrupt = given["guidance_scale"], False
+
+    @property
+    def num_tokens(self):
+        embeds = self.given["prompt_embeds"]
+        return self.given["max_sequence_length"] if embeds is None else embeds.shape[1]
+
+    def words_of(self, phrase):
+        return self.pipe.words_of(phrase, self.given["clean_caption"])
+
+    def encode(self, stock, *args, **kwargs):
+        encoded = stock(*args, **kwargs)
+        if self.text is not None:
+            check_lengths(self.text, encoded[1][:: self.given["num_images_per_prompt"]])
+        return encoded
+
+
+def check_lengths(text, mask):
+    """Check that T and the embeddings, whose attention mask is (batch_size, N), are of prompts of the same lengths."""
+    if text.lengths is not None and text.lengths.tolist() != mask.sum(-1).tolist():
+        raise ValueError(
+            f"`text_self_attention` is of prompts of {text.lengths.tolist()} tokens, but by their mask the embeddings"
+            f" are of {mask.sum(-1).long().tolist()}. Encode and read the prompts in the same way, `clean_caption` and"
+            " `max_sequence_length` included."
+        )
+
+
+class PixArtTSAM(TSAMPipelineMixin):
+    """Before a stock PixArt pipeline."""
+
+    denoiser, loop, output, window = "transformer", PixArtLoop, PixArtAlphaTSAMPipelineOutput, None
+    settings = PixArtAlphaSettings
+    _callback_tensor_inputs = ["latents"]
+
+    # What stock's Stable Diffusion has and callbacks know.
+    @property
+    def guidance_scale(self):
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self):
+        return self._guidance_scale > 1
+
+    @property
+    def interrupt(self):
+        return self._interrupt
+
+    def layers_of(self, settings):
+        return self.cross_attention_layers(settings.attention_layers)
+
+    def cross_attention_layers(self, attention_layers: tuple[int, int] = (10, 18)) -> list:
+        """The cross-attention layers of the transformer's blocks from the first to the last given, counted from 0.
+
+        ValueError where there are no such blocks.
+        """
+        depth, remedy = len(self.transformer.transformer_blocks), "Pass the first and the last block to read, both read"
+        if not isinstance(attention_layers, (tuple, list)) or len(attention_layers) != 2:
+            raise TypeError(
+                f"`attention_layers` has to be two integers but is {attention_layers!r}. {remedy}, as (10, 18)."
+            )
+        for block in attention_layers:
+            check_integer("attention_layers", block, 0, f"{remedy}, as (10, 18).")
+        first, last = attention_layers
+        if not first <= last < depth:
+            raise ValueError(
+                f"`attention_layers` is ({first}, {last}), but this transformer has {depth} blocks, 0 to {depth - 1}."
+                f" {remedy}, for instance ({10 * depth // 28}, {18 * depth // 28}), or `tsam_steps=0`."
+            )
+        return [block.attn2 for block in self.transformer.transformer_blocks[first : last + 1]]
+
+    @torch.no_grad()
+    def get_text_self_attention(
+        self, prompt: str | list[str], clean_caption: bool = False, max_sequence_length: int = 120
+    ) -> TextSelfAttention:
+        """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
+
+        It is read while `encode_prompt` encodes them, with the same defaults, so it is of the tokens (cleaning,
+        truncation, padding) that the embeddings are of.
+        """
+        with record_self_attention(self.text_encoder) as recordings:
+            self.encode_prompt(prompt, False, clean_caption=clean_caption, max_sequence_length=max_sequence_length)
+        return self.read_text_self_attention(recordings)
+
+    def read_text_self_attention(self, recordings: list) -> TextSelfAttention:
+        """T' of the prompts that were encoded first while `record_self_attention` was open, symmetrised for T5."""
+        attention = symmetrize(mean_self_attention(recordings))
+        input_ids = recordings[0].input_ids
+        text = text_of(attention, input_ids, self.tokenizer)
+        position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        return text._replace(lengths=(position * (input_ids != self.tokenizer.pad_token_id)).amax(-1))
+
+    def words_of(self, phrase: str, clean_caption: bool = False) -> list[str]:
+        """A phrase's tokens, as a `TextSelfAttention` has them."""
+        (phrase,) = self._text_preprocessing(phrase, clean_caption=clean_caption)
+        return texts_of(self.tokenizer(phrase, add_special_tokens=False).input_ids, self.tokenizer)
