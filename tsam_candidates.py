@@ -90,8 +90,8 @@ def choose(pipe, stock, given, settings, images):
         if pipe.interrupt:
             break
     losses = [loop.loss for loop in loops if loop.loss is not None]
-    losses = torch.stack(losses, 1) if losses else torch.zeros(images, 1)
-    chosen = losses.argmin(1)
+    losses = torch.stack(losses, 1) if losses else torch.empty(images, 0)
+    chosen = losses.argmin(1) if losses.numel() else torch.zeros(images, dtype=torch.long)
     first = loops[0]
     return first, (chosen_of([loop.start[0] for loop in loops], chosen), first.start[1]), losses, chosen
 

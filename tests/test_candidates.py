@@ -1,0 +1,160 @@
+"""The start is chosen: by the right loss, from the right latents, and with nothing else changed."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+from diffusers_tsam import tsam_candidates
+from kinds import (
+    PROMPT,
+    SCHEDULERS,
+    SHORT,
+    calls_of,
+    denoiser_of,
+    every_pipeline,
+    generators,
+    kind_of,
+    refused,
+    run,
+    state_of,
+    use,
+)
+
+
+K = {"candidates": 3, "candidate_steps": 2}
+
+
+def starts(pipe, number, images=1):
+    """The latents that a call's one generator draws for candidates."""
+    generator, side = torch.Generator().manual_seed(0), kind_of(pipe).call.get("height", 64) // 2
+    return [torch.randn(images, 4, side, side, generator=generator) for _ in range(number)]
+
+
+def watched(pipe, latents, **arguments):
+    """The contrast loss before step 2 of pictures that nothing moves: (images,)."""
+    given = {"objective": "contrast", "alpha": 0.0, "tsam_steps": 2, "refinement_steps": ()} | arguments
+    return run(pipe, latents=latents, **given).losses[:, 1]
+
+
+@every_pipeline
+@pytest.mark.parametrize("guided", [{}, {"tsam_steps": 0}], ids=["guided", "off"])
+def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_draw(kind, pipe, guided):
+    chosen = set()
+    for seed in range(3):
+        output, alone = run(pipe, seed=seed, **K, **guided), run(pipe, seed=seed, **guided)
+        assert output.candidate_losses.shape == (1, 3) and output.chosen.shape == (1,)
+        assert output.chosen == output.candidate_losses.argmin(1)
+        assert alone.candidate_losses is None and alone.chosen is None
+        assert torch.equal(output.images, alone.images) == (output.chosen.item() == 0)
+        chosen.add(output.chosen.item())
+    assert len(chosen) > 1  # or the test would show one half alone
+
+
+def test_losses_and_pictures_are_those_of_the_starts_drawn_one_by_one(pipe):
+    for scheduler in (DDIMScheduler, EulerDiscreteScheduler):
+        use(scheduler, pipe)
+        output, own = run(pipe, [PROMPT, SHORT], **K), starts(pipe, 3, 2)
+        expected = torch.stack([watched(pipe, latents, prompt=[PROMPT, SHORT]) for latents in own], 1)
+        torch.testing.assert_close(output.candidate_losses, expected, rtol=1e-4, atol=1e-5)
+        drawn = torch.stack([own[k][image] for image, k in enumerate(output.chosen)])
+        assert torch.equal(output.images, run(pipe, [PROMPT, SHORT], latents=drawn).images)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.__name__)
+def test_the_chosen_start_meets_every_scheduler_as_new(pipe, scheduler, monkeypatch):
+    use(scheduler, pipe)
+    expected = run(pipe, eta=0.5).images
+    monkeypatch.setattr(torch.Tensor, "argmin", lambda losses, dim: torch.zeros(len(losses), dtype=torch.long))
+    assert torch.equal(run(pipe, eta=0.5, candidates=2, candidate_steps=3).images, expected)
+
+
+def test_an_image_of_a_batch_is_chosen_as_alone(pipe):
+    together = run(pipe, [PROMPT, SHORT], num_images_per_prompt=2, generator=generators(4), **K)
+    for image, prompt in enumerate([PROMPT, PROMPT, SHORT, SHORT]):
+        alone = run(pipe, prompt, seed=image, **K)
+        torch.testing.assert_close(together.candidate_losses[image], alone.candidate_losses[0], rtol=1e-4, atol=1e-5)
+        assert together.chosen[image] == alone.chosen[0]
+        torch.testing.assert_close(together.images[image], alone.images[0], rtol=1e-3, atol=1e-3)
+
+
+def test_latents_may_hold_the_starts_and_what_they_lack_is_drawn(pipe):
+    own = starts(pipe, 3)
+    whole = run(pipe, latents=torch.cat(own), **K)
+    assert torch.equal(whole.candidate_losses, run(pipe, **K).candidate_losses)
+    part = run(pipe, latents=own[2], generator=torch.Generator().manual_seed(0), **K)
+    assert torch.equal(part.candidate_losses, whole.candidate_losses[:, [2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"candidates": 0}, "`candidates` is 0, but has to be at least 1"),
+        ({"candidates": 2, "candidate_steps": 5}, "`candidate_steps` is 5, but there are only 4 denoising steps"),
+        ({"candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, "`latents` hold 3 starts, but 1 images .* 1 to 2"),
+        ({"prompt": [PROMPT] * 2, "candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, "a multiple of 2"),
+    ],
+    ids=str,
+)
+def test_wrong_numbers_are_refused_before_a_network_runs(pipe, wrong, message):
+    with refused(pipe, ValueError, message):
+        run(pipe, **wrong)
+    with refused(pipe, TypeError, "`candidates` has to be an integer but is 2.5"):
+        run(pipe, candidates=2.5)
+
+
+def test_callbacks_and_what_is_left_behind_are_of_the_drawn_picture_alone(pipe, capfd):
+    seen, before = [], state_of(pipe)
+    pipe.set_progress_bar_config(disable=False, mininterval=0)
+    output = run(pipe, callback_on_step_end=lambda pipe, step, t, tensors: seen.append(step) or tensors, **K)
+    assert seen == [0, 1, 2, 3] and output.steps == [0, 0, 0, 1, 1, 1]
+    pipe.set_progress_bar_config(disable=True)
+    assert state_of(pipe) == before
+    assert capfd.readouterr().err.count("choosing") >= 3
+
+
+def test_the_text_encoder_runs_no_more_often_and_the_denoiser_as_often_as_it_says(pipe):
+    with calls_of(pipe.text_encoder) as encoded, calls_of(denoiser_of(pipe)) as denoised:
+        run(pipe, tsam_steps=0)
+        one = len(encoded), len(denoised)
+        run(pipe, tsam_steps=0, **K)
+    assert (len(encoded), len(denoised)) == (2 * one[0], 2 * one[1] + 3 * 2)
+
+
+def test_no_gradient_is_taken(pipe, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.inference_mode():
+        output = run(pipe, tsam_steps=0, **K)
+    assert output.candidate_losses.isfinite().all()
+
+
+def test_an_interruption_while_choosing_ends_the_call(pipe):
+    layer = denoiser_of(pipe)
+    handle = layer.register_forward_pre_hook(lambda *args: setattr(pipe, "_interrupt", True))
+    output = run(pipe, candidates=3, candidate_steps=2)
+    handle.remove()
+    assert torch.equal(output.images, starts(pipe, 1)[0] * pipe.scheduler.init_noise_sigma)  # the start, not denoised
+    assert output.losses.shape == output.candidate_losses.shape == (1, 0) and not torch.equal(run(pipe).images, output.images)
+
+
+def test_ranked_seeds_are_those_of_the_pictures_they_draw_best_first(pipe):
+    ranked = pipe.rank(PROMPT, range(4), candidate_steps=2, num_inference_steps=4, **kind_of(pipe).call)
+    losses = [loss for _, loss in ranked]
+    assert sorted(seed for seed, _ in ranked) == [0, 1, 2, 3] and losses == sorted(losses) and len(set(losses)) > 1
+    for seed, loss in ranked:
+        assert loss == pytest.approx(run(pipe, seed=seed, **K).candidate_losses[0, 0].item(), rel=1e-4)
+    with pytest.raises(ValueError, match="`candidate_steps` is 9, but there are only 4"):
+        pipe.rank(PROMPT, [0], candidate_steps=9, num_inference_steps=4)
+
+
+def test_regions_windows_and_t_of_ones_own_are_chosen_by_too(pipe):
+    text = pipe.get_text_self_attention(PROMPT)
+    plain = run(pipe, **K)
+    assert torch.equal(run(pipe, text_self_attention=text, **K).candidate_losses, plain.candidate_losses)
+    held = run(pipe, regions={"black car": (0, 0, 0.5, 1)}, **K)
+    assert torch.equal(held.candidate_losses, plain.candidate_losses) and held.losses.isfinite().all()
+
+
+def test_chosen_starts_are_rows_of_tensors_and_of_tuples_of_them():
+    one, two = torch.zeros(2, 3), torch.ones(2, 3)
+    first, second = tsam_candidates.chosen_of([(one, one), (two, two)], torch.tensor([1, 0]))
+    assert torch.equal(first, torch.tensor([[1.0] * 3, [0.0] * 3])) and torch.equal(first, second)
