@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
 
 from .attention_processors import lock_of, mean_maps, record_cross_attention
+from .cli import check_prompt
 from .tsam import LatentAlignment
 from .tsam_layout import check_regions, layout_of
 
@@ -14,8 +16,8 @@ from .tsam_layout import check_regions, layout_of
 class Drawn(NamedTuple):
     """A picture, and what was seen in its G denoising steps, when they predict the noise: after a guided one's updates.
 
-    losses: G numbers. guided: which steps were. attentions: what `LatentAlignment.attentions` returns, of all steps;
-    with regions also these, as `figures.figure` draws them.
+    losses: G numbers. guided: which steps were. attentions: what `LatentAlignment.attentions` returns, of all steps,
+    and uncut, all tokens of the prompt; with regions also these, as `figures.figure` draws them.
     """
 
     picture: Any
@@ -29,20 +31,22 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
     the stock call.
 
     on_step: called as (pipe, "T-SAM" or "stock", step, latents, loss) after every step. None is returned where it sets
-    `pipe._interrupt`, which ends the drawing.
+    `pipe._interrupt`, which ends the drawing. ValueError for a picture that breaks.
     """
     layers, model = pipe.layers_of(settings), getattr(pipe, pipe.denoiser)
-    ours = settings.given
-    given = arguments | ours | {"prompt": prompt}
+    ours, usual = settings.given, inspect.signature(pipe.__call__).parameters
+    given = {name: each.default for name, each in usual.items()} | arguments | ours | {"prompt": prompt}
 
     def named(method):
-        """The arguments of `method` that are given."""
+        """`method` with the call's arguments of the same names."""
         names = given.keys() & inspect.signature(method).parameters.keys()
         return functools.partial(method, **{name: given[name] for name in names})
 
     text = named(pipe.get_text_self_attention)()
-    if text.content.sum() < 2:
-        raise ValueError(f"T-SAM aligns words with each other: {prompt!r} needs two or more.")
+    check_prompt(prompt, text.content.sum())
+    size = "alpha" if settings.relative_step is None else "relative_step"
+    lower = {"stock": "`guidance_scale`, or pass another `dtype`"}
+    lower["T-SAM"] = f"`{size}`, which is {getattr(settings, size)}, or {lower['stock']}"
     layout = layout_of(check_regions(settings.regions, 1), text, named(pipe.words_of))
 
     def run(name, **changes):
@@ -54,8 +58,11 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
             steps.append(i)
             seen.maps.append(maps)
             seen.losses.append(seen.loss_of(maps))
+            loss = seen.losses[-1].item()
+            if not (math.isfinite(loss) and latents.isfinite().all()):
+                raise ValueError(f"{name}'s picture broke at step {i + 1}: no finite numbers. Lower {lower[name]}.")
             if on_step is not None:
-                on_step(pipe, name, i, latents, seen.losses[-1].item())
+                on_step(pipe, name, i, latents, loss)
             return {}
 
         pipe.set_progress_bar_config(desc=name)
@@ -65,7 +72,7 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
         with lock_of(model), record_cross_attention(layers, seen.num_tokens, graph=False) as recorded:
             output = pipe(prompt, **call)
         guided = list(dict.fromkeys(output.steps))
-        attentions = seen.attentions(steps)[0]
+        attentions = seen.attentions(steps)[0] | {"uncut": named(pipe.words_of)(prompt)}
         if layout is not None:
             words = layout.tokens[0][:, text.content[0]]
             own = [of_phrase.nonzero().flatten().tolist() for of_phrase in words]

@@ -15,11 +15,13 @@ OUTLINES = ("#00e5ff", "#ffe100", "#ff5fd2", "#7dff6a")  # of regions, in turn
 INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
 MAX_WORDS, WORDS_A_LINE = 14, 7  # two lines of maps that can still be read
 WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: of all, a picture's side, the height of the tables
+COLUMN = 2.2  # inches of a sheet
 LONGEST = 200  # characters of a prompt
 DPI = 120
 OPACITY = 0.65  # of a map over its picture
 NEAREST = 128  # pixels up to which a picture is shown as squares
 TEXT = {"color": INK, "parse_math": False}  # a prompt's $ is no formula
+SMALL = TEXT | {"color": GREY}
 
 
 def figure(prompt, words, rows, tables, footer="", regions=()):
@@ -34,16 +36,12 @@ def figure(prompt, words, rows, tables, footer="", regions=()):
     lines = math.ceil(len(shown) / WORDS_A_LINE)
     columns = max(math.ceil(len(shown) / lines), 3)  # so that a map is no larger than the picture
     scales = [max(float(maps[i].max()) for *_, maps in rows) for i in range(len(shown))]
-    fig = Figure((WIDTH, len(rows) * (PICTURE + 0.6) + TABLES + 0.6), dpi=DPI, layout="constrained", facecolor="white")
-    fig.get_layout_engine().set(h_pad=0.1)
-    title = " ".join(prompt.split())
-    title = f"“{title}”" if len(title) <= LONGEST else f"“{title[:LONGEST]} …”"
-    fig.suptitle(textwrap.fill(title, 90 if prompt.isascii() else 45), size=17, weight="bold", **TEXT)
+    fig = blank(prompt, WIDTH, len(rows) * (PICTURE + 0.6) + TABLES + 0.6)
     *parts, below = fig.subfigures(len(rows) + 1, height_ratios=[PICTURE + 0.6] * len(rows) + [TABLES])
     for part, (name, caption, picture, maps) in zip(parts, rows):
         left, right = part.subfigures(1, 2, width_ratios=(PICTURE, WIDTH - PICTURE))
         left.suptitle(name, x=0.03, ha="left", size=13, weight="bold", **TEXT)
-        right.suptitle(caption, x=0.01, ha="left", size=11, **TEXT | {"color": GREY})
+        right.suptitle(caption, x=0.01, ha="left", size=11, **SMALL)
         axes = left.subplots()
         draw_picture(axes, picture)
         for outline, colour, _ in outlines:
@@ -63,7 +61,32 @@ def figure(prompt, words, rows, tables, footer="", regions=()):
         axes.set_title(name, size=13, weight="bold", pad=8, **TEXT)
     if len(words) > len(shown):
         footer = f"the first {len(shown)} of {len(words)} words · {footer}"
-    fig.supxlabel(textwrap.fill(footer, 190), size=9, **TEXT | {"color": GREY})
+    fig.supxlabel(textwrap.fill(footer, 190), size=9, **SMALL)
+    return fig
+
+
+def sheet(prompt, columns, rows, footer=""):
+    """Pictures alone: a `Figure`, for `save`. columns: their names. rows: (name, captions, PIL images)."""
+    width = max(COLUMN * len(columns), WIDTH / 2)
+    fig = blank(prompt, width, len(rows) * (COLUMN + 0.8) + 1.2)
+    for (name, captions, pictures), line in zip(rows, fig.subplots(len(rows), len(columns), squeeze=False)):
+        line[0].set_ylabel(name, size=13, weight="bold", **TEXT)
+        for axes, column, caption, picture in zip(line, columns, captions, pictures):
+            draw_picture(axes, picture)
+            axes.set_title(column, size=11, pad=3, **TEXT)
+            axes.set_xlabel(textwrap.fill(caption, 28), size=9, **SMALL)
+    fig.supxlabel(textwrap.fill(footer, int(190 * width / WIDTH)), size=9, **SMALL)
+    return fig
+
+
+def blank(prompt, width, height):
+    """An empty figure, entitled."""
+    fig = Figure((width, height), dpi=DPI, layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(h_pad=0.1)
+    title = " ".join(prompt.split())
+    title = f"“{title}”" if len(title) <= LONGEST else f"“{title[:LONGEST]} …”"
+    letters = int((90 if prompt.isascii() else 45) * width / WIDTH)
+    fig.suptitle(textwrap.fill(title, letters), size=17, weight="bold", **TEXT)
     return fig
 
 

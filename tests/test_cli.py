@@ -18,7 +18,7 @@ from diffusers_tsam.pipeline_tsam_sd import StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes import TUNED
 from diffusers_tsam.shapes.judge import Judge
 from diffusers_tsam.tsam import OBJECTIVES
-from diffusers_tsam.tsam_arguments import OBJECTIVE_NAMES
+from diffusers_tsam.tsam_arguments import PRESETS
 from kinds import KINDS, PROMPT, make
 
 
@@ -209,7 +209,7 @@ def test_other_pipelines_are_refused_by_name_before_they_are_loaded(name, broken
     monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
     class_name(name)(broken)
     families = "Stable Diffusion (StableDiffusionPipeline) and PixArt-α (PixArtAlphaPipeline)"
-    assert refused([PROMPT, "--model", broken]).endswith(f": it is a {name}. T-SAM is for {families}.")
+    assert refused([PROMPT, "--model", broken]).endswith(f": it is a {name}. This draws with {families}.")
 
 
 def test_a_model_that_cannot_be_loaded_is_said_in_a_line(folder, tmp_path, refused):
@@ -283,7 +283,7 @@ def test_help_explains_every_option_in_one_line_imports_nothing_heavy_and_needs_
 
 def test_the_choices_are_the_pipelines():
     choices = {option.dest: option.choices for option in cli.arguments()._actions}
-    assert choices["objective"] == OBJECTIVE_NAMES and choices["pipeline"] == tuple(FAMILIES)
+    assert choices["preset"] == tuple(PRESETS) and choices["pipeline"] == tuple(FAMILIES)
 
 
 @pytest.mark.parametrize(
