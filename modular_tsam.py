@@ -8,11 +8,14 @@ The paper knows none of these models. What had to be chosen without it is marked
 """
 
 import functools
+import inspect
 import shutil
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
@@ -40,7 +43,7 @@ from .tsam import LatentAlignment, logger, symmetrize, text_of
 from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
+from .tsam_pipeline import TESTED, StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
 from .tsam_sd import text_of_clips, unet_layers
 
 
@@ -186,6 +189,21 @@ class AlignedLoop:
         """Height and width of the latents, or of the maps."""
         return block_state.latents.shape[-2:]
 
+    def __call__(self, components, state):
+        model = getattr(components, self.denoiser)
+        if state.get("tsam_steps") == 0:
+            return super().__call__(components, state)
+        with lock_of(model), frozen(model) as state.saving:  # once a loop, because it walks over all weights
+            try:
+                return super().__call__(components, state)
+            finally:
+                del state.saving
+
+    def get_block_state(self, state):
+        block_state = super().get_block_state(state)
+        block_state.saving = getattr(state, "saving", nullcontext)
+        return block_state
+
     def loop_step(self, components, block_state, i, t):
         if i == 0:
             self.begin(components, block_state)
@@ -242,7 +260,7 @@ class AlignedLoop:
         sample, *args = args or [kwargs.pop("hidden_states")]
         beside = sample[:, latents.shape[1] :]  # an inpainting model's mask and picture
         kwargs.pop("return_dict", None)
-        with lock_of(model), frozen(model) as saving, saving(), self.recording(block_state) as maps:
+        with block_state.saving(), self.recording(block_state) as maps:
 
             def maps_at(model_input):
                 model_input = torch.cat([model_input.to(sample.dtype), beside], 1)
@@ -343,17 +361,26 @@ class TSAMBlocks:
     def __init__(self):
         super().__init__()
         self.sub_blocks = deepcopy(self.sub_blocks)  # stock's classes share theirs
-        self._replace(self.sub_blocks)
+        if not self._replace(self.sub_blocks):
+            raise RuntimeError(
+                f"{type(self).__name__} found no denoising loop that takes steps as in diffusers {TESTED}, its tested"
+                f" one, in diffusers {diffusers.__version__}. Install that one, or use a pipeline class."
+            )
 
     def _replace(self, blocks):
+        """How many loops there were. diffusers is about to give them another `loop_step` (its pull request 14159)."""
+        loops = 0
         stock = next(cls for cls in self.text_step.__mro__ if cls.__module__.startswith("diffusers."))
         for name, block in blocks.items():
             if type(block) is stock:
                 blocks[name] = self.text_step()
             elif isinstance(block, LoopSequentialPipelineBlocks):
-                blocks[name] = type(f"TSAM{type(block).__name__}", (self.loop, type(block)), {})()
+                if list(inspect.signature(type(block).loop_step).parameters)[:2] == ["self", "components"]:
+                    blocks[name] = type(f"TSAM{type(block).__name__}", (self.loop, type(block)), {})()
+                    loops += 1
             else:
-                self._replace(block.sub_blocks)
+                loops += self._replace(block.sub_blocks)
+        return loops
 
     @property
     def outputs(self):

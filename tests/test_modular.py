@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -516,3 +517,23 @@ def test_a_pipeline_that_the_blocks_did_not_make_says_so_after_its_first_picture
     run(pipe, num_inference_steps=1)
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     assert "has no code of T-SAM" in warnings_seen.text
+
+
+def test_blocks_of_a_diffusers_whose_loops_take_other_steps_are_refused(monkeypatch):
+    monkeypatch.setattr(LoopSequentialPipelineBlocks, "loop_step", lambda self, block_state, iteration: None)
+    with pytest.raises(RuntimeError, match="found no denoising loop that takes steps as in diffusers 0.42"):
+        BLOCKS["sdxl"].tsam()
+
+
+def test_a_loop_walks_over_the_weights_as_often_whatever_the_number_of_steps(monkeypatch):
+    kind, walks = BLOCKS["sd3"], []
+    pipe, walk = make(kind.tsam, kind.components), torch.nn.Module.named_parameters
+    monkeypatch.setattr(
+        torch.nn.Module, "named_parameters", lambda *args, **kwargs: walks.append(1) or walk(*args, **kwargs)
+    )
+    counts = []
+    for steps in (2, 5):
+        walks.clear()
+        run(pipe, num_inference_steps=steps, tsam_steps=steps, refinement_steps=())
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0
