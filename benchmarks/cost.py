@@ -175,12 +175,12 @@ def without_data(device, dtype=torch.bfloat16):
         yield
 
 
-def alignment_of(columns, first, device):
+def alignment_of(columns, first, device, **settings):
     """A `LatentAlignment` of a prompt of nine tokens, which begin at `first` of `columns`."""
     content = torch.zeros(1, columns, dtype=torch.bool)
     content[:, first : first + 9] = True
     text = TextSelfAttention(torch.ones(1, columns, columns), content, [["word"] * 9])
-    alignment = LatentAlignment(text, Settings(alpha=1.0))
+    alignment = LatentAlignment(text, Settings(**settings or {"alpha": 1.0}))
     alignment.text = Syntax(*(part.to(device) if torch.is_tensor(part) else part for part in alignment.text))
     return alignment
 
@@ -196,8 +196,42 @@ def counted(calls, *parts):
     return zip(*found)
 
 
-def simulate(kind, size, device):
-    """Operations and peak bytes of (plain step with classifier-free guidance, decoding, guided pass), without data."""
+class Launches(TorchDispatchMode):
+    """Counts calls of operators, and those of them that compute, which a GPU launches a kernel for."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.kernels = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        self.kernels += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def launched(calls, *parts):
+    """`Launches` of each call."""
+    found = []
+    for call in calls:
+        with Launches() as launches:
+            call()
+        found.append({"calls": launches.calls, "kernels": launches.kernels})
+    return found
+
+
+def launches(kind):
+    """What a host has to launch in a plain step and in a guided pass, and of that outside of the network: the maps'
+    mean, the loss, its gradient to the maps, and the move."""
+    plain, _, guided = simulate(kind, 512, "meta", launched)
+    update, alone = update_alone(torch.device("cpu"))
+    outside, stub = launched([lambda: update(), lambda: alone()])
+    outside = {name: outside[name] - stub[name] for name in outside}
+    return {"plain step": plain, "guided pass": guided, "outside of the network": outside}
+
+
+def simulate(kind, size, device, counted=counted):
+    """Operations and peak bytes of (plain step with classifier-free guidance, decoding, guided pass), without data; or
+    what else `counted` counts."""
     alignment = alignment_of(9, 0, device)
     with without_data(device):
         pipe = PIPELINES[kind][1](**build_components(kind))
@@ -263,7 +297,7 @@ def simulate_modular(kind, size, device):
     with without_data(device):
         model, given = build_modular(kind, size)
         state = BlockState(**{**defaults, **given, "num_inference_steps": 50, "updates": [1]})
-        state.alignment, state.given = alignment, loop.settings()
+        state.alignment, state.given, state.saving = alignment, loop.settings(), nullcontext
         state.layers = loop.layers(model, state.given)
         loop.grid = lambda _: (size // 16,) * 2 if kind == "flux" else state.latents.shape[-2:]
         scheduler = SimpleNamespace(scale_model_input=lambda sample, t: sample)
@@ -274,7 +308,8 @@ def simulate_modular(kind, size, device):
             lambda: loop.sub_blocks["denoiser"](components, state, i=0, t=t),
             lambda: loop.align(components, state, 0, t),
         )
-        return counted(calls, model)
+        with frozen(model):
+            return counted(calls, model)
 
 
 def loop_of(kind):
@@ -391,30 +426,35 @@ def windows(device, lengths=(75, 150, 300, 600), window=75):
     return {name: {n: loss_alone(n, of(n), device) for n in lengths} for name, of in found.items()}
 
 
-def overhead(device, tokens=9, layers=5, positions=256):
+def update_alone(device, tokens=9, layers=5, positions=256):
+    """One update by the contrast objective of maps that no network made, and the stub of a network alone."""
+    recorded = torch.rand(layers, 1, positions, tokens + 1, device=device).softmax(-1)
+    alignment = alignment_of(tokens + 1, 1, device, preset="light")
+    latents = torch.randn(1, 4, 64, 64, device=device)
+
+    def network(model_input):
+        return dict(enumerate(recorded + model_input.mean()))  # its gradient is in place of a backward pass
+
+    def alone():
+        with torch.enable_grad():
+            model_input = latents.clone().requires_grad_()
+            torch.autograd.grad(sum(maps.sum() for maps in network(model_input).values()), model_input)
+
+    return lambda: alignment.update(latents, 1.0, lambda x: mean_maps(network(x), 64, 64, layers)), alone
+
+
+def overhead(device):
     """Milliseconds of what a guided call does outside of the network, beside a plain step of Stable Diffusion 1.5 at
     512 pixels in float32: `call`, once a call; `update`, the maps' mean, loss, gradient to the maps, and the move."""
     with torch.device(device), torch.no_grad():
         pipe = PIPELINES["sd"][1](**build_components("sd"))
-        settings = pipe.settings(preset="light")
-        latents = torch.randn(1, 4, 64, 64)
-        recorded = torch.rand(layers, 1, positions, TOKENS["sd"]).softmax(-1)
-        content = torch.zeros(1, TOKENS["sd"], dtype=torch.bool)
-        content[:, 1 : 1 + tokens] = True
-        text = TextSelfAttention(torch.rand(1, *[TOKENS["sd"]] * 2), content, [["word"] * tokens])
-        number = int(content.sum()) + 1
 
         def start():
-            with frozen(pipe.unet), record_cross_attention(pipe.layers_of(settings), number, stop=True):
-                return LatentAlignment(text, settings, device=latents.device)
+            with frozen(pipe.unet), record_cross_attention(pipe.layers_of(pipe.settings()), 10, stop=True):
+                return alignment_of(TOKENS["sd"], 1, device, preset="light")
 
-        def maps_at(model_input):
-            maps = recorded[..., :number] + model_input.mean()  # the network's gradient in place of its backward pass
-            return mean_maps(dict(enumerate(maps)), 64, 64, layers)
-
-        alignment = start()
-        found = {"call": timed(start, device), "update": timed(lambda: alignment.update(latents, 1.0, maps_at), device)}
-        batch, states = latents.repeat(2, 1, 1, 1), torch.randn(2, TOKENS["sd"], 768)
+        found = {"call": timed(start, device), "update": timed(update_alone(device)[0], device)}
+        batch, states = torch.randn(2, 4, 64, 64), torch.randn(2, TOKENS["sd"], 768)
         found["plain step"] = timed(lambda: pipe.unet(batch, 1, states), device, 1)
     return found | {"device": device.type, "share": round(found["update"] / found["plain step"], 5)}
 
@@ -428,7 +468,7 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["operations", "modular", "loss", "windows", "overhead", "sd", "pixart"],
+        default=["operations", "modular", "launches", "loss", "windows", "overhead", "sd", "pixart"],
         help="%(default)s; sd and pixart draw pictures",
     )
     args = parser.parse_args()
@@ -439,6 +479,7 @@ def main():
     calls = {
         "operations": lambda: operations(PIPELINES, simulate, 512, 50),
         "modular": lambda: operations(MODULAR, simulate_modular, 1024, 50),
+        "launches": lambda: {kind: launches(kind) for kind in PIPELINES},
         "loss": lambda: {n: loss_alone(n, n, device)["ms"] for n in (5, 20, 40, 75)},
         "windows": lambda: windows(device),
         "overhead": lambda: overhead(device),

@@ -133,7 +133,8 @@ def test_an_interruption_while_choosing_ends_the_call(pipe):
     output = run(pipe, candidates=3, candidate_steps=2)
     handle.remove()
     assert torch.equal(output.images, starts(pipe, 1)[0] * pipe.scheduler.init_noise_sigma)  # the start, not denoised
-    assert output.losses.shape == output.candidate_losses.shape == (1, 0) and not torch.equal(run(pipe).images, output.images)
+    assert output.losses.shape == output.candidate_losses.shape == (1, 0)
+    assert not torch.equal(run(pipe).images, output.images)
 
 
 def test_ranked_seeds_are_those_of_the_pictures_they_draw_best_first(pipe):
