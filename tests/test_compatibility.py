@@ -45,10 +45,18 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 VISION |= {"image_size": 16, "patch_size": 8, "projection_dim": 12}
 
 
+PIXARTS = "pixart", "pixart_sigma"
+
+
+def build(kind):
+    """New components; of PixArt with four blocks alone, which draw sooner."""
+    return tiny_pixart_components(blocks=4) if kind.name in PIXARTS else kind.build()
+
+
 @pytest.fixture
-def pipe(own):
+def pipe(kind):
     """What is added to its components stays with it."""
-    return own
+    return make(kind.tsam, build(kind))
 
 
 @pytest.fixture
@@ -72,8 +80,13 @@ def off(pipe, prompt=PROMPT, **options):
     return run(pipe, prompt, **{**STEPS, "tsam_steps": 0, **options})
 
 
+def settings_of(kind):
+    """The size of an update, and of PixArt the blocks whose maps are read."""
+    return {"alpha": kind.alpha} | ({"attention_layers": (1, 2)} if kind.name in PIXARTS else {})
+
+
 def guided(pipe, prompt=PROMPT, **options):
-    return run(pipe, prompt, **{**STEPS, "alpha": kind_of(pipe).alpha, **options})
+    return run(pipe, prompt, **{**STEPS, **settings_of(kind_of(pipe)), **options})
 
 
 def holds(pipe, without=None, prompt=PROMPT, stock=None, **options):
@@ -157,7 +170,7 @@ class TestLora:
 
     def test_pixarts_is_pefts_own(self):
         peft = pytest.importorskip("peft")
-        pipe = make(PIXART.tsam, PIXART.build())
+        pipe = make(PIXART.tsam, build(PIXART))
         plain = guided(pipe)
         config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
         pipe.transformer = peft.get_peft_model(pipe.transformer, config)
@@ -394,7 +407,7 @@ class TestOffload:
 
 class TestLayerwiseCasting:
     def test_it_guides_as_the_rounded_weights_do_with_gradient_checkpointing_too(self, kind, pipe):
-        without, denoiser, rounded = guided(pipe), denoiser_of(pipe), make(kind.tsam, kind.build())
+        without, denoiser, rounded = guided(pipe), denoiser_of(pipe), make(kind.tsam, build(kind))
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
         weights = {name: weight.float() for name, weight in denoiser.state_dict().items()}
         denoiser_of(rounded).load_state_dict(weights)
@@ -416,39 +429,24 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("kind, way", [("sd", "model"), ("sd", "blocks"), ("pixart", "in place")])
-def test_it_guides_to_the_same_with_one_graph_beside_stocks(kind, way):
+@pytest.mark.parametrize("kind, way", [("sd", "model"), ("sd", "blocks"), ("pixart", "in place")], indirect=["kind"])
+def test_it_guides_to_the_same_with_one_graph_beside_stocks(pipe, way):
     torch.compiler.reset()
-    kind, options = KINDS[kind], {}
-    pipe = make(kind.tsam, kind.build())
-    if kind is PIXART:  # fewer blocks compile sooner
-        pipe, options = make(kind.tsam, tiny_pixart_components(blocks=2)), {"attention_layers": (0, 1)}
-    expected, counter = guided(pipe, **options), CompileCounterWithBackend("eager")
+    expected, counter = guided(pipe), CompileCounterWithBackend("eager")
     COMPILED[way](pipe, counter)
     theirs = plain(pipe).images
-    assert counter.frame_count == 1 and torch.equal(off(pipe, **options).images, theirs)
+    assert counter.frame_count == 1 and torch.equal(off(pipe).images, theirs)
     before = state_of(pipe)
-    same(guided(pipe, **options), expected)
+    same(guided(pipe), expected)
     assert counter.frame_count <= 2  # guidance freezes the weights, which graphs know
     with torch.compiler.set_stance("fail_on_recompile"):
-        same(guided(pipe, **options), expected)
+        same(guided(pipe), expected)
         plain(pipe)
     assert state_of(pipe) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pipelines from pipelines, precision, clip_skip
-
-
-def test_from_stock_and_back_stock_draws_the_same(kind, pipe):
-    stock = make(kind.stock, pipe.components).to(torch.bfloat16)
-    expected = run(stock, **STEPS).images
-    there = kind.tsam.from_pipe(stock)
-    there.set_progress_bar_config(disable=True)
-    assert torch.equal(off(there).images, expected) and differ(guided(there).images, expected)
-    back = kind.stock.from_pipe(there, dtype=torch.bfloat16)  # stock alone would make it float32
-    back.set_progress_bar_config(disable=True)
-    assert torch.equal(run(back, **STEPS).images, expected)
 
 
 def test_image_to_image_goes_on_from_a_guided_picture(of_sd):
@@ -518,12 +516,12 @@ def second_of(pipe):
 
 def of_another_file(kind, pipe, folder):
     """The custom pipeline, whose class is not the installed one."""
-    make(kind.stock, kind.components).save_pretrained(folder)
+    make(kind.stock, pipe.components).save_pretrained(folder)
     other = DiffusionPipeline.from_pretrained(folder, **custom(kind))
     assert type(other) is not kind.tsam
     other.register_modules(**{kind.denoiser: denoiser_of(pipe), "text_encoder": pipe.text_encoder})
     other.set_progress_bar_config(disable=True)
-    options = {**STEPS, "output_type": "latent", "alpha": kind.alpha, "refinement_iterations": 2, **kind.call}
+    options = {**STEPS, "output_type": "latent", "refinement_iterations": 2, **settings_of(kind), **kind.call}
     return lambda: other(SHORT, generator=generators(1), **options).images
 
 
@@ -537,7 +535,7 @@ SECOND = {
     "the same pipeline": lambda kind, pipe, folder: second_of(pipe),
     "the same denoiser": lambda kind, pipe, folder: second_of(make(kind.tsam, components_of(pipe))),
     "the same text encoder": lambda kind, pipe, folder: second_of(
-        make(kind.tsam, {**kind.build(), "text_encoder": pipe.text_encoder})
+        make(kind.tsam, {**build(kind), "text_encoder": pipe.text_encoder})
     ),
     "the custom pipeline": of_another_file,
     "stock": of_stock,
@@ -558,17 +556,25 @@ class TestThreads:
             torch.testing.assert_close(images, theirs, rtol=5e-3, atol=5e-3)
         assert state_of(pipe) == before
 
-    def test_t_may_be_read_while_another_thread_draws(self, pipe):
+    @pytest.mark.xfail(reason="a call takes another thread's prompt for its own until it has encoded it", strict=True)
+    def test_t_may_be_read_before_and_while_another_thread_draws(self, pipe):
         expected, text, before = guided(pipe), pipe.get_text_self_attention(SHORT), state_of(pipe)
-        output, texts = at_once(
-            lambda: guided(pipe), lambda: [pipe.get_text_self_attention(SHORT).attention for _ in range(40)]
-        )
-        torch.testing.assert_close(output.losses, expected.losses, rtol=1e-3, atol=1e-3)
-        assert all(torch.allclose(attention, text.attention, atol=1e-6) for attention in texts)
-        assert state_of(pipe) == before
 
-    def test_a_layer_that_another_thread_runs_is_neither_recorded_nor_stopped(self, pipe):
-        layers, latents, t = pipe.cross_attention_layers(), torch.randn(2, 4, 32, 32), torch.ones(2)
+        def read(number=1):
+            return [pipe.get_text_self_attention(SHORT).attention for _ in range(number)]
+
+        check, texts = pipe.check_inputs, []
+        pipe.check_inputs = lambda *args, **kwargs: (texts.extend(*at_once(read)), check(*args, **kwargs))
+        same(guided(pipe), expected)
+        del pipe.check_inputs
+        output, others = at_once(lambda: guided(pipe), lambda: read(20))
+        same(output, expected)
+        assert all(torch.allclose(attention, text.attention, atol=1e-6) for attention in texts + others)
+        assert len(texts) == 1 and state_of(pipe) == before
+
+    def test_a_layer_that_another_thread_runs_is_neither_recorded_nor_stopped(self, kind, pipe):
+        latents, t = torch.randn(2, 4, 32, 32), torch.ones(2)
+        layers = pipe.layers_of(pipe.settings(**settings_of(kind)))
         conditions = conditions_of(pipe, PROMPT)
 
         @torch.no_grad()
@@ -584,7 +590,7 @@ class TestThreads:
             assert len(maps) == len(layers)
 
     def test_two_models_at_once_leave_compilation_on(self, kind):
-        pipes = [make(kind.tsam, kind.build()) for _ in range(2)]
+        pipes = [make(kind.tsam, build(kind)) for _ in range(2)]
         at_once(*(lambda pipe=pipe: guided(pipe, num_inference_steps=4, tsam_steps=4) for pipe in pipes))
         counter = CompileCounterWithBackend("eager")
         torch.compile(lambda x: x + 1, backend=counter)(torch.ones(1))
