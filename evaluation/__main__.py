@@ -1,9 +1,12 @@
 """`python -m diffusers_tsam.evaluation`: generate, score, report, sweep."""
 
 import argparse
+import re
 import sys
 from itertools import product
 from pathlib import Path
+
+from ..cli import INTERRUPTED
 
 
 def numbers(text):
@@ -40,11 +43,11 @@ def arguments():
         add("--blip", help="a BLIP that captions (Salesforce/blip-image-captioning-base)")
         add("--vqa", help="a BLIP that answers (Salesforce/blip-vqa-base)")
         add("--sentences", help="finds the nearest choice, or none (sentence-transformers/all-mpnet-base-v2)")
-        add("--score-batch", type=int, help="pictures at once (32)")
+        add("--score-batch", type=int, default=32, help="pictures at once (32)")
 
     command = commands.add_parser("generate", help="draw prompts by methods, on one process or many")
     drawing(command)
-    methods = 'stock, tsam, conform, "tsam:alpha=20:gamma=4", ... joined by commas'
+    methods = 'stock, tsam, conform, "tsam:alpha=20:objective=my.py:function", ... joined by commas'
     command.add_argument("--methods", type=words, default=["stock", "tsam"], help=methods)
     command = commands.add_parser("score", help="score a run's pictures")
     command.add_argument("run")
@@ -74,11 +77,11 @@ def draw(args, **changes):
 def rate(args, folder):
     from .score import score
 
-    names = ("questions", "clip", "blip", "vqa", "sentences")
+    names = ("questions", "clip", "blip", "vqa", "sentences", "score_batch")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if given.get("sentences") == "none":
         given["sentences"] = None
-    return score(folder, args.metrics, **given, **({"batch": args.score_batch} if args.score_batch else {}))
+    return score(folder, args.metrics, **given)
 
 
 def sweep(args):
@@ -86,7 +89,9 @@ def sweep(args):
     from . import prompts
     from .report import COLUMNS, Scores, report
     from .runs import processes
+    from .score import check
 
+    check(args.metrics, args.questions, args.score_batch)
     tuning, reported = ({p.text for p in prompts.load(spec)} for spec in (args.prompts, args.report_prompts))
     if tuning & reported:
         raise ValueError(
@@ -116,8 +121,11 @@ def said(*lines):
 
 def run(args):
     """The lines that a command prints."""
+    from .baselines import unbound
+
     if args.command == "generate":
-        return said(f"{draw(args).folder}: drawn")
+        drawn = draw(args)
+        return said(f"{drawn.folder}: drawn", *unbound(drawn.methods, drawn.prompts))
     if args.command == "score":
         return said(f"{rate(args, args.run).folder}: scored")
     if args.command == "sweep":
@@ -134,8 +142,13 @@ def main(argv=None):
         print(*run(args), sep="\n")
     except ModuleNotFoundError as error:
         sys.exit(f"evaluation: {error.name} is missing. Install diffusers-tsam[eval], and [eval_spacy] for --parser.")
+    except KeyboardInterrupt:
+        print("evaluation: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (OSError, ValueError) as error:
-        sys.exit(f"evaluation: {error}")
+        flags = vars(args)
+        said = re.sub(r"`(\w+)`", lambda m: f"--{m[1].replace('_', '-')}" if m[1] in flags else m[0], str(error))
+        sys.exit(f"evaluation: {said}")
 
 
 if __name__ == "__main__":

@@ -181,6 +181,18 @@ BASELINES = {
 }
 
 
+def unbound(methods, prompts):
+    """Which methods leave prompts to stock, a sentence each."""
+    for method in methods:
+        name = method.partition(":")[0]
+        left = [prompt.text for prompt in prompts if name in BASELINES and not BASELINES[name].binds(prompt.things)]
+        if left:
+            yield (
+                f"{method} has nothing to bind in {len(left)} of {len(prompts)} prompts, which are drawn as by stock,"
+                f" the first of them {left[0]!r}."
+            )
+
+
 def told(loss, prompts=None, **settings):
     """The pipelines' `objective` of a loss, which is told the things of `prompts`, a `Prompt` an image; without these
     it finds them by the template in a prompt whose words are one token each."""

@@ -4,9 +4,12 @@
         --seeds 64 --output runs/sd15
 """
 
+import functools
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
+import re
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +19,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .. import FAMILIES
+from ..cli import family_of, objective_of
 from ..cli import load as load_pipeline
 from ..shapes import ARGUMENTS, JOINT_MODEL, MODELS, SD3_TOKENS, TUNED
 from ..shapes.sink import add_sink
-from ..tsam_arguments import JointSettings, PixArtAlphaSettings, StableDiffusionSettings, kind_of_field
+from ..tsam_arguments import (
+    JointSettings,
+    PixArtAlphaSettings,
+    StableDiffusionSettings,
+    check_integer,
+    check_number,
+    kind_of_field,
+)
 from . import prompts as prompt_sets
 from .baselines import BASELINES, told
+from .prompts import json_of
 from .runs import Run, processes, save
 
 
@@ -37,6 +50,7 @@ REPLACED = {  # what an argument of a method takes the place of: the other size 
     "relative_step": ["alpha"],
     "preset": ["tsam_steps", "refinement_steps", "refinement_iterations"],
 }
+LOADED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")  # of the files in a component's folder
 PACKAGES = ("diffusers", "transformers", "torch")
 
 
@@ -56,9 +70,10 @@ def parse_method(text, kind="sd"):
     """Its arguments of the pipeline, and its `Baseline` or None.
 
     text: "stock", "tsam" (the paper's settings), "tuned" (the shipped model's), one of BASELINES, or any of these with
-    arguments changed, as "tsam:alpha=20:objective=attainable" or "conform:sharpness=none:refinement_steps=0+10".
+    arguments changed, as "tsam:alpha=20:objective=attainable" or "conform:sharpness=none:refinement_steps=0+10". The
+    colon behind .py is of "tsam:objective=my.py:function".
     """
-    name, *changes = text.split(":")
+    name, *changes = re.split(r"(?<!\.py):", text)
     named = {"stock": STOCK, "tsam": {}, "tuned": TUNED[kind]}
     named |= {name: baseline.arguments for name, baseline in BASELINES.items()}
     if name not in named:
@@ -76,23 +91,63 @@ def parse_method(text, kind="sd"):
     return arguments, BASELINES.get(name)
 
 
-def check_methods(methods, known):
-    """Refuse arguments that are not `known` as the pipeline's, or not a loss's."""
+objective = functools.cache(objective_of)  # so that all pictures of a run have one, whatever happens to its file
+
+
+def kind_of(model):
+    """Its kind in TUNED or FAMILIES, the names that its calls take, and its class of `Settings`. Loads no weights."""
+    if model == "sd3":
+        from .. import StableDiffusion3TSAMBlocks
+
+        known = {each.name for each in StableDiffusion3TSAMBlocks().get_workflow("text2image").inputs}
+        return model, known, JointSettings
+    family = family_of(SHIPPED.get(model, model))
+    pipeline = getattr(importlib.import_module("..", __package__), FAMILIES[family].pipeline)
+    return model if model in TUNED else family, inspect.signature(pipeline.__call__).parameters, pipeline.settings
+
+
+def check_methods(methods, known, settings, steps, regions):
+    """Refuse arguments that are not `known` as the pipeline's, or not a loss's, and values that `settings` refuses.
+    regions: whether prompts have any."""
     for name, (arguments, baseline) in methods.items():
         loss = inspect.signature(baseline.loss).parameters if baseline else ()
         for key in arguments:
             if key not in loss if key in OF_A_LOSS else key not in known:
                 raise ValueError(f"The method {name!r} has no argument {key!r}.")
+        if baseline and "objective" in arguments:
+            raise ValueError(f"The method {name!r} has an objective of its own. Leave `objective` out.")
+        own = {each.name: arguments[each.name] for each in fields(settings) if each.name in arguments}
+        try:
+            if regions:
+                own["regions"] = True
+            if "objective" in own:
+                own["objective"] = objective(own["objective"])
+            settings(**own).plan(steps)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The method {name!r}: {error}") from error
+
+
+def recorded(arguments):
+    """A method's arguments as a run's settings have them: with what tells a file's objective from others."""
+    file, _, name = str(arguments.get("objective", "")).rpartition(":")
+    if not file:
+        return arguments
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return arguments | {"objective": f"{file}:{name} {digest}"}
 
 
 def identity(model):
-    """What tells a model's files from others: a Hub repository's commit, or a folder's names and sizes."""
+    """What tells a model's files from others: a Hub repository's commit, or names and sizes of what is loaded of a
+    folder: its index and what lies in its components' folders."""
     folder = Path(SHIPPED.get(model, model))
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(model, "model_index.json")).parent.name
-    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*") if path.is_file())
+    index = folder / "model_index.json"
+    components = [folder / name for name in json_of(index) if (folder / name).is_dir()]
+    inside = [path for component in components for path in component.rglob("[!.]*") if path.suffix in LOADED]
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in [index, *inside])
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
@@ -109,7 +164,7 @@ class JointPipeline:
         self.pipe.load_components(dtype=dtype)
         self.pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
         self.pipe.to(device)
-        self.scheduler, self.known = self.pipe.scheduler, {each.name for each in blocks.inputs}
+        self.scheduler = self.pipe.scheduler
         self.set_progress_bar_config = self.pipe.set_progress_bar_config
 
     def __call__(self, prompt, **arguments):
@@ -159,6 +214,8 @@ def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
     if baseline is not None:
         own = {key: arguments.pop(key) for key in OF_A_LOSS if key in arguments}
         arguments["objective"] = told(baseline.loss, prompts, **own)
+    elif "objective" in arguments:
+        arguments["objective"] = objective(arguments["objective"])
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # the same noise on every device
     return pipe([prompt.text for prompt in prompts], generator=generators, **given, **arguments)
 
@@ -173,7 +230,7 @@ def described(pipe, kind, model, methods, given, **others):
         "scheduler": type(pipe.scheduler).__name__,
         "arguments": given,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "methods": {name: arguments for name, (arguments, _) in methods.items()},
+        "methods": {name: recorded(arguments) for name, (arguments, _) in methods.items()},
     }
 
 
@@ -197,18 +254,24 @@ def generate(
     keep: a function of the pipeline, a batch's `Prompt`s and its output: what is kept of each picture, a dict for its
     line. more: arguments of every call.
     """
-    state, wanted = processes(), prompt_sets.load(prompts, parser)
+    for name, number in (("seeds", seeds), ("steps", steps), ("batch", batch)):
+        check_integer(name, number, 1, "Leave it out, or pass more.")
+    if guidance_scale is not None:
+        check_number("guidance_scale", guidance_scale, "7.5 is usual.")
+    kind, known, settings = kind_of(model)
+    methods = {name: parse_method(name, kind) for name in methods}
+    wanted = prompt_sets.load(prompts, parser)
+    regions = any(prompt.regions for prompt in wanted)
+    if regions and "regions" not in known:
+        raise ValueError(f"The prompts {prompts!r} have regions, which {model!r} cannot hold. Choose others.")
+    check_methods(methods, known, settings, steps, regions)
+    state = processes()
     with state.main_process_first():
-        pipe, kind, given = load(model, state.device, dtype, guidance_scale)
+        pipe, _, given = load(model, state.device, dtype, guidance_scale)
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # whose black pictures would count against a method
     given |= {"num_inference_steps": steps, **more}
-    methods = {name: parse_method(name, kind) for name in methods}
-    known = getattr(pipe, "known", None) or inspect.signature(pipe.__call__).parameters
-    check_methods(methods, known)
-    if "regions" not in known and any(prompt.regions for prompt in wanted):
-        raise ValueError(f"The prompts {prompts!r} have regions, which {model!r} cannot hold. Choose others.")
     if state.is_main_process:
         others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds}
         settings = described(pipe, kind, model, methods, given, **others)

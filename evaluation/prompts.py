@@ -4,9 +4,12 @@ A thing is a noun with its modifiers, as spans (first character, one past the la
 last. Structured prompts say their things by their template; for others a spaCy parser finds them.
 """
 
+import csv
+import io
 import json
+import logging
 import re
-from itertools import combinations, product, zip_longest
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +17,8 @@ import numpy as np
 
 from ..shapes import scenes
 
+
+logger = logging.getLogger(__name__)
 
 # The words of Attend-and-Excite's evaluation prompts (Chefer et al. 2023, App. A)
 ANIMALS = "cat dog bird bear lion horse elephant monkey frog turtle rabbit mouse".split()
@@ -24,6 +29,8 @@ COLOURED = 0.75  # share of coloured objects among those of "animals-objects"
 SHAPES_SEED = 1
 FORMS = ("shapes", "quarters", "sentences", "filled")  # of prompts of the shapes world
 QUARTERS = [(x, y, x + 0.5, y + 0.5) for y in (0.0, 0.5) for x in (0.0, 0.5)]
+TEXT_KEYS = ("prompt", "caption", "prompts", "captions")  # of an entry's or a column's text, in any case
+PLAIN = ("", ".txt")  # how the name of a file ends that has a prompt a line
 FILLERS, FILLED = "and with the next to of a".split(), 11  # tokens, so that two sentences fit the small CLIP's window
 
 MODIFIERS = {"amod", "nmod", "compound", "npadvmod", "advmod", "acomp"}  # dependencies; Rassin et al. 2023
@@ -147,40 +154,114 @@ def positions_of(things, text, tokens):
     return found
 
 
+def text_of(path):
+    """A file's text, without a byte order mark. ValueError for another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is not in UTF-8 ({error.reason} at byte {error.start}). Save it in UTF-8:"
+            f" iconv -f LATIN1 -t UTF-8 {path}, if it is in Latin-1."
+        ) from error
+
+
+def json_of(path, text=None):
+    """What a JSON file has, or `text` of it. ValueError that names the file."""
+    try:
+        return json.loads(text_of(path) if text is None else text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+
+
+def lines_of(path):
+    """What each line of a JSON lines file has. ValueError that names the file and the line."""
+    lines = enumerate(text_of(path).split("\n"), 1)
+    return [json_of(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+
+
+def named(entries, path, of=""):
+    """(name, text, regions) of a file's entries, which are strings, or dicts with one of TEXT_KEYS."""
+    for k, entry in enumerate(entries):
+        entry = {"prompt": entry} if isinstance(entry, str) else entry
+        keys = [key for key in entry if str(key).lower() in TEXT_KEYS] if isinstance(entry, dict) else []
+        text = entry[keys[0]] if keys else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"{str(path)!r} has an entry without a prompt, {entry!r}. Pass strings, or name the text 'prompt' or"
+                " 'caption'."
+            )
+        yield entry.get("id", f"{of}{k}"), text, entry.get("regions")
+
+
+def of_json(found, path, chosen):
+    """`named` of a JSON file: a list of entries, one entry, or a dictionary of lists, of which one may be `chosen`."""
+    if isinstance(found, dict) and any(isinstance(found.get(key), str) for key in TEXT_KEYS):
+        found = [found]
+    if isinstance(found, list) and not chosen:
+        return list(named(found, path))
+    if not isinstance(found, dict) or not all(isinstance(part, list) for part in found.values()):
+        raise ValueError(f"{str(path)!r} has to be a list of prompts, or a dictionary of such lists.")
+    if chosen and chosen not in found:
+        raise ValueError(f"{str(path)!r} has no list {chosen!r}, but {', '.join(map(repr, found))}.")
+    lists = {chosen: found[chosen]} if chosen else found
+    return [entry for name, part in lists.items() for entry in named(part, path, f"{name}-")]
+
+
+def of_file(path, chosen=""):
+    """(name, text, regions) of a file's prompts, by its name's end and, of a text file, by how it begins."""
+    end, text = Path(path).suffix.lower(), text_of(path)
+    if chosen and text.lstrip()[:1] != "{":
+        raise ValueError(f"Prompts are '{path}:{chosen}', but {str(path)!r} is no dictionary of lists.")
+    if end in (".csv", ".tsv"):
+        table = csv.DictReader(io.StringIO(text), delimiter="," if end == ".csv" else "\t", strict=True)
+        try:
+            return list(named(table, path))
+        except csv.Error as error:
+            raise ValueError(f"{str(path)!r} is no table at line {table.reader.line_num}: {error}.") from error
+    if end in (".jsonl", ".ndjson"):
+        return list(named(lines_of(path), path))
+    if end == ".json" or (end in PLAIN and text.lstrip()[:1] in ("{", "[")):
+        return of_json(json_of(path, text), path, chosen)
+    if end not in PLAIN:
+        raise ValueError(
+            f"Prompts are {str(path)!r}, but {end} is not read. Pass .txt (a prompt a line), .json, .jsonl, .csv or"
+            " .tsv."
+        )
+    return list(named((line.strip() for line in text.splitlines() if line.strip()), path))
+
+
 def load(spec, parser=None):
-    """The `Prompt`s that `spec` names: one of SETS, "FORM:SOLIDS:SPLIT:NUMBER" with one of FORMS, a text file with a
-    prompt a line, or a JSON file of {"id", "caption"} as TIFA's `tifa_v1.0_text_inputs.json`, and if wanted "regions".
+    """The `Prompt`s that `spec` names, each once: one of SETS, "FORM:SOLIDS:SPLIT:NUMBER" with one of FORMS, or a file;
+    of one that is a dictionary of lists also "FILE:LIST".
 
     parser: the name of a spaCy model, for prompts that no template fits.
     """
-    regions = []
+    file, _, chosen = (spec, "", "") if Path(spec).is_file() else spec.rpartition(":")
     if spec in SETS:
-        named = list(enumerate(structured(spec)))
+        found = [(k, text, None) for k, text in enumerate(structured(spec))]
     elif spec.partition(":")[0] in FORMS:
         try:
             form, solids, split, number = spec.split(":")
-            found = list(of_shapes(form, int(solids), split, int(number)))
-            named, regions = [*enumerate(text for text, _ in found)], [boxes for _, boxes in found]
+            found = [(k, *both) for k, both in enumerate(of_shapes(form, int(solids), split, int(number)))]
         except ValueError as error:
             raise ValueError(f"Prompts are {spec!r}: {error}. Pass shapes:2:test:40, for instance.") from error
-    elif not Path(spec).is_file():
+    elif file and Path(file).is_file():
+        found = of_file(file, chosen)
+    else:
         raise ValueError(
             f"Prompts are {spec!r}, which is no file and none of {', '.join(SETS)} and shapes:SOLIDS:SPLIT:NUMBER."
         )
-    elif Path(spec).suffix == ".json":
-        entries = json.loads(Path(spec).read_text(encoding="utf-8"))
-        named = [(entry["id"], entry["caption"]) for entry in entries]
-        regions = [entry.get("regions") for entry in entries]
-    else:
-        lines = map(str.strip, Path(spec).read_text(encoding="utf-8").splitlines())
-        named = list(enumerate(line for line in lines if line))
-    if not named:
+    if not found:
         raise ValueError(f"Prompts are {spec!r}, in which there are none.")
-    things = {text: things_of_template(text) for _, text in named}
+    things = {text: things_of_template(text) for _, text, _ in found}
     if parser is not None:
         import spacy
 
-        free = [text for text, found in things.items() if not found]
+        free = [text for text, spans in things.items() if not spans]
         things |= {text: things_of_doc(doc) for text, doc in zip(free, spacy.load(parser).pipe(free))}
-    found = zip_longest(named, regions)
-    return [Prompt(str(name), text, things[text], boxes) for (name, text), boxes in found]
+    once = {}
+    for name, text, regions in found:
+        once.setdefault((text, repr(regions)), Prompt(str(name), text, things[text], regions))
+    if repeated := len(found) - len(once):
+        logger.warning(f"{repeated} of {len(found)} prompts of {spec!r} repeat others, and are drawn once.")
+    return list(once.values())

@@ -10,15 +10,14 @@ import html
 import io
 import math
 import textwrap
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..figures import GREY, INK, NEAREST, TEXT, draw_picture, save
-from .runs import Run, write
+from .baselines import unbound
+from .runs import Run, opened, whole, write
 
 
 BLUE, RED = "#1f6fb4", "#b4421f"
@@ -38,6 +37,7 @@ class Column(NamedTuple):
     better: bool = True
 
 
+NUMBER = Column("", "")
 COLUMNS = {
     "clip_full": Column("clip", "CLIP-I, full prompt"),
     "clip_min": Column("clip", "CLIP-I, minimum object"),
@@ -75,12 +75,21 @@ def ratio_interval(parts, wholes):
     return ratio, 1.96 * math.sqrt(residual) / wholes.sum() if n > 1 else math.nan
 
 
-def per_prompt(values):
-    """Mean over seeds of values (prompts, seeds), of the prompts that have any."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of an empty mean
-        means = np.nanmean(values.astype(float), axis=-1)
-    return means[np.isfinite(means)]
+def per_prompt(values, clusters):
+    """Mean of values (prompts, seeds) over seeds, and over prompts of one text, which are one cluster."""
+    there = np.isfinite(values)
+    numbers = np.bincount(clusters, there.sum(-1))
+    sums = np.bincount(clusters, np.where(there, values, 0).sum(-1, dtype=float))
+    return sums[numbers > 0] / numbers[numbers > 0]
+
+
+def in_words(mean, half, column=NUMBER, sign="", missing=""):
+    """A number with its interval, which one prompt alone has none of; `missing` where there is no number."""
+    factor, digits = column.factor, column.decimals
+    if not math.isfinite(mean):
+        return missing
+    interval = f" ± {factor * half:.{digits}f}" if math.isfinite(half) else ""
+    return f"{factor * mean:{sign}.{digits}f}{interval}"
 
 
 class Scores:
@@ -98,30 +107,28 @@ class Scores:
 
     def of(self, method, key):
         """Mean and half of its interval."""
-        return interval(per_prompt(self.values[key][method]))
+        return interval(per_prompt(self.values[key][method], self.run.clusters))
 
     def gain(self, method, key):
         """Difference from stock and half of its interval, of pictures that both have."""
-        return interval(per_prompt(self.values[key][method] - self.values[key][self.stock]))
+        return interval(per_prompt(self.values[key][method] - self.values[key][self.stock], self.run.clusters))
 
 
 def table_of(scores):
     """(head, rows): every method's means, and their differences from stock."""
     run, counts = scores.run, np.isfinite(next(iter(scores.values.values()))).sum((1, 2))
+    drawn = run.done("drawn").any((1, 2))
     compared = scores.stock is not None and len(run.methods) > 1
     head, rows = ["method (pictures)"], []
     for key in scores.values:
         head += [COLUMNS[key].title, *(["over stock"] if compared else [])]
     for method, name in enumerate(run.methods):
-        cells = [f"{name} ({counts[method]})"]
-        for key in scores.values:
-            factor, digits = COLUMNS[key].factor, COLUMNS[key].decimals
-            mean, half = scores.of(method, key)
-            cells.append(f"{factor * mean:.{digits}f} ± {factor * half:.{digits}f}")
+        cells, missing = [f"{name} ({counts[method]})"], f"not {'scored' if drawn[method] else 'drawn'} yet"
+        for key, column in ((key, COLUMNS[key]) for key in scores.values):
+            cells.append(in_words(*scores.of(method, key), column, missing=missing))
             if compared:
-                mean, half = scores.gain(method, key)
                 own = method == scores.stock
-                cells.append("" if own else f"{factor * mean:+.{digits}f} ± {factor * half:.{digits}f}")
+                cells.append("" if own else in_words(*scores.gain(method, key), column, "+", "no pair with stock yet"))
         rows.append(cells)
     return head, rows
 
@@ -132,7 +139,7 @@ def type_rates(run):
     for row in run.rows("score-tifa"):
         for name, both in row["types"].items():
             counts.setdefault(name, np.zeros((len(run.methods), 2, len(run.prompts))))
-            counts[name][row["method"], :, row["prompt"]] += both
+            counts[name][row["method"], :, run.clusters[row["prompt"]]] += both
     return {
         name: [ratio_interval(*own) if own[1].any() else (math.nan, math.nan) for own in found]
         for name, found in sorted(counts.items())
@@ -200,7 +207,7 @@ def sweep_figure(scores, key):
         axes.imshow(values[..., 0], MAP if column.better else f"{MAP}_r", vmin=-most, vmax=most, aspect="auto")
         for (y, x), mean in np.ndenumerate(values[..., 0]):
             if mean == mean:
-                text = f"{mean:+.{column.decimals}f}\n± {values[y, x, 1]:.{column.decimals}f}"
+                text = in_words(mean, values[y, x, 1], column._replace(factor=1), "+").replace(" ± ", "\n± ")
                 axes.text(x, y, text, ha="center", va="center", size=9, color="white" if abs(mean) > most / 2 else INK)
         axes.set_xticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
         axes.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
@@ -222,10 +229,9 @@ def sheet_figure(run, prompts=3, seeds=2):
             path = run.picture(method, prompt, seed)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            if path.exists():
-                with Image.open(path) as picture:
-                    small = max(picture.size) <= NEAREST
-                    draw_picture(axes, picture.convert("RGB") if small else picture.convert("RGB").resize((SIDE, SIDE)))
+            if whole(path):
+                picture = opened(path)
+                draw_picture(axes, picture if max(picture.size) <= NEAREST else picture.resize((SIDE, SIDE)))
         line[0].set_ylabel(f"seed {seed}", size=8, color=GREY)
         if seed == 0:
             line[0].set_title(run.prompts[prompt].text, loc="left", size=9, weight="bold", **TEXT)
@@ -251,12 +257,13 @@ def about(run):
     settings, planned = run.settings, math.prod(run.shape)
     drawn = int(run.done("drawn").sum())
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    return (
+    sentences = (
         f"Model {settings['model']} (revision {settings['revision']}), {settings['scheduler']}, {settings['dtype']}, "
         f"{settings['arguments']['num_inference_steps']} steps. Prompts: {settings['prompt_set']}, {run.shape[1]} of "
         f"them, {run.shape[2]} seeds; {drawn} of {planned} pictures drawn. {versions}. Intervals are 95 %, over "
         "prompts; differences from stock are of the same prompts and seeds."
     )
+    return " ".join([sentences, *unbound(run.methods, run.prompts)])
 
 
 def report(folder):
@@ -270,7 +277,7 @@ def report(folder):
     rates = type_rates(run)
     if rates:
         head = ["question type", *run.methods]
-        rows = [[kind, *(f"{mean:.3f} ± {half:.3f}" for mean, half in found)] for kind, found in rates.items()]
+        rows = [[kind, *(in_words(*own, missing="not answered yet") for own in found)] for kind, found in rates.items()]
         parts.append(("TIFA by question type", (head, rows)))
         pictures["types"] = "TIFA by question type", types_figure(run, rates)
     if scores.stock is not None and grids(run):

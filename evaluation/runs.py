@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 
-from .prompts import Prompt
+from .prompts import Prompt, json_of, lines_of
 
 
+ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a PNG and a JPEG
 PATIENCE = timedelta(days=7)  # for which processes that are done wait for the others
 
 
@@ -34,9 +36,10 @@ class Run:
         path = self.folder / "settings.json"
         if not path.is_file():
             raise ValueError(f"{str(folder)!r} is no run, since it has no settings.json. Run `generate` into it first.")
-        self.settings = json.loads(path.read_text(encoding="utf-8"))
-        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        self.prompts = [Prompt(**json.loads(line)) for line in lines]
+        self.settings = json_of(path)
+        self.prompts = [Prompt(**entry) for entry in lines_of(self.folder / "prompts.jsonl")]
+        texts = [prompt.text for prompt in self.prompts]
+        self.clusters = np.unique(texts, return_inverse=True)[1]  # a prompt's number among the different texts
         self.methods = list(self.settings["methods"])
         self.shape = len(self.methods), len(self.prompts), self.settings["seeds"]
 
@@ -79,9 +82,9 @@ class Run:
         number = {name: k for k, name in enumerate(self.methods)}
         for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
             with path.open(encoding="utf-8") as file:
-                for line in file:
+                for k, line in enumerate(file, 1):
                     if line.endswith("\n"):
-                        row = json.loads(line)
+                        row = json_of(f"{path}, line {k}", line)
                         row["method"] = number[row["method"]]
                         yield row
 
@@ -103,16 +106,17 @@ class Run:
         return done
 
     def present(self):
-        """Which pictures are there, bool (methods, prompts, seeds)."""
-        present = np.zeros(self.shape, dtype=bool)
+        """Which pictures are there and whole, bool (methods, prompts, seeds)."""
+        present, end = np.zeros(self.shape, dtype=bool), f".{self.settings['format']}"
         for method in range(len(self.methods)):
             above = self.picture(method, 0, 0).parent.parent
             for entry in os.scandir(above) if above.is_dir() else ():
                 if not entry.name.isdecimal() or int(entry.name) >= self.shape[1]:  # a file manager's, for one
                     continue
-                stems = [name.partition(".")[0] for name in os.listdir(entry)]
-                seeds = [int(stem) for stem in stems if stem.isdecimal()]
-                present[method, int(entry.name), [seed for seed in seeds if seed < self.shape[2]]] = True
+                for name in os.listdir(entry):
+                    seed = name.removesuffix(end)
+                    if name.endswith(end) and seed.isdecimal() and int(seed) < self.shape[2]:
+                        present[method, int(entry.name), int(seed)] = whole(os.path.join(entry, name))
         return present
 
     @contextmanager
@@ -129,6 +133,32 @@ class Run:
                 file.flush()
 
             yield append
+
+
+def whole(path):
+    """Whether a picture is there and ends as its format does: a crash may leave it empty, cut off or full of zeros."""
+    try:
+        with open(path, "rb") as file:
+            start, size = file.read(8), file.seek(0, os.SEEK_END)
+            file.seek(max(size - 8, 0))
+            end = file.read()
+    except FileNotFoundError:
+        return False
+    if start[:4] == b"RIFF":  # WebP, which says its size at the start
+        return int.from_bytes(start[4:], "little") + 8 == size
+    return end.endswith(ENDS)
+
+
+def opened(path):
+    """A picture. ValueError that names its file, if it is broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no picture: {error}. Remove it, and run `generate` with the same arguments, which draws"
+            " it again."
+        ) from error
 
 
 def _whole(file, chunk=1 << 16):

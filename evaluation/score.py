@@ -13,18 +13,17 @@ import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from ..shapes.judge import Judge, count, verdict
 from ..shapes.scenes import words_of_solids
-from .prompts import phrases
-from .runs import Run, processes, write
+from ..tsam_arguments import check_integer
+from .prompts import json_of, phrases
+from .runs import Run, opened, processes, write
 
 
 # The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021), which Attend-and-Excite averages over
@@ -256,6 +255,18 @@ def pretrained(auto, name, device):
 METRICS = {"clip": Clip.keys, "caption": Caption.keys, "tifa": Tifa.keys, "judge": Shapes.keys}
 
 
+def check(metrics, questions, batch):
+    """Refuse at once what would only fail later."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"A metric is {metric!r}, but has to be one of {', '.join(METRICS)}.")
+    if "tifa" in metrics and questions is None:
+        raise ValueError(
+            "The metric is 'tifa', but there are no questions. Pass --questions with TIFA's question file."
+        )
+    check_integer("score_batch", batch, 1, "Pass how many pictures are scored at once.")
+
+
 def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
     """A metric's function of (images, prompts), and what its numbers depend on."""
     if metric == "clip":
@@ -265,20 +276,11 @@ def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
         return Caption(reader, *pretrained("BlipForConditionalGeneration", blip, device)), {"clip": clip, "blip": blip}
     if metric == "judge":
         return Shapes(run.prompts), {"counted": True}
-    if questions is None:
-        raise ValueError(
-            "The metric is 'tifa', but there are no questions. Pass --questions with TIFA's question file."
-        )
+    entries = json_of(questions)
     answers = BlipAnswers(*pretrained("BlipForQuestionAnswering", vqa, device))
     nearest = Nearest() if sentences is None else Nearest(*pretrained("AutoModel", sentences, device))
-    entries = json.loads(Path(questions).read_text(encoding="utf-8"))
     used = {"vqa": vqa, "sentences": sentences, "questions": len(entries)}
     return Tifa(answers, nearest, entries, run.prompts), used
-
-
-def opened(path):
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 @torch.no_grad()
@@ -290,27 +292,25 @@ def score(
     vqa="Salesforce/blip-vqa-base",
     sentences="sentence-transformers/all-mpnet-base-v2",
     questions=None,
-    batch=32,
+    score_batch=32,
 ):
     """Score what of a run is drawn and not scored yet; returns the `Run`."""
+    check(metrics, questions, score_batch)
     state, run = processes(), Run(folder)
-    for metric in metrics:
-        if metric not in METRICS:
-            raise ValueError(f"A metric is {metric!r}, but has to be one of {', '.join(METRICS)}.")
     drawn, present = run.done("drawn"), run.present()
     if not drawn.any():
         raise ValueError(f"{str(folder)!r} has no pictures yet. Run `generate` into it first.")
     lost = np.argwhere(drawn & ~present).tolist()
     if lost:
         raise ValueError(
-            f"{len(lost)} pictures are missing, the first of them {run.picture(*lost[0])}. Run `generate` with the same"
-            " arguments, which draws them again."
+            f"{len(lost)} pictures are missing or cut off, the first of them {run.picture(*lost[0])}. Run `generate`"
+            " with the same arguments, which draws them again."
         )
     for metric in metrics:
         with state.main_process_first():
             function, used = scorer(metric, run, state.device, clip, blip, vqa, sentences, questions)
         record = run.folder / f"score-{metric}.json"
-        if record.exists() and json.loads(record.read_text()) != used:
+        if record.exists() and json_of(record) != used:
             raise ValueError(
                 f"{metric!r} was scored with {record.read_text().strip()}, not {json.dumps(used)}. Choose those, or"
                 f" remove score-{metric}*."
@@ -325,8 +325,8 @@ def score(
             ThreadPoolExecutor(READERS) as readers,
             tqdm(total=len(own), desc=metric, unit="picture", disable=not state.is_main_process) as progress,
         ):
-            for k in range(0, len(own), batch):
-                jobs = own[k : k + batch]
+            for k in range(0, len(own), score_batch):
+                jobs = own[k : k + score_batch]
                 images = list(readers.map(opened, [run.picture(*job) for job in jobs]))
                 rows = function(images, [run.prompts[prompt] for _, prompt, _ in jobs])
                 append([dict(zip(("method", "prompt", "seed"), job)) | row for job, row in zip(jobs, rows)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,23 +24,15 @@ from transformers import (
     CLIPProcessor,
 )
 
+from diffusers_tsam.evaluation import generate as drawing
 from diffusers_tsam.evaluation import report as reports
 from diffusers_tsam.evaluation.__main__ import main
 from diffusers_tsam.evaluation.baselines import BASELINES
-from diffusers_tsam.evaluation.generate import generate, parse_method, plan
+from diffusers_tsam.evaluation.generate import generate, identity, parse_method, plan
 from diffusers_tsam.evaluation.prompts import FORMS, Prompt, load, things_of_template
-from diffusers_tsam.evaluation.runs import Run, save
-from diffusers_tsam.evaluation.score import (
-    TEMPLATES,
-    BlipAnswers,
-    Caption,
-    Clip,
-    Nearest,
-    Shapes,
-    Tifa,
-    in_template,
-)
-from diffusers_tsam.shapes import scenes
+from diffusers_tsam.evaluation.runs import Run, save, whole
+from diffusers_tsam.evaluation.score import TEMPLATES, BlipAnswers, Caption, Clip, Nearest, Shapes, Tifa, in_template
+from diffusers_tsam.shapes import MODELS, scenes
 from diffusers_tsam.tsam_arguments import Settings
 from tiny import tiny_tokenizer
 
@@ -67,8 +60,6 @@ def pictures(folder):
 
 
 def copied(run, tmp_path):
-    import shutil
-
     return shutil.copytree(run, tmp_path / "run")
 
 
@@ -77,6 +68,9 @@ def refused(capsys, *argv):
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, argv)))
     return str(stopped.value.code)
+
+
+ONE = "generate --model sd --steps 1 --methods".split()  # and what to draw, as quickly as can be
 
 
 def test_three_commands_draw_score_and_report(run):
@@ -91,21 +85,37 @@ def test_three_commands_draw_score_and_report(run):
     assert json.loads((run / "settings.json").read_text())["methods"]["stock"] == {"tsam_steps": 0}
 
 
-def test_a_stopped_run_goes_on_where_it_was(run, tmp_path):
+def test_a_stopped_run_goes_on_where_it_was_and_draws_again_what_is_not_whole(run, tmp_path):
     folder, before = copied(run, tmp_path), pictures(run)
-    lost = folder / sorted(before)[5]
+    lost, empty, short, zeros, *kept = [folder / name for name in sorted(before)[4:]]
     lost.unlink()
+    (lost.parent / f".{lost.name}").write_bytes(b"half of a picture")
+    empty.write_bytes(b"")
+    short.write_bytes(short.read_bytes()[:-1])
+    zeros.write_bytes(zeros.read_bytes()[:20] + bytes(1000))
     lines = (folder / "drawn-0.jsonl").read_text().splitlines(keepends=True)
     (folder / "drawn-0.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20])  # as if it had been killed
-    (lost.parent / f".{lost.name}").write_bytes(b"half of a picture")
-    kept = sorted(set(before) - {sorted(before)[5]})[0]
-    stamp = (folder / kept).stat().st_mtime_ns
+    kept = kept[:-1]  # the line of the last is lost
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    assert Run(folder).present().sum() == len(before) - 4
     main([*DRAW, str(folder)])
     assert pictures(folder) == before
-    assert (folder / kept).stat().st_mtime_ns == stamp
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
     again = Run(folder)
     assert again.done("drawn").all() and again.present().all()
-    assert (folder / "drawn-0.jsonl").read_text().count("\n") == len(lines) + 1  # one was drawn twice
+    assert (folder / "drawn-0.jsonl").read_text().count("\n") == len(lines) + 4  # those four were drawn twice
+
+
+@pytest.mark.parametrize("format", ("png", "jpg", "webp"))
+def test_a_picture_is_whole_if_nothing_of_its_end_is_missing(format, tmp_path):
+    path = tmp_path / f"picture.{format}"
+    assert not whole(path)
+    save(Image.new("RGB", (9, 7)), path)
+    assert whole(path)
+    content = path.read_bytes()
+    for part in (content[:-1], content[:5], b"", bytes(len(content))):
+        path.write_bytes(part)
+        assert not whole(path)
 
 
 def test_two_processes_draw_the_pictures_that_one_draws(run, tmp_path):
@@ -138,44 +148,97 @@ def test_the_same_folder_takes_more_methods_and_seeds_but_no_other_settings(run,
     assert "prompt_set" in refused(capsys, *DRAW, folder, "--prompts", "shapes:3:test:3")
 
 
-def test_a_prompt_file_that_has_changed_is_refused(tmp_path, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red cube and a blue star\n\n")
-    once = ["generate", "--model", "sd", "--methods", "stock", "--steps", "1", "--prompts", str(prompts)]
-    main([*once, "--output", str(tmp_path / "run")])
-    prompts.write_text("a red cube and a blue ring\n")
-    assert "other settings: prompts" in refused(capsys, *once, "--output", tmp_path / "run")
+def test_a_file_of_prompts_or_of_an_objective_that_has_changed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red cube and a blue star\n\n")
+    Path("my.py").write_text("def mine(maps, text):\n    return maps.flatten(1).mean(1) + 3\n")
+    once = [*ONE, "tsam:objective=my.py:mine:preset=light,stock", "--prompts", "prompts.txt", "--output", "run"]
+    main(once)
+    assert len(set(pictures("run").values())) == 2  # so that it guides
+    assert 3 < next(Run("run").rows("drawn"))["loss"][0] < 3.1
+    Path("prompts.txt").write_text("a red cube and a blue ring\n")
+    assert "other settings: prompts" in refused(capsys, *once)
+    Path("prompts.txt").write_text("a red cube and a blue star\n")
+    Path("my.py").write_text("def mine(maps, text):\n    return maps.flatten(1).sum(1)\n")
+    assert "other settings: tsam:objective=my.py:mine" in refused(capsys, *once)
 
 
 def test_errors_say_what_to_do(run, tmp_path, capsys):
-    nothing = tmp_path / "nothing"
-    assert "Run `generate` into it first" in refused(capsys, "score", nothing, "--metrics", "judge")
-    assert "'clips', but has to be one of clip, caption, tifa, judge" in refused(
-        capsys, "score", run, "--metrics", "clips"
-    )
-    assert "Pass --questions" in refused(capsys, "score", run, "--metrics", "tifa")
-    unscored = copied(run, tmp_path)
+    nothing, unscored = tmp_path / "nothing", copied(run, tmp_path)
+    score = ["score", unscored, "--metrics", "judge"]
+    assert "Run `generate` into it first" in refused(capsys, "score", nothing)
+    assert "'clips', but has to be one of clip, caption, tifa, judge" in refused(capsys, *score[:3], "clips")
+    assert "Pass --questions" in refused(capsys, *score[:3], "tifa")
+    (unscored / "score-judge.json").write_text('{"clip": "another"}\n')
+    assert "was scored with" in refused(capsys, *score)
     for path in unscored.glob("score-*"):
         path.unlink()
     assert "no scores yet" in refused(capsys, "report", unscored)
     victim = sorted((unscored / "pictures").rglob("*.png"))[0]
-    victim.unlink()
-    assert "1 pictures are missing, the first of them" in refused(capsys, "score", unscored, "--metrics", "judge")
+    victim.write_bytes(victim.read_bytes()[:50] + victim.read_bytes()[-20:])
+    assert f"{str(victim)!r} is no picture" in refused(capsys, *score)
+    victim.write_bytes(b"")
+    assert f"1 pictures are missing or cut off, the first of them {victim}" in refused(capsys, *score)
+    with (unscored / "drawn-0.jsonl").open("a") as file:
+        file.write("\0\0\n")
+    assert f"'{unscored}/drawn-0.jsonl, line 13' is no JSON" in refused(capsys, *score)
     (unscored / "drawn-0.jsonl").unlink()
-    assert "no pictures yet" in refused(capsys, "score", unscored, "--metrics", "judge")
-    assert "is no file and none of" in refused(capsys, *DRAW, tmp_path / "new", "--prompts", "objekts")
-    assert "but has to be one of stock" in refused(capsys, *DRAW, tmp_path / "new", "--methods", "tsma")
-    assert "has no argument 'sharpness'" in refused(
-        capsys, *DRAW, tmp_path / "new", "--methods", "syngen:sharpness=none"
-    )
-    assert "no argument and value" in refused(capsys, *DRAW, tmp_path / "new", "--methods", "tsam:alpha")
+    assert "no pictures yet" in refused(capsys, *score)
+    (unscored / "settings.json").write_text("")
+    assert f"'{unscored}/settings.json' is no JSON" in refused(capsys, *score)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--prompts objekts", "is no file and none of"),
+        ("--methods tsma", "but has to be one of stock"),
+        ("--methods syngen:sharpness=none", "has no argument 'sharpness'"),
+        ("--methods tsam:alpha", "no argument and value"),
+        ("--methods tsam:alpha=nan", "The method 'tsam:alpha=nan': `alpha` is nan, but has to be finite"),
+        ("--methods stock,tsam:tsam_steps=4", "but there are only 3 denoising steps"),
+        ("--methods syngen:objective=l1", "has an objective of its own. Leave `objective` out"),
+        ("--methods tsam:objective=none.py:mine", "or a function in a file, my.py:function"),
+        ("--seeds 0", "--seeds is 0, but has to be at least 1"),
+        ("--steps 0", "--steps is 0, but has to be at least 1"),
+        ("--batch 0", "--batch is 0, but has to be at least 1"),
+        ("--guidance-scale inf", "--guidance-scale is inf, but has to be finite"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(drawing, "load_pipeline", None)
+    assert said in refused(capsys, *DRAW, tmp_path / "new", *arguments.split())
     assert not (tmp_path / "new").exists()
 
 
-def test_scores_of_another_model_are_refused(run, tmp_path, capsys):
-    folder = copied(run, tmp_path)
-    (folder / "score-judge.json").write_text('{"clip": "another"}\n')
-    assert "was scored with" in refused(capsys, "score", folder, "--metrics", "judge")
+def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(drawing, "load_pipeline", None)
+    assert "--score-batch is 0" in refused(capsys, "score", run, "--metrics", "judge", "--score-batch", 0)
+    sweep = f"sweep --model sd --prompts shapes:3:tune:1 --report-prompts shapes:3:test:1 --output {tmp_path}".split()
+    assert "A metric is 'cli'" in refused(capsys, *sweep, "--metrics", "cli")
+
+
+def test_an_interrupted_command_says_in_one_line_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "load_pipeline", load)
+    assert refused(capsys, *DRAW, tmp_path) == "130"
+    assert capsys.readouterr().err == "evaluation: interrupted; the same command goes on\n"
+
+
+def test_what_does_not_bind_is_said_and_files_of_others_are_no_part_of_a_model(tmp_path, capsys):
+    model = shutil.copytree(MODELS["sd"], tmp_path / "model")
+    for stray in (".DS_Store", "README.md", "unet/.DS_Store", "unet/._config.json", "unet/Thumbs.db"):
+        (model / stray).write_text("a file manager's")
+    assert identity(str(model)) == identity("sd")
+    (tmp_path / "prompts.txt").write_text("a cube and a star\na red cube and a star\n")
+    main([*ONE, "syngen,stock,tsam", "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "run")])
+    said = "syngen has nothing to bind in 1 of 2 prompts, which are drawn as by stock, the first of them"
+    assert f"{said} 'a cube and a star'.\n" in capsys.readouterr().out
+    assert said in reports.about(Run(tmp_path / "run")) and "tsam has" not in reports.about(Run(tmp_path / "run"))
+    (model / "unet" / "config.json").write_text("{}")
+    assert identity(str(model)) != identity("sd")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +254,7 @@ def test_scores_of_another_model_are_refused(run, tmp_path, capsys):
         ("syngen:tsam_steps=3:preset=fast", {"alpha": 20.0, "tsam_steps": 3, "preset": "fast"}),
         ("tuned:alpha=2", {"preset": "fast", "alpha": 2.0}),
         ("tsam:attention_layers=4+7:attention_keys=all", {"attention_layers": (4, 7), "attention_keys": "all"}),
+        ("tsam:objective=a/my.py:mine:alpha=4", {"objective": "a/my.py:mine", "alpha": 4.0}),
         ("conform:sharpness=none", {"alpha": 20.0, "preset": "paper", "sharpness": None}),
     ],
 )
@@ -230,6 +294,7 @@ def test_a_run_of_a_thousand_seeds_is_complete_whatever_a_file_manager_leaves_in
     for stray in (folder, folder.parent, folder.parent.parent):
         (stray / ".DS_Store").write_text("")
         (stray / "Thumbs.db").write_text("")
+    (folder / "002.txt").write_text("a note of ours on the third")
     (folder / ".001.png").write_text("")  # half-written
     (folder.parent / "00007").mkdir()  # of no prompt of this run
     assert np.flatnonzero(run.present()[0, 0]).tolist() == [0, 999, 1000, 1001]
@@ -251,17 +316,74 @@ def test_every_job_is_in_one_batch_and_what_binds_nothing_is_drawn_as_stock(batc
         assert len({prompt for prompt, _ in own}) == 1 or method == 0
 
 
-def test_prompts_are_read_from_tifas_file(tmp_path):
-    path = tmp_path / "tifa.json"
-    path.write_text(
-        json.dumps([{"id": "coco_1", "caption": "a red bow", "coco_val_id": "2"}, {"id": "x", "caption": "y"}])
-    )
-    assert load(str(path)) == [Prompt("coco_1", "a red bow", [[(2, 5), (6, 9)]]), Prompt("x", "y", [])]
+A, B = "a red bow", 'the "B", and a cat'
+FILES = {
+    "tifa.json": json.dumps([{"id": "coco_1", "caption": A, "coco_val_id": "2"}, {"id": "x", "caption": B}]),
+    "strings.json": json.dumps([A, B]),
+    "lists.txt": json.dumps({"animals": [A], "objects": [B]}),  # as Attend-and-Excite's authors publish theirs
+    "geneval.jsonl": "".join(json.dumps({"tag": "two", "include": [], "prompt": text}) + "\n" for text in (A, B)),
+    "table.csv": 'number,Prompts\n1,a red bow\n2,"the ""B"", and a cat"\n',
+    "parti.tsv": 'Prompt\tCategory\na red bow\tx\n"the ""B"", and a cat"\ty\n',
+    "lines.txt": f"{A}\r\n\r\n {B}\n",
+    "lines": f"{A}\n{B}",
+}
+
+
+@pytest.mark.parametrize("mark", ("", "\ufeff"))
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_are_read_from_files(name, mark, tmp_path):
+    path = tmp_path / name
+    path.write_bytes((mark + FILES[name]).encode())
+    names = {"tifa.json": ("coco_1", "x"), "lists.txt": ("animals-0", "objects-0")}.get(name, ("0", "1"))
+    assert load(str(path)) == [Prompt(names[0], A, [[(2, 5), (6, 9)]]), Prompt(names[1], B, [])]
+    if name == "lists.txt":
+        assert [prompt.text for prompt in load(f"{path}:objects")] == [B]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("prompts.xlsx", b"PK", ".xlsx is not read. Pass .txt (a prompt a line), .json, .jsonl, .csv or .tsv"),
+        (
+            "latin.txt",
+            "a café".encode("latin-1"),
+            "is not in UTF-8 (unexpected end of data at byte 5). Save it in UTF-8",
+        ),
+        ("wide.txt", "a cat".encode("utf-16"), "is not in UTF-8"),
+        ("half.json", b'["a cat"', "is no JSON: Expecting"),
+        ("half.jsonl", b'{"prompt": "a cat"}\n{"pro', "half.jsonl, line 2' is no JSON"),
+        ("half.csv", b'prompt\n"a cat', "is no table at line 2"),
+        ("other.csv", b"text\na cat\n", "has an entry without a prompt, {'text': 'a cat'}"),
+        ("other.json", b'[{"caption": 3}]', "has an entry without a prompt, {'caption': 3}"),
+        ("deep.json", b'{"objects": {"a": "b"}}', "has to be a list of prompts, or a dictionary of such lists"),
+        ("lists.json", b'{"objects": ["a cat"]}', "has no list 'animals', but 'objects'"),
+        ("list.json", b'["a cat"]', "is no dictionary of lists"),
+        ("empty.txt", b"\n", "in which there are none"),
+    ],
+)
+def test_other_files_of_prompts_are_refused_by_name(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        load(str(tmp_path / name) + ":animals" * name.startswith("list"))
+    assert said in str(refusal.value) and name in str(refusal.value)
+
+
+def test_a_repeated_prompt_is_drawn_once_and_is_one_cluster_of_an_interval(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\na cat\n")
+    assert [(prompt.id, prompt.text) for prompt in load(str(tmp_path / "prompts.txt"))] == [
+        ("0", "a cat"),
+        ("1", "a dog"),
+    ]
+    assert "2 of 4 prompts" in caplog.text and "repeat others, and are drawn once" in caplog.text
+    settings = {"methods": {"stock": {}}, "seeds": 2, "format": "png"}
+    run = Run.create(tmp_path, settings, [Prompt(str(k), text, []) for k, text in enumerate("aba")])
+    values = np.array([[1.0, 3.0], [5.0, np.nan], [8.0, np.nan]])
+    assert sorted(reports.per_prompt(values, run.clusters)) == [4.0, 5.0]
 
 
 def test_prompts_of_a_file_may_have_regions(tmp_path):
     path, box = tmp_path / "prompts.json", [0, 0, 0.5, 1]
-    path.write_text(json.dumps([{"id": 0, "caption": "a red bow", "regions": {"bow": box}}, {"id": 1, "caption": "y"}]))
+    path.write_text(json.dumps([{"id": 0, "caption": A, "regions": {"bow": box}}, {"id": 1, "caption": A}]))
     assert [prompt.regions for prompt in load(str(path))] == [{"bow": box}, None]
 
 
@@ -438,9 +560,11 @@ def test_known_answers_have_known_scores():
     assert rows[0]["answers"] == ["yes", "blue"]
 
 
-def test_questions_for_other_prompts_are_refused():
+def test_questions_and_judges_of_other_prompts_are_refused():
     with pytest.raises(ValueError, match="for other prompts: 1 of 2 have none, the first of them 'a bird'"):
         Tifa(known, Nearest(), QUESTIONS, [Prompt("0", "a dog", []), Prompt("1", "a bird", [])])
+    with pytest.raises(ValueError, match="no pictures of 'a dog runs'"):
+        Shapes([Prompt("0", "a dog runs", [])])
 
 
 def test_an_answer_means_the_choice_whose_sentence_is_nearest():
@@ -497,11 +621,6 @@ def test_the_judges_scores_count_solids():
     assert [(row["count"], row["fragments"]) for row in rows] == [(2, 0), (3, 0), (1, 0), (2, 0)]
 
 
-def test_the_judge_reads_coloured_solids_only():
-    with pytest.raises(ValueError, match="no pictures of 'a dog runs'"):
-        Shapes([Prompt("0", "a dog runs", [])])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Reports
 
@@ -528,7 +647,7 @@ def scored(tmp_path):
     return run
 
 
-def test_a_reports_numbers_are_those_of_the_lines(scored):
+def test_a_reports_numbers_are_those_of_the_lines_and_nothing_stands_for_those_that_are_not_there(scored):
     scores = reports.Scores(scored)
     assert list(scores.values) == ["clip_full"]
     means = [0.2, 0.9, 0.5]
@@ -538,8 +657,17 @@ def test_a_reports_numbers_are_those_of_the_lines(scored):
     head, rows = reports.table_of(scores)
     assert head == ["method (pictures)", "CLIP-I, full prompt", "over stock"]
     assert rows[1] == ["tsam (5)", "0.533 ± 0.397", "+0.233 ± 0.236"]
-    text = reports.report(scored.folder)
-    assert "+0.233 ± 0.236" in text and "<c>" not in (scored.folder / "report.html").read_text()
+    grid = {f"tsam:alpha={a}:gamma={g}": {"alpha": a, "gamma": g} for a in (1.0, 2.0) for g in (1.0, 2.0)}
+    run = Run.create(scored.folder, scored.settings | {"methods": scored.settings["methods"] | grid}, scored.prompts)
+    with run.writer("score-clip", 0) as append, run.writer("drawn", 0) as drawn:
+        append([{"method": 2, "prompt": 0, "seed": 0, "clip_full": 0.5}])
+        drawn([{"method": 3, "prompt": 0, "seed": 0}])
+    text, page = reports.report(run.folder), (run.folder / "report.html").read_text()
+    assert "+0.233 ± 0.236" in text and "<c>" not in page
+    assert "| tsam:alpha=1.0:gamma=1.0 (1) | 0.500 | +0.400 |" in text  # of one prompt there is no interval
+    assert "| tsam:alpha=1.0:gamma=2.0 (0) | not scored yet | no pair with stock yet |" in text
+    assert "| tsam:alpha=2.0:gamma=2.0 (0) | not drawn yet | no pair with stock yet |" in text
+    assert (run.folder / "sweep.png").exists() and "nan" not in text + page.partition("base64")[0]
 
 
 def test_a_ratios_interval_is_that_of_a_mean_where_all_clusters_are_alike():
