@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_tsam import FAMILIES, cli, comparing
+from diffusers_tsam import FAMILIES, cli, comparing, figures
 from diffusers_tsam.pipeline_tsam_sd import StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes import TUNED
 from diffusers_tsam.shapes.judge import Judge
@@ -46,36 +46,60 @@ def refused(capsys):
     return run
 
 
-def fails(monkeypatch, error):
-    """Let drawing raise, and hand out what it was asked for."""
-    found = SimpleNamespace()
+def spied(monkeypatch, error=None):
+    """What drawing is asked for, which goes on unless it is to raise."""
+    asked, drawing = [], comparing.draw
 
     def draw(pipe, prompt, seed, settings, **arguments):
-        vars(found).update(pipe=pipe, seed=seed, settings=settings, arguments=arguments)
-        raise error
+        asked.append(SimpleNamespace(pipe=pipe, seed=seed, settings=settings, arguments=arguments))
+        if error is not None:
+            raise error
+        return drawing(pipe, prompt, seed, settings, **arguments)
 
     monkeypatch.setattr(comparing, "draw", draw)
-    return found
+    return asked
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is drawn
 
 
-def test_it_draws_one_png_and_prints_where_and_both_losses(tsam, tmp_path, capsys):
-    tsam(PROMPT, "--alpha", "30")
-    where, losses = capsys.readouterr().out.splitlines()
-    assert [path.name for path in tmp_path.iterdir()] == [where] == ["tsam.png"]
-    assert losses.startswith("loss at step 2 of 4, after its updates: stock ") and ", T-SAM " in losses
-    with Image.open(where) as image:
-        assert image.format == "PNG" and all(800 <= side <= 2400 for side in image.size)
+def test_it_draws_one_png_prints_where_and_both_losses_and_overwrites_only_when_told(tsam, tmp_path, capsys, refused):
+    def drawn(*arguments):
+        tsam(PROMPT, "--alpha", "30", *arguments)
+        where, losses = capsys.readouterr().out.splitlines()
+        assert losses.startswith("loss at step 2 of 4, after its updates: stock ") and ", T-SAM " in losses
+        with Image.open(where) as image:
+            assert image.format == "PNG" and all(800 <= side <= 2400 for side in image.size)
+            return where, np.asarray(image)
+
+    (first, one), (second, same), (third, other) = drawn(), drawn("--seed", "74"), drawn("--seed", "1")
+    assert [first, second, third] == ["tsam.png", "tsam-2.png", "tsam-3.png"]
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert "exists. Pass --force" in refused([PROMPT, "--output", "tsam.png"])
+    assert np.array_equal(Image.open(first), one) and drawn("--force", "--seed", "1")[0] == first
+    assert np.array_equal(Image.open(first), other) and len([*tmp_path.iterdir()]) == 3
 
 
-def test_the_same_seed_gives_the_same_pixels_and_another_seed_others(tsam):
-    for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
-        tsam("red cube", "--seed", seed, "--output", name)
-    a, b, c = (np.asarray(Image.open(name)) for name in ("a.png", "b.png", "c.png"))
-    assert np.array_equal(a, b) and not np.array_equal(a, c)
+def test_several_seeds_are_a_sheet_and_the_best_of_several_is_the_one_whose_start_ranks_first(
+    tsam, folder, capsys, monkeypatch
+):
+    asked, shown, sheet = spied(monkeypatch), [], figures.sheet
+    monkeypatch.setattr(figures, "sheet", lambda *given: shown.append(given) or sheet(*given))
+    tsam(PROMPT, "--seeds", "3-4")
+    where, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": loss at step 2 of 4")[0] for line in lines] == ["seed 3", "seed 4"] and Path(where).exists()
+    ((_, columns, rows, _),), (three, four) = shown, asked
+    pipe = three.pipe
+    pictures = [comparing.draw(pipe, PROMPT, each.seed, each.settings, **each.arguments)[0] for each in (three, four)]
+    assert columns == ["seed 3", "seed 4"] and [name for name, *_ in rows] == ["Stock", "T-SAM, same seed"]
+    for (_, _, row), expected in zip(rows, zip(*pictures)):
+        assert all(np.array_equal(*pair) for pair in zip(row, expected))
+
+    tsam(PROMPT, "--seed", "5", "--best-of", "3")
+    ranked = pipe.rank(PROMPT, range(5, 8), num_inference_steps=4)
+    listed = ", ".join(f"seed {seed} {loss:.3f}" for seed, loss in ranked)
+    assert f"after step 1, best first: {listed}\n" in capsys.readouterr().out and asked[-1].seed == ranked[0][0]
 
 
 def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe):
@@ -133,16 +157,55 @@ def test_the_maps_shown_are_of_the_layers_that_are_asked_for(name, number):
     pipe, asked = make(kind.tsam, kind.components), []
     layers = pipe.cross_attention_layers
     pipe.cross_attention_layers = lambda value: asked.append(value) or layers()
-    with pytest.raises(ValueError, match="needs two or more"):
-        comparing.draw(pipe, "cube", 0, pipe.settings(**{name: number}), **kind.call)
-    assert asked == [number]
+    for prompt in ("cube", f"{pipe.tokenizer.eos_token} cube"):  # one word, and one that the model reads
+        with pytest.raises(ValueError, match="needs two or more"):
+            comparing.draw(pipe, prompt, 0, pipe.settings(**{name: number}), **kind.call)
+    assert asked == [number] * 2
 
 
-def test_it_takes_regions_and_long_prompts(tsam, capsys):
+def test_it_takes_regions_and_long_prompts_and_says_once_what_the_model_does_not_read(tsam, capsys, warnings_seen):
     regions = "--region", "car=0,0,0.5,1", "--region", "white clock=0.5,0,1,1"
     tsam(PROMPT, *regions, "--region-weight", "5", "--max-sequence-length", "150")
     _, _, car, clock = capsys.readouterr().out.splitlines()
     assert car.startswith("attention of 'car' inside its region: stock ") and "%, T-SAM " in clock
+    for read, *limit in ((75,), (7, "--max-sequence-length", "7")):
+        tsam(f"{PROMPT} and {'a red cube and ' * 30}a dog", *limit)
+        *_, cut = capsys.readouterr().out.splitlines()
+        assert cut.startswith(f"the model reads {read} of the prompt's 130 tokens, without '")
+        assert cut.endswith("and a dog'; --max-sequence-length 130 reads all")
+    assert not warnings_seen.text
+
+
+def test_an_objective_in_a_file_is_used_by_the_name_of_its_function(tsam, tmp_path, monkeypatch, refused):
+    asked = spied(monkeypatch)
+    (tmp_path / "my.py").write_text("def peak(maps, text):\n    return 1 - maps.amax((1, 2, 3))\n")
+    (tmp_path / "bad.py").write_text("import no_such_module")
+    for text, reason in {
+        "my.py:valley": "that file has no function 'valley'",
+        "bad.py:peak": "whose file fails: ModuleNotFoundError: No module named 'no_such_module'",
+        "no.py:peak": "'layout', or a function in a file, my.py:function.",
+    }.items():
+        assert f"--objective is {text!r}, " in (said := refused([PROMPT, "--objective", text])) and reason in said
+    tsam(PROMPT, "--objective", "my.py:peak")
+    assert asked[0].settings.objective.__name__ == "peak"
+
+
+def test_a_picture_that_breaks_is_no_result(tsam, kind, pipe, tmp_path, folder, refused):
+    with pytest.raises(ValueError, match=r"T-SAM's picture broke at step 1: .* Lower `alpha`, which is 1e\+38"):
+        comparing.draw(pipe, PROMPT, 0, pipe.settings(alpha=1e38), **kind.call)
+    if kind.name == "sd":
+        said = refused([PROMPT, "--model", folder, "--alpha", "1e38"])
+        assert "Lower --alpha, which is 1e+38, or --guidance-scale" in said and not [*tmp_path.iterdir()]
+
+
+def test_words_that_the_shipped_models_do_not_know_are_named(monkeypatch):
+    seen = {"tokens": ["a"], "uncut": ["a"]}
+    prompt = "A photo of a Cat, and a red cube."
+    assert [*cli.remarks(seen, prompt, True, True)] == [
+        "the model knows 8 colours and 6 solids, but not 'photo', 'of', 'Cat'; --model takes another"
+    ]
+    assert not [*cli.remarks(seen, prompt, False, True), *cli.remarks(seen, "a red cube, a blue star", True, True)]
+    assert "red, green" in cli.arguments().format_help() and "ring, star, a, an, and, with" in cli.arguments().epilog
 
 
 def test_a_prompt_of_other_scripts_warns_of_nothing(tsam, recwarn):
@@ -158,9 +221,10 @@ def test_a_prompt_of_other_scripts_warns_of_nothing(tsam, recwarn):
 def test_a_shipped_model_has_its_own_settings_and_another_the_pipelines(
     name, guidance, sunk, folder, tmp_path, monkeypatch, refused
 ):
-    drawn, model = fails(monkeypatch, ValueError("enough")), {None: ["--model", folder], "sd": [], "sink": ["--sink"]}
+    asked, model = spied(monkeypatch, ValueError("enough")), {None: ["--model", folder], "sd": [], "sink": ["--sink"]}
     given = ["a red cube and a blue sphere", "--gamma", "3", "--output", tmp_path / "a.png", *model[name]]
     assert refused(given) == "tsam: enough"
+    (drawn,) = asked
     assert drawn.settings == StableDiffusionTSAMPipeline.settings(**TUNED.get(name, {}), gamma=3.0)
     assert drawn.arguments == {"num_inference_steps": 50} | ({"guidance_scale": guidance} if name else {})
     assert drawn.seed == cli.SEEDS[name or "sd"]
@@ -172,16 +236,17 @@ def test_a_shipped_model_has_its_own_settings_and_another_the_pipelines(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--attention-resolution", "8"],
-        ["--pipeline", "pixart", "--attention-layers", "2", "5"],
-        ["--model", str(cli.MODELS["pixart"])],
-        ["--sink"],
+        "--attention-resolution 8",
+        "--pipeline pixart --attention-layers 2 5",
+        f"--model {cli.MODELS['pixart']}",
+        "--sink",
     ],
 )
-def test_the_shipped_models_draw_and_are_judged(arguments, tmp_path, capsys):
+def test_the_shipped_models_draw_are_judged_and_say_which_words_they_do_not_know(arguments, tmp_path, capsys):
     output = tmp_path / "shapes.png"
-    cli.main(["a red cube and a blue sphere", "--steps", "1", "--output", str(output), *arguments])
-    assert output.exists() and "the judge sees: stock " in capsys.readouterr().out
+    cli.main(["a red cube and a blue dog", "--steps", "1", "--output", str(output), *arguments.split()])
+    said = capsys.readouterr().out
+    assert output.exists() and "the judge sees: stock " in said and "solids, but not 'dog'; --model" in said
 
 
 def test_what_the_judge_sees_is_said_in_words(monkeypatch):
@@ -190,46 +255,37 @@ def test_what_the_judge_sees_is_said_in_words(monkeypatch):
     assert cli.judged([[], solids]) == ["nothing", "2 blue rings, red cube"]
 
 
-@pytest.fixture
-def broken(folder, tmp_path):
-    """A copy of the model, to be broken."""
-    return Path(shutil.copytree(folder, tmp_path / "model"))
-
-
-def class_name(name):
-    return lambda model: (model / "model_index.json").write_text(json.dumps({"_class_name": name}))
-
-
 OTHERS = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"
 NO_INDEX = "", "{", "[]", "{}", '"text"', '{"_class_name": null}', '{"_class_name": []}', "\xff"
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_pipelines_are_refused_by_name_before_they_are_loaded(name, broken, refused, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
-    class_name(name)(broken)
-    families = "Stable Diffusion (StableDiffusionPipeline) and PixArt-α (PixArtAlphaPipeline)"
-    assert refused([PROMPT, "--model", broken]).endswith(f": it is a {name}. This draws with {families}.")
-
-
-def test_a_model_that_cannot_be_loaded_is_said_in_a_line(folder, tmp_path, refused):
+def test_a_model_that_cannot_be_loaded_is_said_in_a_line_and_another_pipeline_by_name_before_it_is_loaded(
+    folder, tmp_path, refused, monkeypatch
+):
     parts = "tokenizer", "unet", "text_encoder/model.safetensors", "vae/config.json"
-    states = [("model_index.json", text) for text in NO_INDEX] + [
-        (part, text) for part in parts for text in (None, "{")
-    ]
-    for number, (part, text) in enumerate(states):
-        model = Path(shutil.copytree(folder, tmp_path / str(number)))
+    states = [("model_index.json", text, "its model_index.json is not") for text in NO_INDEX]
+    states += [(part, text, "") for part in parts for text in (None, "{")]
+    families = "Stable Diffusion (StableDiffusionPipeline) and PixArt-α (PixArtAlphaPipeline)"
+    for name in OTHERS:
+        index = json.dumps({"_class_name": name})
+        states.append(("model_index.json", index, f"it is a {name}. This draws with {families}."))
+    model = tmp_path / "model"
+    for part, text, why in states:
+        shutil.copytree(folder, model)
         path = model / part
         for file in list(path.rglob("*")) if path.is_dir() else [path]:
             file.unlink() if text is None else file.write_bytes(text.encode("latin-1"))
-        why = "its model_index.json is not" if part == "model_index.json" else ""
-        assert f"--model is {str(model)!r}, which cannot be loaded: {why}" in refused([PROMPT, "--model", model])
+        with monkeypatch.context() as patch:
+            if part == "model_index.json":
+                patch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
+            assert f"--model is {str(model)!r}, which cannot be loaded: {why}" in refused([PROMPT, "--model", model])
+        shutil.rmtree(model)
 
 
-def test_an_inpainting_unet_is_refused_whatever_its_folder_says(broken, refused):
-    unet = KINDS["sd"].components["unet"]
-    type(unet).from_config(unet.config, in_channels=9).save_pretrained(broken / "unet")
-    assert "its unet takes 9 channels" in refused([PROMPT, "--model", broken])
+def test_an_inpainting_unet_is_refused_whatever_its_folder_says(folder, tmp_path, refused):
+    model, unet = shutil.copytree(folder, tmp_path / "model"), KINDS["sd"].components["unet"]
+    type(unet).from_config(unet.config, in_channels=9).save_pretrained(model / "unet")
+    assert "its unet takes 9 channels" in refused([PROMPT, "--model", model])
 
 
 def test_what_an_older_version_saved_loads_and_its_code_is_not_run(kind, stock, tmp_path):
@@ -286,55 +342,69 @@ def test_the_choices_are_the_pipelines():
     assert choices["preset"] == tuple(PRESETS) and choices["pipeline"] == tuple(FAMILIES)
 
 
-@pytest.mark.parametrize(
-    "arguments, reason",
-    [
-        ([""], "needs two or more"),
-        (["cube"], "needs two or more"),
-        (["a \udcff cube"], "not in UTF-8"),
-        ([PROMPT, "--model", "/no/such/model"], "neither a folder"),
-        ([PROMPT, "--model", "no/such"], "no/such"),
-        ([PROMPT, "--model", "."], "model_index.json"),
-        ([PROMPT, "--pipeline", "pixart"], "it is a Stable Diffusion, but --pipeline is pixart"),
-        ([PROMPT, "--sink", "--pipeline", "pixart"], "Leave --model and --pipeline out."),
-        ([PROMPT, "--sink", "--model", "somewhere"], "Leave --model and --pipeline out."),
-        ([PROMPT, "--alpha", "-1"], "--alpha is -1.0"),
-        ([PROMPT, "--steps", "-4"], "--steps is -4"),
-        ([PROMPT, "--steps", "two"], "invalid int"),
-        ([PROMPT, "--tsam-steps", "0"], "--tsam-steps is 0"),
-        ([PROMPT, "--tsam-steps", "51"], "only 50"),
-        ([PROMPT, "--refinement-iterations", "-1"], "--refinement-iterations is -1"),
-        ([PROMPT, "--objective", "l2"], "contrast"),
-        ([PROMPT, "--attention-resolution", "5"], "--attention-resolution is 5"),
-        ([PROMPT, "--attention-layers", "2", "5"], "--attention-layers is not for Stable Diffusion"),
-        ([PROMPT, "--region", "car"], "it is 'car', but has to be as \"a red cube=0,0,0.5,1\"."),
-        ([PROMPT, "--region", "car=0,0,left,1"], "it is 'car=0,0,left,1', but has to be as"),
-        ([PROMPT, "--region", "=0,0,1,1"], "it is '=0,0,1,1', but has to be as"),
-        ([PROMPT, "--region", "car=0,0,64,64"], "fractions of the picture"),
-        ([PROMPT, "--region", "dog=0,0,1,1"], f"--region has 'dog', but the prompt's tokens are '{PROMPT}'"),
-        ([PROMPT, "--dtype", "int8"], "bfloat16"),
-        ([PROMPT, "--device", "toaster"], "toaster"),
-        ([PROMPT, "--device", "xla"], "--device is 'xla'"),
-        ([PROMPT, "--output", "no/such/folder/a.png"], "no folder"),
-        ([PROMPT, "--output", "a.jpg"], "end in .png"),
-        ([PROMPT, "--output", "folder.png"], "cannot be written"),
-        ([], "required"),
-    ],
-)
+EARLY = {  # behind the prompt, before a model is loaded
+    "--model /no/such/model": "neither a folder",
+    "--model no/such": "no/such",
+    "--model .": "model_index.json",
+    "--pipeline pixart": "it is a Stable Diffusion, but --pipeline is pixart",
+    "--sink --pipeline pixart": "Leave --model and --pipeline out.",
+    "--sink --model somewhere": "Leave --model and --pipeline out.",
+    "--alpha -1": "--alpha is -1.0",
+    "--steps -4": "--steps is -4",
+    "--tsam-steps 0": "--tsam-steps is 0",
+    "--tsam-steps 51": "only 50",
+    "--refinement-iterations -1": "--refinement-iterations is -1",
+    "--candidate-steps 51": "--candidate-steps is 51, but there are only 50",
+    "--max-sequence-length 0": "--max-sequence-length is 0",
+    "--guidance-scale nan": "--guidance-scale is nan",
+    "--seed -1": "it is '-1', but has to be a seed from 0 to 18446744073709551615",
+    "--seed 99999999999999999999": "it is '99999999999999999999', but has to be a seed",
+    "--seeds 7-0": "it is '7-0', but has to be",
+    "--seeds 0-16": "at most 16 of them",
+    "--best-of 0": "--best-of is 0",
+    "--best-of 2 --seeds 0-7": "--best-of starts at one seed, but --seeds names 8",
+    "--objective l2": "contrast",
+    "--objective layout": "no --region to hold",
+    "--attention-layers 2 5": "--attention-layers is not for Stable Diffusion",
+    "--region car": "it is 'car', but has to be as \"a red cube=0,0,0.5,1\".",
+    "--region car=0,0,left,1": "it is 'car=0,0,left,1', but has to be as",
+    "--region =0,0,1,1": "it is '=0,0,1,1', but has to be as",
+    "--region car=0,0,64,64": "--region['car'] is (0.0, 0.0, 64.0, 64.0), but a box is",
+    "--dtype int8": "bfloat16",
+    "--device toaster": "toaster",
+    "--device xla": "--device is 'xla'",
+    "--output no/such/folder/a.png": "no folder",
+    "--output a.jpg": "end in .png",
+    "--output folder.png": "cannot be written",
+}
+LATE = {
+    "--attention-resolution 5": "--attention-resolution is 5",
+    "--region dog=0,0,1,1": f"--region has 'dog', but the prompt's tokens are '{PROMPT}'",
+}
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "", "cube", "a \udcff cube", None])
 def test_wrong_values_end_with_a_line_in_the_commands_words_before_anything_is_drawn(
-    arguments, reason, folder, tmp_path, monkeypatch, refused
+    prompt, folder, tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(StableDiffusionTSAMPipeline, "progress_bar", lambda *_, **__: pytest.fail("it denoises"))
     (tmp_path / "folder.png").mkdir()
-    own = "--model" in arguments or "--sink" in arguments
-    assert reason in refused([*arguments, *([] if own else ["--model", folder])])
+    wrong = (
+        LATE | EARLY if prompt == PROMPT else {"": "not in UTF-8" if prompt and "a" in prompt else "needs two or more"}
+    )
+    for arguments, reason in ({"": "required"} if prompt is None else wrong).items():
+        if arguments not in LATE:
+            monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
+        own = "--model" in arguments or "--sink" in arguments
+        given = [*([] if prompt is None else [prompt]), *arguments.split(), *([] if own else ["--model", folder])]
+        assert reason in refused(given), arguments
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_ctrl_c_ends_with_a_line_and_a_mistake_of_ours_is_not_hidden(tsam, folder, monkeypatch, refused):
-    fails(monkeypatch, KeyboardInterrupt())
+    spied(monkeypatch, KeyboardInterrupt())
     assert refused([PROMPT, "--model", folder], code=130) == "tsam: interrupted"
-    fails(monkeypatch, KeyError("no such key"))
+    spied(monkeypatch, KeyError("no such key"))
     with pytest.raises(KeyError):
         tsam(PROMPT)
