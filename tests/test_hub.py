@@ -102,7 +102,9 @@ def test_a_dry_run_writes_the_repositories_and_lists_them(dry):
     shared = {"LICENSE": (ROOT / "LICENSE").read_bytes()}
     for name, kind in (CODE | WEIGHTS).items():
         model = files_of(MODELS[kind]) if name in WEIGHTS else {}
-        code = {KINDS[kind].file if model else "pipeline.py": single_file(kind).encode()}
+        file = KINDS[kind].file if model else "pipeline.py"
+        assert not get_relative_imports(folder / name / file)
+        code = {file: single_file(kind).encode()}
         own = {file: data for file, data in model.items() if file != "model_index.json"} | code | shared
         assert own.items() <= written[name].items()
         assert written[name].keys() == own.keys() | {"README.md", "tsam.png", *model}
@@ -219,9 +221,3 @@ def test_a_pushed_pipeline_is_ordinary_and_code_that_is_not_trusted_does_not_run
         pushed = hub.repositories[f"tsam/pushed-{kind}"]
         assert json.loads(pushed["model_index.json"])["_class_name"] == FAMILIES[kind].stock
         assert not [file for file in pushed if file.endswith(".py")]
-
-
-def test_each_pipeline_in_a_single_file_imports_nothing_from_beside_it(tmp_path):
-    for kind in KINDS:
-        (tmp_path / KINDS[kind].file).write_text(single_file(kind))
-        assert not get_relative_imports(tmp_path / KINDS[kind].file)
