@@ -28,6 +28,7 @@ SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
 RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
 PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
+TINY = torch.finfo(torch.float32).tiny  # what keeps a weight of zero from dividing by it
 ROUNDING = 1e-6  # of a mean over a map in float32
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
@@ -250,7 +251,7 @@ def weight_of(maps):
     """
     maps = maps.detach().flatten(2)
     largest = maps.amax(-1)
-    localised = 1 - maps.mean(-1) / torch.where(largest > 0, largest, 1)
+    localised = 1 - maps.mean(-1) / largest.clamp(min=TINY)
     return localised.where((largest > 0) & (localised > ROUNDING), 0) ** 2  # a flat map's blur leaves that much
 
 
@@ -267,8 +268,8 @@ def relation_loss(relation, similarity, weight, content):
 
 def _mean(values, weights):
     """Weighted, over all but the batch; 0 where all weights are. (B, ...) -> (B,)."""
-    total = weights.flatten(1).sum(-1)
-    return (weights * values).flatten(1).sum(-1) / torch.where(total > 0, total, 1)
+    weights, values = weights.flatten(1), values.flatten(1)
+    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=TINY)
 
 
 def spread_of(maps):
@@ -276,21 +277,20 @@ def spread_of(maps):
 
     v = 6 (Var x + Var y), places from 0 to 1 across the picture, so that a uniform map has 1.
     """
-    maps = maps - maps.amin((-2, -1), keepdim=True)
-    total = maps.sum((-2, -1), keepdim=True)
-    maps = maps / torch.where(total > 0, total, 1)
-    variance = 0
-    for marginal in (maps.sum(-1), maps.sum(-2)):
-        place = _places(marginal.shape[-1], maps.dtype, maps.device)
-        variance = variance + marginal @ place**2 - (marginal @ place) ** 2
-    return 6 * variance
+    height, width = maps.shape[-2:]
+    maps = maps.flatten(2)
+    maps = maps - maps.amin(-1, keepdim=True)
+    y, x, square = (_normalize_rows(maps) @ _places(height, width, maps.dtype, maps.device)).unbind(-1)
+    return 6 * (square - y**2 - x**2)
 
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _places(side, dtype, device):
-    """The middle of each of `side` positions, from the picture's middle: (side,), -0.5 to 0.5."""
-    return ((torch.arange(side) + 0.5) / side - 0.5).to(device, dtype)
+def _places(height, width, dtype, device):
+    """y, x and y² + x² of the middle of each position, from the picture's middle, -0.5 to 0.5: (H·W, 3)."""
+    y, x = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (height, width))
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([y, x, y**2 + x**2], -1).flatten(0, 1).to(device, dtype)
 
 
 def relation(maps, text):
@@ -426,8 +426,8 @@ class LatentAlignment:
         gradient comes back.
         """
         half = latents.dtype == torch.float16
-        if self.loss_scale is None:
-            self.loss_scale = torch.full((len(latents),), FP16_LOSS_SCALE if half else 1.0, device=latents.device)
+        if self.loss_scale is None and half:
+            self.loss_scale = torch.full((len(latents),), FP16_LOSS_SCALE, device=latents.device)
         for _ in range(FP16_ATTEMPTS if half else 1):
             with torch.enable_grad():
                 model_input = (input_scale * _precise(latents)).requires_grad_()
@@ -436,8 +436,8 @@ class LatentAlignment:
                 loss = self.loss_of(maps)
                 gradient = None
                 if loss.requires_grad:
-                    scaled = (loss * self.loss_scale).sum()
-                    (gradient,) = torch.autograd.grad(scaled, model_input, allow_unused=True)
+                    total = (loss * self.loss_scale if half else loss).sum()
+                    (gradient,) = torch.autograd.grad(total, model_input, allow_unused=True)
                 if gradient is None:
                     raise RuntimeError(
                         "No gradient comes back to the latents. Quantised activations let none through: quantise the"
@@ -451,8 +451,8 @@ class LatentAlignment:
             logger.warning("A gradient is not finite in float16, and its image stays as it is. Try bfloat16.")
             self.loss_scale = self.loss_scale.where(finite, FP16_LOSS_SCALE)  # the next step is another
         self.lost = ~finite if self.lost is None else self.lost | ~finite
-        gradient = (gradient / _like(gradient, self.loss_scale)).where(_like(gradient, finite), 0)
-        return gradient, loss.detach().float(), seen
+        gradient = gradient / _like(gradient, self.loss_scale) if half else gradient
+        return gradient.where(_like(gradient, finite), 0), loss.detach().float(), seen
 
     def loss_of(self, maps):
         """The loss per image (B,) of maps (B, N, H, W): the objective's, whose shape is checked, and the layout's."""
