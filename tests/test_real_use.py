@@ -7,17 +7,7 @@ from diffusers import LCMScheduler, SASolverScheduler, UniPCMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_tsam import TextSelfAttention, attention_processors, tsam, tsam_pipeline
-from kinds import (
-    PROMPT,
-    SHORT,
-    alignment_of,
-    denoiser_of,
-    embeddings,
-    generators,
-    make,
-    refused,
-    use,
-)
+from kinds import PROMPT, SHORT, alignment_of, denoiser_of, embeddings, generators, make, refused, use
 from kinds import run as run_longer
 
 
