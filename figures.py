@@ -15,7 +15,7 @@ OUTLINES = ("#00e5ff", "#ffe100", "#ff5fd2", "#7dff6a")  # of regions, in turn
 INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
 MAX_WORDS, WORDS_A_LINE = 14, 7  # two lines of maps that can still be read
 WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: of all, a picture's side, the height of the tables
-COLUMN = 2.2  # inches of a sheet
+COLUMN, LINE = 2.2, 0.3  # inches: of a sheet's columns, of a title's line
 LONGEST = 200  # characters of a prompt
 DPI = 120
 OPACITY = 0.65  # of a map over its picture
@@ -80,13 +80,14 @@ def sheet(prompt, columns, rows, footer=""):
 
 
 def blank(prompt, width, height):
-    """An empty figure, entitled."""
-    fig = Figure((width, height), dpi=DPI, layout="constrained", facecolor="white")
-    fig.get_layout_engine().set(h_pad=0.1)
+    """An empty figure, entitled; higher where the title takes several lines."""
     title = " ".join(prompt.split())
     title = f"“{title}”" if len(title) <= LONGEST else f"“{title[:LONGEST]} …”"
-    letters = int((90 if prompt.isascii() else 45) * width / WIDTH)
-    fig.suptitle(textwrap.fill(title, letters), size=17, weight="bold", **TEXT)
+    title = textwrap.fill(title, int((90 if prompt.isascii() else 45) * width / WIDTH))
+    size = (width, height + LINE * title.count("\n"))
+    fig = Figure(size, dpi=DPI, layout="constrained", facecolor="white")
+    fig.get_layout_engine().set(h_pad=0.1)
+    fig.suptitle(title, size=17, weight="bold", **TEXT)
     return fig
 
 

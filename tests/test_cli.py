@@ -1,6 +1,7 @@
 """The `tsam` command, on a tiny model saved to a folder."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -198,16 +199,6 @@ def test_a_picture_that_breaks_is_no_result(tsam, kind, pipe, tmp_path, folder, 
         assert "Lower --alpha, which is 1e+38, or --guidance-scale" in said and not [*tmp_path.iterdir()]
 
 
-def test_words_that_the_shipped_models_do_not_know_are_named(monkeypatch):
-    seen = {"tokens": ["a"], "uncut": ["a"]}
-    prompt = "A photo of a Cat, and a red cube."
-    assert [*cli.remarks(seen, prompt, True, True)] == [
-        "the model knows 8 colours and 6 solids, but not 'photo', 'of', 'Cat'; --model takes another"
-    ]
-    assert not [*cli.remarks(seen, prompt, False, True), *cli.remarks(seen, "a red cube, a blue star", True, True)]
-    assert "red, green" in cli.arguments().format_help() and "ring, star, a, an, and, with" in cli.arguments().epilog
-
-
 def test_a_prompt_of_other_scripts_warns_of_nothing(tsam, recwarn):
     tsam("a red cube 一只红色的狗 🐕")
     assert not [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)]
@@ -249,10 +240,14 @@ def test_the_shipped_models_draw_are_judged_and_say_which_words_they_do_not_know
     assert output.exists() and "the judge sees: stock " in said and "solids, but not 'dog'; --model" in said
 
 
-def test_what_the_judge_sees_is_said_in_words(monkeypatch):
+def test_what_the_judge_sees_and_which_words_are_unknown_is_said(monkeypatch):
     solids = ("red", "cube", (0, 0)), ("blue", "ring", (0, 0)), ("blue", "ring", (1, 1))
     monkeypatch.setattr(Judge, "from_pretrained", lambda: SimpleNamespace(solids=lambda images: images))
     assert cli.judged([[], solids]) == ["nothing", "2 blue rings, red cube"]
+    seen, prompt = {"tokens": ["a"], "uncut": ["a"]}, "A photo of a Cat, and a red cube."
+    (said,) = cli.remarks(seen, prompt, True, True)
+    assert said == "the model knows 8 colours and 6 solids, but not 'photo', 'of', 'Cat'; --model takes another"
+    assert not [*cli.remarks(seen, prompt, False, True), *cli.remarks(seen, "a red cube, a blue star", True, True)]
 
 
 OTHERS = "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline"
@@ -303,12 +298,17 @@ def test_loading_prints_nothing_and_puts_the_loggers_back(folder, capfd):
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    ours, stocks = (logging.getLogger(f"diffusers.{name}") for name in ("tsam", "pipelines"))
+
     def state():
         loggers = diffusers_logging, transformers_logging
-        return [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+        levels = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+        return levels, ours.level, list(ours.filters)
 
     before = state()
     pipe, kind = cli.load(folder, device="cpu", dtype="bfloat16")
+    with cli.quiet():  # as drawing is
+        assert ours.isEnabledFor(logging.WARNING) and not stocks.isEnabledFor(logging.WARNING)
     assert (kind, pipe.unet.dtype) == ("sd", torch.bfloat16)
     assert capfd.readouterr() == ("", "") and state() == before
 
@@ -327,19 +327,17 @@ def test_help_explains_every_option_in_one_line_imports_nothing_heavy_and_needs_
             [sys.executable, *arguments], cwd=tmp_path, env=ascii_only, capture_output=True, text=True
         )
 
-    options = cli.arguments()._actions
+    options = (parser := cli.arguments())._actions
     assert all(option.help and "\n" not in option.help for option in options)
+    choices = {option.dest: option.choices for option in options}
+    assert choices["preset"] == tuple(PRESETS) and choices["pipeline"] == tuple(FAMILIES)
+    assert "know these words alone: red, green" in parser.epilog and "ring, star, a, an, and, with" in parser.epilog
     done = run("-X", "importtime", "-m", "diffusers_tsam", "--help")
     assert done.returncode == 0 and all(name in done.stdout for option in options for name in option.option_strings)
     assert not any(f" {heavy}\n" in done.stderr for heavy in ("torch", "diffusers", "transformers", "numpy"))
     code = "from diffusers_tsam import cli; cli.run = lambda args: [args.output]; cli.main(['a', '--output', 'Å.png'])"
     done = run("-c", code)
     assert (done.returncode, done.stdout) == (0, "\\xc5.png\n")
-
-
-def test_the_choices_are_the_pipelines():
-    choices = {option.dest: option.choices for option in cli.arguments()._actions}
-    assert choices["preset"] == tuple(PRESETS) and choices["pipeline"] == tuple(FAMILIES)
 
 
 EARLY = {  # behind the prompt, before a model is loaded
@@ -370,7 +368,6 @@ EARLY = {  # behind the prompt, before a model is loaded
     "--region car=0,0,left,1": "it is 'car=0,0,left,1', but has to be as",
     "--region =0,0,1,1": "it is '=0,0,1,1', but has to be as",
     "--region car=0,0,64,64": "--region['car'] is (0.0, 0.0, 64.0, 64.0), but a box is",
-    "--dtype int8": "bfloat16",
     "--device toaster": "toaster",
     "--device xla": "--device is 'xla'",
     "--output no/such/folder/a.png": "no folder",
@@ -381,24 +378,23 @@ LATE = {
     "--attention-resolution 5": "--attention-resolution is 5",
     "--region dog=0,0,1,1": f"--region has 'dog', but the prompt's tokens are '{PROMPT}'",
 }
+PROMPTS = {"": "needs two or more", "cube": "needs two or more", "a \udcff cube": "not in UTF-8"}
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, "", "cube", "a \udcff cube", None])
 def test_wrong_values_end_with_a_line_in_the_commands_words_before_anything_is_drawn(
-    prompt, folder, tmp_path, monkeypatch, refused
+    folder, tmp_path, monkeypatch, refused
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(StableDiffusionTSAMPipeline, "progress_bar", lambda *_, **__: pytest.fail("it denoises"))
     (tmp_path / "folder.png").mkdir()
-    wrong = (
-        LATE | EARLY if prompt == PROMPT else {"": "not in UTF-8" if prompt and "a" in prompt else "needs two or more"}
-    )
-    for arguments, reason in ({"": "required"} if prompt is None else wrong).items():
-        if arguments not in LATE:
-            monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
+    for arguments, reason in LATE.items():
+        assert reason in refused([PROMPT, *arguments.split(), "--model", folder])
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("it loads"))
+    early = [([prompt], reason) for prompt, reason in PROMPTS.items()] + [([], "required")]
+    early += [([PROMPT, *arguments.split()], reason) for arguments, reason in EARLY.items()]
+    for arguments, reason in early:
         own = "--model" in arguments or "--sink" in arguments
-        given = [*([] if prompt is None else [prompt]), *arguments.split(), *([] if own else ["--model", folder])]
-        assert reason in refused(given), arguments
+        assert reason in refused([*arguments, *([] if own else ["--model", folder])]), arguments
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 

@@ -22,6 +22,12 @@ def figure(prompt, words=None, size=(64, 64), footer="seed 0"):
     return figures.figure(prompt, words, rows, tables, footer)
 
 
+def sheet(prompt, size=(64, 64), footer="seed 0", columns=8):
+    pictures = [Image.new("RGB", size)] * columns
+    rows = [(name, [f"loss 0.123 · {'a blue sphere, ' * 4}"] * columns, pictures) for name in ("stock", "T-SAM")]
+    return figures.sheet(prompt, [f"seed {seed}" for seed in range(columns)], rows, footer)
+
+
 def texts(fig):
     """All the texts that show, and the figure's inches in which they are."""
     FigureCanvasAgg(fig).draw()
@@ -55,21 +61,22 @@ def test_every_word_has_a_map_beside_each_picture_and_a_long_prompt_says_what_is
     ],
 )
 def test_nothing_is_cut_or_covered_by_another_text(prompt, words, size, tmp_path):
-    fig = figure(prompt, words, size, footer="a setting · " * 30)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of signs that the font lacks
-        boxes = texts(fig)
-    inside = fig.bbox.padded(1)
-    for text, box in boxes.items():
-        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, text
-    straight = [(text, box) for text, box in boxes.items() if text.get_rotation() == 0]
-    for i, (one, box) in enumerate(straight):
-        for other, another in straight[:i]:
-            width = min(box.x1, another.x1) - max(box.x0, another.x0)
-            height = min(box.y1, another.y1) - max(box.y0, another.y0)
-            assert min(width, height) <= 1, (one, other)
-    for axes in fig.axes:
-        assert min(axes.get_window_extent().size) > 60  # pixels
+    long = "a setting · " * 30
+    for fig in (figure(prompt, words, size, long), sheet(prompt, size, long), sheet(prompt, size, long, 2)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of signs that the font lacks
+            boxes = texts(fig)
+        inside = fig.bbox.padded(1)
+        for text, box in boxes.items():
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, text
+        straight = [(text, box) for text, box in boxes.items() if text.get_rotation() == 0]
+        for i, (one, box) in enumerate(straight):
+            for other, another in straight[:i]:
+                width = min(box.x1, another.x1) - max(box.x0, another.x0)
+                height = min(box.y1, another.y1) - max(box.y0, another.y0)
+                assert min(width, height) <= 1, (one, other)
+        for axes in fig.axes:
+            assert min(axes.get_window_extent().size) > 60  # pixels
 
 
 @pytest.mark.parametrize("prompt", [r"$\frac$ car", "一只 🐕 مرحبا שלום", "a\tb\nc $ $$ \\ % # _ ^ {"])
@@ -80,14 +87,6 @@ def test_any_signs_are_drawn_as_they_are_without_a_warning(prompt, tmp_path):
         figures.save(fig, tmp_path / "figure.png")
     assert prompt.split() == [axes.get_title() for axes in fig.axes[1 : 1 + len(prompt.split())]]
     assert Image.open(tmp_path / "figure.png").size[0] > 1000
-
-
-def test_a_words_maps_share_one_scale():
-    picture = Image.new("RGB", (64, 64))
-    low, high = np.full((2, 8, 8), 0.25), np.stack([np.full((8, 8), 0.5), np.zeros((8, 8))])
-    fig = figures.figure("a b", ["a", "b"], [("", "", picture, low), ("", "", picture, high)], [("T", np.eye(2))])
-    scales = [axes.images[1].get_clim() for axes in fig.axes if len(axes.images) == 2]
-    assert scales == [(0, 0.5), (0, 0.25)] * 2
 
 
 def test_regions_are_outlined_in_every_picture_and_in_the_maps_of_their_words():
@@ -107,13 +106,19 @@ def test_regions_are_outlined_in_every_picture_and_in_the_maps_of_their_words():
     assert all(axes.get_xlim() == (-0.5, 63.5) and axes.get_ylim() == (31.5, -0.5) for axes in shown)
 
 
-def test_a_table_shows_its_lower_triangle_with_two_digits():
-    values = np.array([[1.0, 9.0], [0.256, 0.744]])
-    fig = figures.figure("a b", ["a", "b"], [("", "", Image.new("RGB", (64, 64)), np.ones((2, 4, 4)))], [("T", values)])
-    axes = fig.axes[-1]
-    assert {text.get_position(): text.get_text() for text in axes.texts} == {
-        (0, 0): "1.00",
-        (0, 1): ".26",
-        (1, 1): ".74",
-    }
-    assert axes.images[0].get_array().mask.tolist() == [[False, True], [False, False]]
+def test_a_words_maps_share_one_scale_and_a_table_shows_its_lower_triangle_with_two_digits():
+    picture, values = Image.new("RGB", (64, 64)), np.array([[1.0, 9.0], [0.256, 0.744]])
+    low, high = np.full((2, 8, 8), 0.25), np.stack([np.full((8, 8), 0.5), np.zeros((8, 8))])
+    fig = figures.figure("a b", ["a", "b"], [("", "", picture, low), ("", "", picture, high)], [("T", values)])
+    scales = [axes.images[1].get_clim() for axes in fig.axes if len(axes.images) == 2]
+    assert scales == [(0, 0.5), (0, 0.25)] * 2
+    numbers = {text.get_position(): text.get_text() for text in fig.axes[-1].texts}
+    assert numbers == {(0, 0): "1.00", (0, 1): ".26", (1, 1): ".74"}
+    assert fig.axes[-1].images[0].get_array().mask.tolist() == [[False, True], [False, False]]
+
+
+def test_a_sheet_has_a_column_for_each_name_and_a_row_under_another():
+    fig = sheet("a red cube", columns=3)
+    assert [axes.get_title() for axes in fig.axes] == ["seed 0", "seed 1", "seed 2"] * 2
+    assert [axes.get_ylabel() for axes in fig.axes] == ["stock", "", "", "T-SAM", "", ""]
+    assert all(axes.get_xlabel().startswith("loss 0.123 · a blue") and axes.images for axes in fig.axes)
