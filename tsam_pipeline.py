@@ -9,6 +9,7 @@ import json
 import textwrap
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from threading import get_ident
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -78,6 +79,7 @@ class GuidedLoop:
         self.conditions = {}  # what the denoiser is given beside what stock gives it
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
         self.encoding, self.encoded = None, False  # what another loop of this call encoded; whether this one has
+        self.thread = get_ident()  # others may read T meanwhile, by the same `encode_prompt`
         self.updates, self.index = None, 0
         self.latents, self.moved = None, None  # those of this step, and which of them were moved
         self.start = None  # what `prepare_latents` returns, and the generators' states behind that
@@ -124,7 +126,7 @@ class GuidedLoop:
 
     def encode_prompt(self, stock, *args, **kwargs):
         """Stock has checked its arguments and run no denoiser yet: check ours, and read T while it encodes."""
-        if self.encoded:  # a callback's
+        if self.encoded or get_ident() != self.thread:  # a callback's, or another thread's
             return stock(*args, **kwargs)
         self.encoded = True
         if self.encoding is not None:

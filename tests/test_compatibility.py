@@ -555,7 +555,6 @@ class TestThreads:
             torch.testing.assert_close(images, theirs, rtol=5e-3, atol=5e-3)
         assert state_of(pipe) == before
 
-    @pytest.mark.xfail(reason="a call takes another thread's prompt for its own until it has encoded it", strict=True)
     def test_t_may_be_read_before_and_while_another_thread_draws(self, pipe):
         expected, text, before = guided(pipe), pipe.get_text_self_attention(SHORT), state_of(pipe)
 

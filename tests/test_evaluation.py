@@ -10,19 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
-from transformers import (
-    BertTokenizer,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForQuestionAnswering,
-    BlipImageProcessor,
-    BlipProcessor,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-)
 
 from diffusers_tsam.evaluation import generate as drawing
 from diffusers_tsam.evaluation import report as reports
@@ -37,11 +26,10 @@ from diffusers_tsam.tsam_arguments import Settings
 from tiny import tiny_tokenizer
 
 
-PROMPTS, SEEDS = "shapes:3:test:2", 2
-METHODS = "stock,tuned,conform:sharpness=none:preset=light:alpha=4"
-DRAW = (
-    f"generate --model sd --methods {METHODS} --prompts {PROMPTS} --seeds {SEEDS} --steps 3 --batch 3 --output".split()
-)
+PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+SEEDS, METHODS = 2, "stock,tuned,conform:sharpness=none:preset=light:alpha=4"
+DRAW = f"generate --model sd --methods {METHODS} --prompts shapes:3:test:2 --seeds {SEEDS}".split()
+DRAW += "--steps 3 --batch 3 --output".split()
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +108,10 @@ def test_a_picture_is_whole_if_nothing_of_its_end_is_missing(format, tmp_path):
 
 def test_two_processes_draw_the_pictures_that_one_draws(run, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = os.pathsep.join(path for path in sys.path if path)
+    command = [*launch, "-m", "diffusers_tsam.evaluation", *DRAW, str(tmp_path / "run")]
     threads = str(torch.get_num_threads())  # which the launcher would set to 1: another number rounds otherwise
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*launch, "-m", "diffusers_tsam.evaluation", *DRAW, str(tmp_path / "run")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = PATHS | {"OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert pictures(tmp_path / "run") == pictures(run)
     each = [len((tmp_path / "run" / f"drawn-{k}.jsonl").read_text().splitlines()) for k in (0, 1)]
@@ -302,9 +284,7 @@ def test_a_run_of_a_thousand_seeds_is_complete_whatever_a_file_manager_leaves_in
 
 @pytest.mark.parametrize("batch", (1, 4, 7, 100))
 def test_every_job_is_in_one_batch_and_what_binds_nothing_is_drawn_as_stock(batch):
-    prompts = [
-        Prompt(str(k), text, things_of_template(text)) for k, text in enumerate(("a cat and a dog", "a red bow"))
-    ]
+    prompts = [Prompt(text, text, things_of_template(text)) for text in ("a cat and a dog", "a red bow")]
     methods = {name: parse_method(name) for name in ("stock", "syngen")}
     batches = plan(prompts, methods, 5, batch)
     jobs = [(method, *job) for method, _, own in batches for job in own]
@@ -316,9 +296,9 @@ def test_every_job_is_in_one_batch_and_what_binds_nothing_is_drawn_as_stock(batc
         assert len({prompt for prompt, _ in own}) == 1 or method == 0
 
 
-A, B = "a red bow", 'the "B", and a cat'
+A, B, BOX = "a red bow", 'the "B", and a cat', {"cat": [0, 0, 0.5, 1]}
 FILES = {
-    "tifa.json": json.dumps([{"id": "coco_1", "caption": A, "coco_val_id": "2"}, {"id": "x", "caption": B}]),
+    "tifa.json": json.dumps([{"id": 7, "caption": A, "coco_val_id": "2"}, {"id": "x", "caption": B, "regions": BOX}]),
     "strings.json": json.dumps([A, B]),
     "lists.txt": json.dumps({"animals": [A], "objects": [B]}),  # as Attend-and-Excite's authors publish theirs
     "geneval.jsonl": "".join(json.dumps({"tag": "two", "include": [], "prompt": text}) + "\n" for text in (A, B)),
@@ -334,8 +314,9 @@ FILES = {
 def test_prompts_are_read_from_files(name, mark, tmp_path):
     path = tmp_path / name
     path.write_bytes((mark + FILES[name]).encode())
-    names = {"tifa.json": ("coco_1", "x"), "lists.txt": ("animals-0", "objects-0")}.get(name, ("0", "1"))
-    assert load(str(path)) == [Prompt(names[0], A, [[(2, 5), (6, 9)]]), Prompt(names[1], B, [])]
+    names = {"tifa.json": ("7", "x"), "lists.txt": ("animals-0", "objects-0")}.get(name, ("0", "1"))
+    box = BOX if name == "tifa.json" else None
+    assert load(str(path)) == [Prompt(names[0], A, [[(2, 5), (6, 9)]]), Prompt(names[1], B, [], box)]
     if name == "lists.txt":
         assert [prompt.text for prompt in load(f"{path}:objects")] == [B]
 
@@ -381,12 +362,6 @@ def test_a_repeated_prompt_is_drawn_once_and_is_one_cluster_of_an_interval(tmp_p
     assert sorted(reports.per_prompt(values, run.clusters)) == [4.0, 5.0]
 
 
-def test_prompts_of_a_file_may_have_regions(tmp_path):
-    path, box = tmp_path / "prompts.json", [0, 0, 0.5, 1]
-    path.write_text(json.dumps([{"id": 0, "caption": A, "regions": {"bow": box}}, {"id": 1, "caption": A}]))
-    assert [prompt.regions for prompt in load(str(path))] == [{"bow": box}, None]
-
-
 def test_prompts_of_the_shapes_world_come_in_four_forms():
     texts = {form: [prompt.text for prompt in load(f"{form}:2:test:5")] for form in FORMS}
     assert texts["quarters"] == texts["shapes"] and len(set(texts["shapes"])) == 5
@@ -429,18 +404,19 @@ def test_a_solid_is_where_it_was_asked_for_if_it_is_seen_inside():
 # Metrics
 
 
+LAYERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+PATCHES = {**LAYERS, "image_size": 32, "patch_size": 8}
+
+
 @pytest.fixture(scope="module")
 def clip():
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    layers = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**layers, "vocab_size": len(tokenizer), **ends}
-    config = CLIPConfig(
-        text_config=text, vision_config={**layers, "image_size": 32, "patch_size": 8}, projection_dim=12
-    )
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return CLIPModel(config).eval(), CLIPProcessor(images, tokenizer)
+    text = {**LAYERS, "vocab_size": len(tokenizer), **ends}
+    config = hf.CLIPConfig(text_config=text, vision_config=PATCHES, projection_dim=12)
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return hf.CLIPModel(config).eval(), hf.CLIPProcessor(images, tokenizer)
 
 
 BLIP_WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] yes no is there a cat car red black what colour it ?".split()
@@ -451,15 +427,14 @@ def blip(cls, tmp_path):
     torch.manual_seed(1)
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(BLIP_WORDS))
-    tokenizer = BertTokenizer(str(vocabulary), bos_token="[DEC]")
-    layers = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = hf.BertTokenizer(str(vocabulary), bos_token="[DEC]")
     ids = {"pad_token_id": 0, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3}
-    text = {**layers, "vocab_size": len(BLIP_WORDS), "encoder_hidden_size": 16, **ids, "max_position_embeddings": 64}
-    config = BlipConfig(text_config=text, vision_config={**layers, "image_size": 32, "patch_size": 8})
+    text = {**LAYERS, "vocab_size": len(BLIP_WORDS), "encoder_hidden_size": 16, **ids, "max_position_embeddings": 64}
+    config = hf.BlipConfig(text_config=text, vision_config=PATCHES)
     model = cls(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)  # so that answers differ
-    return model, BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    return model, hf.BlipProcessor(hf.BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
 
 
 @pytest.fixture
@@ -502,7 +477,7 @@ def test_clip_scores_are_the_literal_ones(clip, images):
 @torch.no_grad()
 def test_a_caption_is_compared_with_its_prompt(clip, images, tmp_path):
     reader = Clip(*clip, ["a photo of a {}."])
-    model, processor = blip(BlipForConditionalGeneration, tmp_path)
+    model, processor = blip(hf.BlipForConditionalGeneration, tmp_path)
     rows = Caption(reader, model, processor)(images, [Prompt("0", "a red car", [])] * 3)
     for row, image in zip(rows, images):
         ids = model.generate(**processor(images=image, return_tensors="pt"), num_beams=3, min_length=10, max_length=30)
@@ -515,7 +490,7 @@ def test_a_caption_is_compared_with_its_prompt(clip, images, tmp_path):
 
 @torch.no_grad()
 def test_blip_answers_as_it_does_alone_with_the_probability_of_each_token_in_turn(images, tmp_path):
-    model, processor = blip(BlipForQuestionAnswering, tmp_path)
+    model, processor = blip(hf.BlipForQuestionAnswering, tmp_path)
     questions = ["is there a cat ?", "what colour is the car it is ? it ?", "is it red ?"]
     answers = ["yes", "black car", "no"]
     free, likely = BlipAnswers(model, processor)([images[0], images[0], images[1]], questions, answers)
@@ -575,10 +550,8 @@ def test_an_answer_means_the_choice_whose_sentence_is_nearest():
             return (torch.tensor([[9.0, 9.0], [1, 0], [0, 1], [0.9, 0.1]])[input_ids],)
 
     def tokenizer(texts, **_):
-        from transformers import BatchEncoding
-
         ids = torch.tensor([[{"car": 1, "cat": 2, "automobile": 3}[text], 0] for text in texts])
-        return BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
+        return hf.BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
 
     nearest = Nearest(Sentences(), tokenizer)
     assert nearest("automobile", ["cat", "car"]) == "car" and nearest("cat", ["cat", "car"]) == "cat"
@@ -588,12 +561,10 @@ def test_models_are_loaded_from_folders_and_resume(run, clip, tmp_path, capsys):
     folder = copied(run, tmp_path)
     for part in clip:
         part.save_pretrained(tmp_path / "clip")
-    for part in blip(BlipForQuestionAnswering, tmp_path):
+    for part in blip(hf.BlipForQuestionAnswering, tmp_path):
         part.save_pretrained(tmp_path / "vqa")
-    texts = [prompt.text for prompt in Run(folder).prompts]
-    (tmp_path / "questions.json").write_text(
-        json.dumps([question(text, "is it red?", "yes", "color") for text in texts])
-    )
+    asked = [question(prompt.text, "is it red?", "yes", "color") for prompt in Run(folder).prompts]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
     command = ["score", folder, "--metrics", "clip,tifa", "--clip", tmp_path / "clip", "--vqa", tmp_path / "vqa"]
     command = [*map(str, command), "--questions", str(tmp_path / "questions.json"), "--sentences", "none"]
     main([*command, "--score-batch", "5"])
@@ -672,19 +643,14 @@ def test_a_reports_numbers_are_those_of_the_lines_and_nothing_stands_for_those_t
 
 def test_a_ratios_interval_is_that_of_a_mean_where_all_clusters_are_alike():
     parts, wholes = np.array([1.0, 3, 2, 0]), np.array([4.0, 4, 4, 4])
-    expected = reports.interval(parts / wholes)
-    assert reports.ratio_interval(parts, wholes) == pytest.approx(expected)
+    assert reports.ratio_interval(parts, wholes) == pytest.approx(reports.interval(parts / wholes))
 
 
 def test_sweeps_are_grids_of_alpha_and_gamma(scored):
-    settings = scored.settings
     names = [f"tsam:objective={o}:alpha={a}:gamma={g}" for o in ("l1", "cosine") for a in (1, 2) for g in (1, 3)]
-    settings["methods"] |= {name: parse_method(name)[0] for name in names}
-    run = Run.create(scored.folder, settings, scored.prompts)
-    assert reports.grids(run) == {
-        "objective l1": {(1.0, 1.0): 2, (1.0, 3.0): 3, (2.0, 1.0): 4, (2.0, 3.0): 5},
-        "objective cosine": {(1.0, 1.0): 6, (1.0, 3.0): 7, (2.0, 1.0): 8, (2.0, 3.0): 9},
-    }
+    scored.settings["methods"] |= {name: parse_method(name)[0] for name in names}
+    grids, corners = reports.grids(scored), [(1.0, 1.0), (1.0, 3.0), (2.0, 1.0), (2.0, 3.0)]
+    assert grids == {f"objective {o}": dict(zip(corners, range(k, 10))) for o, k in (("l1", 2), ("cosine", 6))}
 
 
 def test_a_sweep_reports_its_best_on_other_prompts(tmp_path, capsys):
@@ -704,5 +670,4 @@ def test_the_core_and_the_baselines_need_no_extra():
     code = "import sys, diffusers_tsam.cli, diffusers_tsam.pipeline_tsam_sd, diffusers_tsam.pipeline_tsam_pixart\n"
     code += "assert 'diffusers_tsam.evaluation' not in sys.modules\nimport diffusers_tsam.evaluation.baselines\n"
     code += "assert not {'diffusers_tsam.evaluation.runs', 'spacy'} & set(sys.modules)"
-    paths = os.pathsep.join(path for path in sys.path if path)
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
+    subprocess.run([sys.executable, "-c", code], check=True, env=PATHS)
