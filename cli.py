@@ -101,16 +101,16 @@ def arguments():
     )
     add = parser.add_argument
     names = " or ".join(family.name for family in FAMILIES.values())
-    usual = "{sd}, for pixart {pixart}, with --sink {sink}".format(**SEEDS)
+    usual = "{sd}, which was picked; for pixart {pixart}, with --sink {sink}".format(**SEEDS)
     add("prompt", help="what to draw, two words or more")
     add("--pipeline", choices=tuple(FAMILIES), help=f"{names} (what --model is, or sd)")
     add("--model", help="a folder or Hub id of either (the shipped model of shapes)")
     add("--sink", action="store_true", help="the shipped sd with an attention sink on <bos>, which swaps colours")
     add("--output", help="the PNG to write (tsam.png, or where there is one, tsam-2.png and so on)")
     add("--force", action="store_true", help="overwrite it")
-    noise = f"seed of the noise that both pictures start from ({usual}); of several, 0-7, a sheet, one column a seed"
+    noise = f"seed of the noise that both pictures start from ({usual}); several, as 0-7, make a sheet, a column each"
     add("--seed", "--seeds", type=seeds, help=noise)
-    add("--best-of", type=int, help="from how many seeds, --seed the first, to draw the one whose start promises most")
+    add("--best-of", type=int, help="draw the best of that many seeds, from --seed on, by the loss of their starts")
     add("--steps", type=int, default=50, help="denoising steps (50)")
     add("--device", help="where to run, such as cpu or cuda:1 (cuda if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="precision (float32 on the cpu, else float16)")
