@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,14 @@ def spied(monkeypatch, error=None):
     return asked
 
 
+def compared(kind, pipe, prompt, seed, given, **call):
+    """What `comparing.draw` returns with a kind's arguments and those given, T-SAM's as `Settings`."""
+    call, own = kind.call | call, {each.name for each in fields(pipe.settings)}
+    ours = {name: value for name, value in call.items() if name in own} | given
+    rest = {name: value for name, value in call.items() if name not in own}
+    return comparing.draw(pipe, prompt, seed, pipe.settings(**ours), **rest)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is drawn
 
@@ -105,7 +114,7 @@ def test_several_seeds_are_a_sheet_and_the_best_of_several_is_the_one_whose_star
 
 def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe):
     call, guidance = {**kind.call, "num_inference_steps": 4}, {"alpha": 30.0, "refinement_iterations": 1}
-    (ours, aligned), *_ = comparing.draw(pipe, PROMPT, 3, pipe.settings(**guidance), **call)
+    (ours, aligned), *_ = compared(kind, pipe, PROMPT, 3, guidance, **call)
     theirs, called = (
         each(PROMPT, generator=torch.Generator().manual_seed(3), **call, **arguments).images[0]
         for each, arguments in ((stock, {}), (pipe, guidance))
@@ -128,8 +137,8 @@ def test_losses_maps_and_s_are_those_of_the_last_guided_step_after_its_updates(k
     settings["alpha"] = 0.1 * kind.alpha
     stock, watched = seen(alpha=0, refinement_iterations=0)
     aligned, _ = seen(refinement_iterations=3)
-    _, (before, after), guided, attentions = comparing.draw(
-        pipe, PROMPT, 5, pipe.settings(**settings, refinement_iterations=0), **call
+    _, (before, after), guided, attentions = compared(
+        kind, pipe, PROMPT, 5, settings | {"refinement_iterations": 0}, **call
     )
     assert guided == 2 and before == pytest.approx(stock[1].item(), rel=1e-5)
     assert after == pytest.approx(aligned[2].item(), rel=1e-4) and after < before
@@ -142,10 +151,10 @@ def test_losses_maps_and_s_are_those_of_the_last_guided_step_after_its_updates(k
 def test_one_guided_step_shows_what_its_update_has_changed_and_in_which_region(kind, pipe):
     regions = {"black car": (0.0, 0.0, 0.5, 1.0), "a white clock": (0.5, 0.0, 1.0, 1.0)}
     call, settings = {**kind.call, "num_inference_steps": 1}, {"alpha": 0.1 * kind.alpha, "refinement_iterations": 0}
-    _, (before, after), guided, _ = comparing.draw(pipe, PROMPT, 0, pipe.settings(**settings), **call)
+    _, (before, after), guided, _ = compared(kind, pipe, PROMPT, 0, settings, **call)
     assert guided == 1 and after < before
     settings |= {"objective": "layout", "regions": regions}
-    _, (before, after), _, seen = comparing.draw(pipe, PROMPT, 0, pipe.settings(**settings), **call)
+    _, (before, after), _, seen = compared(kind, pipe, PROMPT, 0, settings, **call)
     assert seen["regions"] == [((0.0, 0.0, 0.5, 1.0), [1, 2]), ((0.5, 0.0, 1.0, 1.0), [4, 5, 6])]
     shares = torch.stack([*seen["region_shares"].values()])
     assert [*seen["region_shares"]] == [*regions] and after < before
@@ -156,11 +165,11 @@ def test_one_guided_step_shows_what_its_update_has_changed_and_in_which_region(k
 def test_the_maps_shown_are_of_the_layers_that_are_asked_for(name, number):
     kind = KINDS["sd" if name == "attention_resolution" else "pixart"]
     pipe, asked = make(kind.tsam, kind.components), []
-    layers = pipe.cross_attention_layers
-    pipe.cross_attention_layers = lambda value: asked.append(value) or layers()
+    layers = pipe.cross_attention_layers(**{each: kind.call[each] for each in {name} & {*kind.call}})
+    pipe.cross_attention_layers = lambda value: asked.append(value) or layers
     for prompt in ("cube", f"{pipe.tokenizer.eos_token} cube"):  # one word, and one that the model reads
         with pytest.raises(ValueError, match="needs two or more"):
-            comparing.draw(pipe, prompt, 0, pipe.settings(**{name: number}), **kind.call)
+            compared(kind, pipe, prompt, 0, {name: number})
     assert asked == [number] * 2
 
 
@@ -193,7 +202,7 @@ def test_an_objective_in_a_file_is_used_by_the_name_of_its_function(tsam, tmp_pa
 
 def test_a_picture_that_breaks_is_no_result(tsam, kind, pipe, tmp_path, folder, refused):
     with pytest.raises(ValueError, match=r"T-SAM's picture broke at step 1: .* Lower `alpha`, which is 1e\+38"):
-        comparing.draw(pipe, PROMPT, 0, pipe.settings(alpha=1e38), **kind.call)
+        compared(kind, pipe, PROMPT, 0, {"alpha": 1e38})
     if kind.name == "sd":
         said = refused([PROMPT, "--model", folder, "--alpha", "1e38"])
         assert "Lower --alpha, which is 1e+38, or --guidance-scale" in said and not [*tmp_path.iterdir()]
