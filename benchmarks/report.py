@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mechanism
 import numpy as np
+import starts
 from matplotlib.figure import Figure
 from rows import COMPARED, RESULTS, compared, interval, load, of_run, paired, points, settings_of, share, solids_of
 
@@ -103,22 +104,34 @@ def named(name):
     return f"{PEERS[loss]}, {dict(change.split('=') for change in changes.split(':') if change).get('preset', 'paper')}"
 
 
-def counted_table(solids, every):
-    """A row a method, `every` one or the headline's, a column a model: counted right, in points over stock."""
+def counted_table(solids):
+    """The headline: a row a method, a column a model: counted right, in points over stock."""
     runs = counted_runs(solids)
     if not runs:
         return "Not drawn yet."
     head, rows = ["counted right", *(SMALL[name] for name in runs)], []
     rows.append(["stock", *(cell(scores, "stock", False) for scores in runs.values())])
     drawn = dict.fromkeys(name for scores in runs.values() for name in scores.run.methods if name != "stock")
-    for name in drawn if every else [name for name in OURS if name in drawn]:
-        rows.append([OURS.get(name) or described(name), *(cell(scores, name) for scores in runs.values())])
-    if not every:
-        peers = {scores: best_peer(scores) for scores in runs.values()}
-        cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
-        rows.append(["the best peer on these pictures, told the words", *cells])
+    for name in [name for name in OURS if name in drawn]:
+        rows.append([OURS[name], *(cell(scores, name) for scores in runs.values())])
+    peers = {scores: best_peer(scores) for scores in runs.values()}
+    cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
+    rows.append(["the best peer on these pictures, told the words", *cells])
     pictures = sorted({int(np.isfinite(scores.values["counted"][scores.stock]).sum()) for scores in runs.values()})
     return markdown(head, rows) + f"\n\n{' or '.join(map(str, pictures))} pictures a cell."
+
+
+def counted_tables(solids):
+    """Every method of every model."""
+    tables = []
+    for model, scores in counted_runs(solids).items():
+        rows, lines = of_run(scores.run), []
+        for name in settings_of(rows):
+            own = [row for row in rows if row["setting"] == name]
+            words = OURS.get(name) or described(name).replace(", relative step 0.05", "")
+            lines.append([*compared(rows, name, words), share(own, "double")])
+        tables.append(f"The small {SMALL[model]}:\n\n" + markdown([*COMPARED, "a solid too many"], lines))
+    return "\n\n".join(tables) or "Not drawn yet."
 
 
 def counted_figure(solids=2):
@@ -161,26 +174,6 @@ def card_sentences(solids=2, name="tsam:preset=fast"):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows of pictures
-
-
-def chosen(rows, kind, solids, steps=25):
-    return [row for row in rows if (row["pipeline"], row["solids"], row["steps"]) == (kind, solids, steps)]
-
-
-def setting_table(rows):
-    """Settings, compared with stock."""
-    return markdown(COMPARED, [compared(rows, name, described(name)) for name in settings_of(rows)])
-
-
-def alignment_table(rows, kind):
-    """The same, with what they cost."""
-    cost, table = read("cost.json")["operations"][kind], []
-    ratio = cost["guided_pass_flop"] / cost["plain_step_flop"]
-    for name in settings_of(rows):
-        own = next(row for row in rows if row["setting"] == name)
-        passes = 1 + ratio * own["updates"] / own["steps"]
-        table.append([*compared(rows, name, described(name)), "1x" if name == "stock" else f"{passes:.2f}x"])
-    return markdown([*COMPARED, "operations"], table)
 
 
 def operations_table(part, names):
@@ -259,6 +252,15 @@ def long_prompts_table(rows):
             cells = [form, f"{words} ({len(some)})", share(some, "right"), share(some, "objects")]
             table.append([*cells, points(paired(own, name, base)) if ours else ""])
     return markdown(["captions", "setting (pictures)", "right", "every solid", "points over stock"], table)
+
+
+def launches_table():
+    """What a host has to launch."""
+    found = read("cost.json")["launches"]
+    rows = [
+        [TABLE[kind], *(f"{n['calls']}, {n['kernels']} kernels" for n in of.values())] for kind, of in found.items()
+    ]
+    return markdown(["calls of operators", *next(iter(found.values()))], rows)
 
 
 def windows_table():
@@ -377,35 +379,26 @@ def presets_table():
 
 def parts():
     """{name: Markdown} of everything that a document may hold."""
-    rows, narrow, joint = (load(f"{name}.jsonl") for name in ("alignment", "narrow", "joint"))
     found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
     found |= {
         "overhead": overhead_sentence(),
         "long-cost": windows_table(),
         "presets": presets_table(),
-        "counted": counted_table(2, False),
+        "counted": counted_table(2),
+        "counted-three": counted_table(3),
+        "starts": starts.tables(read("starts.json")) if starts.FILE.exists() else "Not drawn yet.",
+        "launches": launches_table(),
     }
     models, pictures = sink_rows()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
     found["sink-sentence"] = sink_sentence(pictures)
     for solids in (2, 3):
-        found[f"narrow-{solids}"] = alignment_table(chosen(narrow, "sd", solids), "sd")
         found[f"sinks-{solids}"] = sink_table(models, pictures, solids)
-        found[f"counted-{solids}"] = counted_table(solids, True)
+        found[f"counted-{solids}"] = counted_tables(solids)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
-    for split, solids in {(row["split"], row["solids"]) for row in joint}:
-        own = [row for row in joint if (row["split"], row["solids"]) == (split, solids)]
-        found[f"joint-{split}-{solids}"] = setting_table(own)
     for kind in FAMILIES:
-        for solids, steps in sorted({(row["solids"], row["steps"]) for row in rows if row["pipeline"] == kind}):
-            own, longer = chosen(rows, kind, solids, steps), "" if steps == 25 else f"-{steps}-steps"
-            found[f"alignment-{kind}-{solids}{longer}"] = alignment_table(own, kind)
-        for name, table in (
-            ("layout", layout_table),
-            ("layout_tuning", layout_table),
-            ("long_prompts", long_prompts_table),
-        ):
-            part = name.replace("_prompts", "").replace("_", "-")
+        for name, table in (("layout", layout_table), ("long_prompts", long_prompts_table)):
+            part = name.replace("_prompts", "")
             found[f"{part}-{kind}"] = table([row for row in load(f"{name}.jsonl") if row["pipeline"] == kind])
     found |= {f"evaluation-{run.folder.name}": markdown(*table_of(Scores(run))) for run in scored()}
     return found

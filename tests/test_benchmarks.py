@@ -3,8 +3,10 @@
 import json
 import re
 import sys
+from itertools import combinations
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -109,14 +111,15 @@ def counted(tmp_path, monkeypatch):
 
 
 def test_the_headline_is_of_counted_runs(counted):
-    rows = counted.counted_table(2, every=False).splitlines()
+    rows = counted.counted_table(2).splitlines()
     assert rows[0] == "| counted right | PixArt-α |" and rows[2].startswith("| stock | 50.0 ± 98.0 % |")
     assert rows[3] == '| T-SAM, `preset="fast"` | +50.0 ± 98.0 |'
     assert rows[4] == "| the best peer on these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"
     assert rows[6] == "4 pictures a cell."
-    every = counted.counted_table(2, every=True)
-    assert "| CONFORM's loss, words given, preset light, α 1 | +25.0 ± 49.0 |" in every and "nan" not in every
-    assert counted.counted_table(3, every=True) == "Not drawn yet."
+    every = counted.counted_tables(2)
+    assert "| CONFORM's loss, words given, preset light, α 1 (4) | 75.0 ± 49.0 % | +25.0 ± 49.0 | 50 % of 2 |" in every
+    assert "| 100 % of 2 | 25.0 ± 49.0 % |" in every and "nan" not in every
+    assert counted.counted_table(3) == counted.counted_tables(3) == "Not drawn yet."
     assert len(counted.counted_figure().axes[0].containers) == 3  # light was not drawn
     (counted.RESULTS / "summary.json").write_text('{"card": {"sd": "as it was"}}')
     cards = counted.card_sentences()
@@ -179,3 +182,17 @@ def test_an_update_is_measured_on_the_trajectory(tmp_path, monkeypatch):
     anatomy.main()
     sizes = json.loads(anatomy.RESULTS.read_text())["relative_update"]
     assert set(sizes) == set(OBJECTIVES) and all(0 < size for steps in sizes.values() for size in steps.values())
+
+
+def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
+    import starts
+
+    right, losses = [True, False, True, False, False], [0.3, 0.1, 0.2, 0.5, 0.4]
+    for number in (1, 2, 3, 5):
+        groups = list(combinations(range(5), number))
+        expected = np.mean([right[min(group, key=lambda k: losses[k])] for group in groups])
+        assert starts.best_of(number, np.argsort(losses), right) == pytest.approx(expected)
+    prompts = [[{"stock": r, "fast": True, "contrast": [loss] * 3} for r, loss in zip(right, losses)]] * 2
+    assert starts.chosen(prompts, 2, "judge", 5)[0] == pytest.approx(100 * (1 - 3 / 10))
+    assert starts.chosen(prompts, 2, "contrast", 5, "fast") == (100, 0)
+    assert starts.auc(np.array(right), np.array(losses)) == pytest.approx(4 / 6)
