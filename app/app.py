@@ -34,6 +34,7 @@ from starlette.middleware import Middleware
 
 from diffusers_tsam import figures
 from diffusers_tsam.app.drawing import CHOICES, FIELDS, SETTINGS, SHIPPED, Models, Result, draw, fields_of, wrong
+from diffusers_tsam.shapes import WORDS
 
 
 EXAMPLES = (  # model, seed, prompt; picked: stock forgets or confuses what T-SAM draws
@@ -44,6 +45,10 @@ EXAMPLES = (  # model, seed, prompt; picked: stock forgets or confuses what T-SA
 HEADER = """<h1>T-SAM</h1><p>Text-to-image models forget objects and swap colours. T-SAM reads out of the text encoder
 which words belong together, and holds the picture's attention to it. Here: one prompt, one seed, without it and with
 it.</p>"""
+FINISHED = (
+    "An example that was picked, drawn by the small Stable Diffusion: “a red cube and a blue sphere”. Stock forgot the"
+    " blue sphere and drew two red cubes, one unasked; T-SAM drew both. “Draw” shows yours here."
+)
 HELP = {
     "preset": "Gives the settings below it: “light” costs least, “paper” most.",
     "objective": "How maps are compared with the text; “relation” for prompts such as “two cats”.",
@@ -51,6 +56,7 @@ HELP = {
     "relative_step": "Instead of alpha: the first update as a share of the input's norm, such as 0.05.",
     "gamma": "More keeps only the strongest bonds between words. Of no use to “contrast” and “relation”.",
     "guidance_scale": "How closely to follow the prompt.",
+    "negative_prompt": "What not to draw.",
 }
 FILES = {"Stock picture": "stock.png", "T-SAM picture": "tsam.png", "Numbers (JSON)": "tsam.json"}
 MAX_WAITING = 20  # drawings in the queue
@@ -126,6 +132,7 @@ def summary(result):
     losses, guided = [drawn.losses for drawn in result.pair], result.pair[1].guided
     before, after = (each[guided[-1]] for each in losses)
     text = f"Loss after the guided steps, {len(guided)}: stock {before:.3f}, T-SAM {after:.3f}."
+    text = f"{result.said} {text}".lstrip()
     if not result.breaks:
         return note(text)
     name = "alpha" if result.settings["relative_step"] is None else "the relative step"
@@ -178,7 +185,7 @@ def save(result, folder):
 
 def link(values):
     """The part of an address that has these settings."""
-    return "?" + urlencode({name: values[name] for name in FIELDS if values[name] is not None})
+    return "?" + urlencode({name: values[name] for name in FIELDS if values[name] not in (None, "")})
 
 
 def linked(models, query):
@@ -252,7 +259,8 @@ def build(models):
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                prompt = gr.Textbox(first["prompt"], label="Prompt", info="Two words or more.", lines=1, max_lines=4)
+                known = f"Two words or more. The models that ship know {', '.join(WORDS)}."
+                prompt = gr.Textbox(first["prompt"], label="Prompt", info=known, lines=1, max_lines=4)
                 names = list(models.offered())
                 model = gr.Dropdown(names, value=first["model"], label="Model", allow_custom_value=models.hub)
                 with gr.Row():
@@ -266,12 +274,15 @@ def build(models):
                     for name, info in HELP.items():
                         looks = {"label": name.replace("_", " ").capitalize(), "info": info, "value": first[name]}
                         choices = {"choices": list(CHOICES[name])} if name in CHOICES else {}
-                        settings[name] = (gr.Dropdown if choices else gr.Number)(**looks, **choices)
+                        kind = gr.Dropdown if choices else gr.Textbox if name == "negative_prompt" else gr.Number
+                        settings[name] = kind(**looks, **choices)
             with gr.Column(scale=3, min_width=300):
-                status = gr.HTML(note("“Draw” shows both pictures here, from the same noise."), elem_id="tsam-status")
-                blank = Image.new("RGB", (SHOWN, SHOWN), BLANK)
+                status = gr.HTML(note(FINISHED), elem_id="tsam-status")
+                with Image.open(Path(__file__).with_name("example.png")) as both:
+                    boxes = ((0, 0, 128, 128), (128, 0, 256, 128))
+                    example = tuple(figures.enlarged(both.convert("RGB").crop(box), SHOWN) for box in boxes)
                 pictures = gr.ImageSlider(
-                    (blank, blank), label="Stock and T-SAM", format="png", max_height=SHOWN, buttons=FULLSCREEN
+                    example, label="Stock and T-SAM", format="png", max_height=SHOWN, buttons=FULLSCREEN
                 )
                 caption = gr.HTML(captions())
                 losses = gr.HTML(curve({"stock": [], "T-SAM": []}, first["steps"]))

@@ -1,11 +1,10 @@
 """What the demo's page may ask for, and how it is drawn: models, limits, steps. No page in sight."""
 
 import inspect
-import math
 import queue
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,10 @@ import diffusers_tsam
 from diffusers_tsam import FAMILIES, cli
 from diffusers_tsam.attention_processors import shadowed
 from diffusers_tsam.comparing import compare
-from diffusers_tsam.shapes import ARGUMENTS, MODELS
+from diffusers_tsam.shapes import ARGUMENTS, COLOURS, MODELS, SOLIDS, unknown_words
+from diffusers_tsam.shapes.judge import Judge
+from diffusers_tsam.shapes.scenes import phrase
+from diffusers_tsam.shapes.sink import add_sink
 from diffusers_tsam.tsam_arguments import Settings
 
 
@@ -27,13 +29,14 @@ SETTINGS = ("preset", "objective", "alpha", "relative_step", "gamma")  # of the 
 CHOICES = {each.name: each.metadata["choices"] for each in fields(Settings) if each.name in ("preset", "objective")}
 CHOICES["objective"] = tuple(name for name in CHOICES["objective"] if name != "layout")  # a page gives no regions
 # What a page sends, a link holds and a drawing needs.
-FIELDS = ("model", "prompt", "seed", "steps", *SETTINGS, "guidance_scale")
+FIELDS = ("model", "prompt", "seed", "steps", *SETTINGS, "guidance_scale", "negative_prompt")
 WHOLE = ("seed", "steps")
 LIMITS = {"seed": (0, 2**32 - 1), "steps": (1, 100), "guidance_scale": (1, 30)}
 MAX_PROMPT = 300  # characters
 MAX_SIDE = 1024  # pixels of a picture, whose size is always the model's own, one at a time
 MAX_LOADED = 2  # models in memory
 SHIPPED = {f"{FAMILIES[kind].name} (ships here)": kind for kind in MODELS}
+SHIPPED["Stable Diffusion with an attention sink (ships here)"] = "sink"  # `sd` with other weights
 STEPS = 25, 50  # of the models that ship, which were measured with 25, and of others
 # How far, as a share of their norm, the first step's updates may move the latents. Of 12 pictures of three solids, 0.2
 # and 0.3 left ten and eleven right on the small models; 0.5 and 1, three and five.
@@ -57,7 +60,7 @@ class Models:
 
     def offered(self):
         """{name: folder}: each root, and the folders in it, that are saved pipelines and no links to elsewhere."""
-        found = {name: Path(MODELS[kind]) for name, kind in SHIPPED.items()}
+        found = {name: Path(MODELS.get(kind, MODELS["sd"])) for name, kind in SHIPPED.items()}
         for root in self.roots:
             for index in sorted([*root.glob("model_index.json"), *root.glob("*/model_index.json")]):
                 if index.resolve().is_relative_to(root):
@@ -84,13 +87,14 @@ class Models:
             raise _unloadable(name, source, error) from error
         pipeline, usual = getattr(diffusers_tsam, FAMILIES[kind].pipeline), SHIPPED.get(name)
         scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-        return cli.settings_of(pipeline, kind, usual, **given), {"guidance_scale": scale} | ARGUMENTS.get(usual, {})
+        arguments = {"guidance_scale": scale} | (ARGUMENTS[kind] if usual else {})
+        return cli.settings_of(pipeline, kind, usual, **given), arguments
 
     def load(self, name):
         """A pipeline, and its VAE's `colours_of`."""
         source = self.source(name)
         with self.lock:
-            if source not in self.loaded:
+            if name not in self.loaded:
                 try:
                     pipe, kind = cli.load(source, device=self.device)
                 except ValueError as error:
@@ -99,11 +103,13 @@ class Models:
                 side = max(size if isinstance(size, (list, tuple)) else [size or 0]) * pipe.vae_scale_factor
                 if side > MAX_SIDE:
                     raise ValueError(f"The model {name!r} draws {side} pixels a side, but {MAX_SIDE} is the limit.")
-                self.loaded[source] = pipe, colours_of(pipe.vae)
+                if SHIPPED.get(name) == "sink":
+                    add_sink(pipe)
+                self.loaded[name] = pipe, colours_of(pipe.vae)
                 while len(self.loaded) > MAX_LOADED:
                     self.loaded.popitem(last=False)
-            self.loaded.move_to_end(source)
-            return self.loaded[source]
+            self.loaded.move_to_end(name)
+            return self.loaded[name]
 
 
 def _unloadable(name, source, error):
@@ -115,7 +121,7 @@ def fields_of(models, model, prompt, seed, **given):
     """The values of FIELDS with a model's defaults, or with the settings that are given."""
     settings, arguments = models.defaults(model, **given)
     values = {"model": model, "prompt": prompt, "seed": seed, "steps": STEPS[model not in SHIPPED]}
-    return values | chosen(settings) | {"guidance_scale": arguments["guidance_scale"]}
+    return values | chosen(settings) | {"guidance_scale": arguments["guidance_scale"], "negative_prompt": ""}
 
 
 def chosen(settings):
@@ -135,14 +141,17 @@ def wrong(models, values):
         found["prompt"] = f"The prompt has {len(prompt)} characters, but at most {MAX_PROMPT} are drawn. Shorten it."
     elif any("\ud800" <= sign <= "\udfff" for sign in prompt):
         found["prompt"] = "The prompt is not in UTF-8. Write it again."
+    negative = values["negative_prompt"] or ""
+    if not isinstance(negative, str) or len(negative) > MAX_PROMPT or any("\ud800" <= c <= "\udfff" for c in negative):
+        found["negative_prompt"] = f"Write at most {MAX_PROMPT} characters of what not to draw, in UTF-8, or nothing."
     try:
         models.source(values["model"])
     except ValueError as error:
         found["model"] = str(error)
     for name, (low, high) in LIMITS.items():
         value = values[name]
-        number = isinstance(value, (int, float)) and math.isfinite(value) and (name not in WHOLE or value == int(value))
-        if not number or not low <= value <= high:
+        within = isinstance(value, (int, float)) and low <= value <= high  # first: no float holds 400 digits
+        if not within or (name in WHOLE and value != int(value)):
             kind = "a whole number" if name in WHOLE else "a number"
             found[name] = f"{name.replace('_', ' ').capitalize()} has to be {kind} from {low} to {high}."
     if (values["alpha"] is None) == (values["relative_step"] is None):
@@ -150,7 +159,7 @@ def wrong(models, values):
     for name in SETTINGS:
         try:
             Settings(**{name: values[name]})
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             found[name] = str(error).replace("`", "")
     for name, known in CHOICES.items():
         if values[name] not in known:
@@ -169,12 +178,14 @@ class Step(NamedTuple):
 
 class Result(NamedTuple):
     """A drawing. settings: values of FIELDS. pair: of `comparing.Drawn`, stock first. seen: in words, what the judge of
-    the small models sees, or None. moved: how far the first step's updates moved the latents, as a share of their norm.
+    the small models sees, or None; said: what came of the prompt, or "". moved: how far the first step's updates moved
+    the latents, as a share of their norm.
     """
 
     settings: dict
     pair: tuple
     seen: list | None
+    said: str
     moved: float
 
     @property
@@ -191,6 +202,8 @@ def draw(models, values, stopped):
     pipe, colours = models.load(values["model"])
     settings, arguments = models.defaults(values["model"], **{name: values[name] for name in SETTINGS})
     arguments |= {"num_inference_steps": int(values["steps"]), "guidance_scale": values["guidance_scale"]}
+    if values["negative_prompt"]:
+        arguments["negative_prompt"] = values["negative_prompt"]
     events, moved, closed = queue.SimpleQueue(), [], threading.Event()
     align = pipe.align_latents
 
@@ -223,8 +236,37 @@ def draw(models, values, stopped):
     if isinstance(pair, Exception):
         raise pair
     if pair is not None:
-        seen = cli.judged([drawn.picture for drawn in pair]) if values["model"] in SHIPPED else None
-        yield Result(values | chosen(settings), pair, seen, moved[0])
+        seen, said = None, ""
+        if values["model"] in SHIPPED:
+            pictures = [drawn.picture for drawn in pair]
+            seen, said = cli.judged(pictures), headline(values["prompt"], Judge.from_pretrained().solids(pictures))
+        yield Result(values | chosen(settings), pair, seen, said, moved[0])
+
+
+def headline(prompt, solids):
+    """What stock and T-SAM made of a prompt, in words. solids: what `Judge.solids` returns for both. What the models do
+    not know comes last; of a prompt without coloured solids there is nothing else to say."""
+    words = re.findall(r"\w+", prompt.lower())
+    asked = Counter(pair for pair in zip(words, words[1:]) if pair[0] in COLOURS and pair[1] in SOLIDS)
+    stock, tsam = (came_of(asked, Counter((colour, solid) for colour, solid, _ in seen)) for seen in solids)
+    said = f"Stock and T-SAM {stock}." if stock == tsam else f"Stock {stock}; T-SAM {tsam}."
+    unknown = unknown_words(prompt)
+    names = f"The model knows {len(COLOURS)} colours and {len(SOLIDS)} solids, but not {', '.join(unknown)}."
+    return " ".join([said] * bool(asked) + [names] * bool(unknown))
+
+
+def came_of(asked, seen):
+    """As `headline`, of one picture: "forgot the blue sphere", "drew two blue stars, one unasked"."""
+    numbers = ("no", "one", "two", "three", "four", "five")
+    forgot = [f"the {' '.join(pair)}" for pair in asked if not seen[pair]]
+    said = [f"forgot {' and '.join(forgot)}"] if forgot else []
+    for pair, number in seen.items():
+        if (more := number - asked[pair]) > 0:
+            count = lambda n: numbers[n] if n < len(numbers) else str(n)  # noqa: E731
+            name = phrase(*pair) if number == 1 else f"{count(number)} {' '.join(pair)}s"
+            said.append(f"drew {name}, {count(more) + ' ' if asked[pair] else ''}unasked")
+    whole = {1: "drew it", 2: "drew both"}.get(asked.total(), f"drew all {numbers[min(asked.total(), 5)]}")
+    return " and ".join(said) or whole
 
 
 @torch.no_grad()

@@ -18,11 +18,12 @@ from diffusers_tsam import FAMILIES, cli, comparing
 from diffusers_tsam.app import drawing
 from diffusers_tsam.app.drawing import FIELDS, LIMITS, MAX_PROMPT, SHIPPED, Models, Result, Step, fields_of, wrong
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
+from diffusers_tsam.shapes.sink import add_sink
 from kinds import PROMPT
 
 
 ROOT = Path(__file__).parent.parent
-SD, PIXART = SHIPPED
+SD, PIXART, SINK = SHIPPED
 SOLIDS = "a red cube and a blue sphere"
 FAST = {"preset": "fast", "objective": "contrast", "alpha": None, "relative_step": 0.05, "gamma": 4.0}
 PAPER = {"preset": "paper", "objective": "l1", "alpha": 10.0, "relative_step": None, "gamma": 2.0}
@@ -66,7 +67,7 @@ def test_a_model_starts_with_what_was_tuned_for_it_or_its_pipelines_defaults(loc
         values = fields_of(models, name, PROMPT, 3)
         assert tuple(values) == FIELDS and not wrong(models, values)
         expected = {"model": name, "prompt": PROMPT, "seed": 3, "steps": steps, "guidance_scale": scale}
-        assert values == expected | settings
+        assert values == expected | settings | {"negative_prompt": ""}
     assert fields_of(models, SD, PROMPT, 3, preset="paper").items() >= PAPER.items()
 
 
@@ -160,6 +161,9 @@ def test_no_large_model_is_loaded_and_no_more_than_the_limit(local, monkeypatch)
         ({"steps": None}, "whole number"),
         ({"steps": float("inf")}, "whole number"),
         ({"seed": -1}, "from 0"),
+        ({"seed": 10**400}, "Seed has to be a whole number from 0 to 4294967295"),
+        ({"alpha": 10**400, "relative_step": None}, "finite"),
+        ({"negative_prompt": "red " * MAX_PROMPT}, "at most 300"),
         ({"seed": 2**32}, "to 4294967295"),
         ({"guidance_scale": 1000}, "from 1 to 30"),
         ({"preset": "slow"}, "paper, fast, light"),
@@ -193,9 +197,11 @@ def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, mo
     values = values_of(models, model, prompt=SOLIDS, steps=3)
     *steps, result = drawn(models, values)
     assert [(step.name, step.step) for step in steps] == [(n, i) for n in ("T-SAM", "stock") for i in range(3)]
-    pipe, kind = cli.load(MODELS[SHIPPED[model]], device="cpu")
+    pipe, kind = cli.load(MODELS["pixart" if model == PIXART else "sd"], device="cpu")
+    if model == SINK:
+        add_sink(pipe)
     call = {**ARGUMENTS[kind], "num_inference_steps": 3}
-    (stock, tsam), *_ = comparing.draw(pipe, SOLIDS, 3, cli.settings_of(pipe, kind, kind), **call)
+    (stock, tsam), *_ = comparing.draw(pipe, SOLIDS, 3, cli.settings_of(pipe, kind, SHIPPED[model]), **call)
     assert np.array_equal(result.pair[0].picture, stock) and np.array_equal(result.pair[1].picture, tsam)
     assert not np.array_equal(stock, tsam)
     assert [step.loss for step in steps] == pytest.approx(result.pair[1].losses + result.pair[0].losses)
@@ -212,6 +218,23 @@ def test_the_preview_resembles_the_picture(models):
     rough = drawing.preview(output[0], colours)
     small = np.asarray(picture.resize(rough.size, Image.Resampling.BOX), float)
     assert np.corrcoef(small.ravel(), np.asarray(rough, float).ravel())[0, 1] > 0.7
+
+
+@pytest.mark.parametrize(
+    "prompt, stock, tsam, says",
+    [
+        (SOLIDS, ["red cube"], ["red cube", "blue sphere"], "Stock forgot the blue sphere; T-SAM drew both."),
+        (SOLIDS, ["red cube", "blue sphere"], ["blue sphere", "red cube"], "Stock and T-SAM drew both."),
+        ("A blue star", ["blue star"] * 2, ["blue star"], "Stock drew two blue stars, one unasked; T-SAM drew it."),
+        ("a red cube", ["red ring"], ["red cube"], "Stock forgot the red cube and drew a red ring, unasked;"),
+        ("a photo of a cat", [], ["red cube"], "The model knows 8 colours and 6 solids, but not photo, of, cat."),
+    ],
+)
+def test_the_headline_says_what_was_forgotten_what_was_unasked_and_what_the_model_does_not_know(
+    prompt, stock, tsam, says
+):
+    solids = [[(*name.split(), (0.5, 0.5)) for name in names] for names in (stock, tsam)]
+    assert drawing.headline(prompt, solids).startswith(says)
 
 
 @pytest.mark.parametrize("at", [1, 5])

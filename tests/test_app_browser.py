@@ -33,7 +33,7 @@ from diffusers_tsam.app.drawing import SHIPPED, Models  # noqa: E402
 
 
 pytestmark = pytest.mark.slow
-SD, PIXART = SHIPPED
+SD, PIXART, SINK = SHIPPED
 WAIT = 60  # seconds at most for anything
 WIDE, NARROW = 1280, 390
 
