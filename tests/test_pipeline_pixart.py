@@ -6,6 +6,7 @@ from diffusers import PixArtTransformer2DModel
 
 from diffusers_tsam import TextSelfAttention
 from kinds import KINDS, PROMPT, SHORT, aligned, alignment_of, calls_of, make, refused, run
+from kinds import RAW as RAW_CALL
 from tiny import tiny_pixart_components
 
 
@@ -134,12 +135,14 @@ class TestTextSelfAttention:
 
 
 class TestLayers:
-    def test_the_papers_nine_blocks_are_read_unless_others_are_asked_for(self, pipe):
+    def test_the_papers_nine_blocks_are_read_unless_others_are_asked_for(self, kind):
+        pipe = make(kind.tsam, tiny_pixart_components())
         blocks = pipe.transformer.transformer_blocks
         assert pipe.cross_attention_layers() == [blocks[k].attn2 for k in range(10, 19)]
         assert pipe.cross_attention_layers([3, 3]) == [blocks[3].attn2]
+        assert pipe.layers_of(pipe.settings()) == pipe.cross_attention_layers()
         default, named, other = (
-            run(pipe, **arguments, **SHORTLY).losses
+            pipe(PROMPT, generator=torch.Generator().manual_seed(0), **RAW_CALL | SHORTLY | arguments).losses
             for arguments in ({}, {"attention_layers": (10, 18)}, {"attention_layers": (3, 3)})
         )
         assert torch.equal(default, named) and default[0, 0] != other[0, 0]
@@ -147,7 +150,7 @@ class TestLayers:
     def test_blocks_that_a_shallow_transformer_lacks_are_refused_and_the_remedy_works(self, kind):
         pipe = make(kind.tsam, tiny_pixart_components(blocks=4))
         with refused(pipe, ValueError, r"has 4 blocks, 0 to 3\..*, for instance \(1, 2\), or `tsam_steps=0`"):
-            run(pipe, **SHORTLY)
+            run(pipe, attention_layers=(10, 18), **SHORTLY)
         assert run(pipe, attention_layers=(1, 2), **SHORTLY).losses.isfinite().all()
         assert run(pipe, tsam_steps=0, **SHORTLY).losses.shape == (1, 0)
 

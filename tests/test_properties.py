@@ -265,7 +265,7 @@ def test_a_call_draws_what_was_asked_for_or_is_refused_before_the_denoiser_runs(
         ({"text_self_attention": torch.ones(7, 7)}, TypeError, "` is .* what `get_text_self_attention` returns"),
         ({INPUTS: ["noise_pred"]}, ValueError, "`callback_on_step_end_tensor_inputs` has to be in"),
         ({"attention_resolution": 8}, ValueError, "is 8, but .* on grids of 16. Pass one of these, or `tsam_steps=0`"),
-        ({"attention_layers": (10, 20)}, ValueError, "has 20 blocks, 0 to 19.* or `tsam_steps=0`"),
+        ({"attention_layers": (10, 20)}, ValueError, "has 4 blocks, 0 to 3.* or `tsam_steps=0`"),
         ({"attention_layers": (18, 10)}, ValueError, r"is \(18, 10\)"),
         ({"attention_layers": (-1, 3)}, ValueError, "`attention_layers` is -1"),
         ({"attention_layers": (1.0, 3)}, TypeError, "`attention_layers` has to be an integer but is 1.0"),
