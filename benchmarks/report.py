@@ -104,21 +104,29 @@ def named(name):
     return f"{PEERS[loss]}, {dict(change.split('=') for change in changes.split(':') if change).get('preset', 'paper')}"
 
 
-def counted_table(solids):
+def counted_table():
     """The headline: a row a method, a column a model: counted right, in points over stock."""
-    runs = counted_runs(solids)
-    if not runs:
-        return "Not drawn yet."
-    head, rows = ["counted right", *(SMALL[name] for name in runs)], []
-    rows.append(["stock", *(cell(scores, "stock", False) for scores in runs.values())])
-    drawn = dict.fromkeys(name for scores in runs.values() for name in scores.run.methods if name != "stock")
-    for name in [name for name in OURS if name in drawn]:
-        rows.append([OURS[name], *(cell(scores, name) for scores in runs.values())])
-    peers = {scores: best_peer(scores) for scores in runs.values()}
-    cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
-    rows.append(["the best peer on these pictures, told the words", *cells])
-    pictures = sorted({int(np.isfinite(scores.values["counted"][scores.stock]).sum()) for scores in runs.values()})
-    return markdown(head, rows) + f"\n\n{' or '.join(map(str, pictures))} pictures a cell."
+    found, rows = {words: counted_runs(solids) for words, solids in (("two", 2), ("three", 3))}, []
+    models = [name for name in SMALL if any(name in runs for runs in found.values())]
+    for words, runs in found.items():
+        if not runs:
+            continue
+
+        def row(name, cells, of=runs):
+            own = dict(zip(of, cells))
+            return [name, *(own.get(model, "") for model in models)]
+
+        drawn = dict.fromkeys(name for scores in runs.values() for name in scores.run.methods)
+        rows.append(row(f"stock, {words} solids", [cell(scores, "stock", False) for scores in runs.values()]))
+        rows += [
+            row(OURS[name], [cell(scores, name) for scores in runs.values()])
+            for name in OURS
+            if name in drawn and all(name in scores.run.methods for scores in runs.values())
+        ]
+        peers = {scores: best_peer(scores) for scores in runs.values()}
+        cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
+        rows.append(row("the best peer of these pictures, told the words", cells))
+    return markdown(["counted right", *map(SMALL.get, models)], rows) if rows else "Not drawn yet."
 
 
 def counted_tables(solids):
@@ -384,8 +392,7 @@ def parts():
         "overhead": overhead_sentence(),
         "long-cost": windows_table(),
         "presets": presets_table(),
-        "counted": counted_table(2),
-        "counted-three": counted_table(3),
+        "counted": counted_table(),
         "starts": starts.tables(read("starts.json")) if starts.FILE.exists() else "Not drawn yet.",
         "launches": launches_table(),
     }
