@@ -527,7 +527,7 @@ class TSAMPipelineMixin:
             given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
             with lock_of(self.components[self.denoiser]):
                 losses.append((seed, scouted(self, super().__call__, given, settings).loss.mean().item()))
-        return sorted(losses, key=lambda ranked: ranked[1])
+        return sorted(losses, key=lambda ranked: (ranked[1] != ranked[1], ranked[1]))  # what is not finite last
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):

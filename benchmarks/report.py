@@ -200,26 +200,6 @@ def loss_sentence():
     return ", ".join(f"{ms} ms at {n}" for n, ms in cost["loss"].items()) + " tokens"
 
 
-def anatomy_tables():
-    found = read("anatomy.json")
-    kinds = list(next(iter(found["rows_of_t"].values())))
-    rows = [[gamma, *(f"{100 * row[kind]:.0f} %" for kind in kinds)] for gamma, row in found["rows_of_t"].items()]
-    tables = [markdown(["a noun's row of T, γ", *kinds], rows)]
-    steps = list(found["similarity"])
-    rows = [
-        [
-            step,
-            *(" / ".join(f"{value:.2f}" for value in found["similarity"][step][kind].values()) for kind in kinds[:-1]),
-        ]
-        for step in steps
-    ]
-    tables.append(markdown(["mean C at step, right / the one wrong picture", *kinds[:-1]], rows))
-    rows = [[name, *(f"{100 * row[s]:.2f} %" for s in steps)] for name, row in found["relative_update"].items()]
-    tables.append(markdown([f"one update, α = {found['alpha']:g}, γ = {found['gamma']:g}: size at step", *steps], rows))
-    about = f"{found['stock_right']} of {found['prompts']} stock pictures were right; {found['steps']} steps."
-    return "\n\n".join([*tables, about])
-
-
 def laid_out(setting):
     """A method of a run with regions, in words."""
     name, *changes = setting.split(":")
@@ -387,7 +367,7 @@ def presets_table():
 
 def parts():
     """{name: Markdown} of everything that a document may hold."""
-    found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence(), "anatomy": anatomy_tables()}
+    found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence()}
     found |= {
         "overhead": overhead_sentence(),
         "long-cost": windows_table(),

@@ -1,6 +1,5 @@
 """What the benchmarks count on the published architectures, that they run, and that documents have their numbers."""
 
-import json
 import re
 import sys
 from itertools import combinations
@@ -14,7 +13,6 @@ from transformers import T5Config
 
 from diffusers_tsam.evaluation.prompts import Prompt
 from diffusers_tsam.evaluation.runs import Run
-from diffusers_tsam.tsam import OBJECTIVES
 
 
 @pytest.fixture
@@ -172,16 +170,6 @@ def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path,
     pairs = [{"kind": kind, "syntax": value} for kind, value in (("bound", 3), ("bound", 1), ("unbound", 2))]
     assert mechanism.separable(pairs, "syntax") == 0.5
     assert mechanism.separable(pairs[:1] + pairs[2:], "syntax") == 1
-
-
-def test_an_update_is_measured_on_the_trajectory(tmp_path, monkeypatch):
-    import anatomy
-
-    monkeypatch.setattr(anatomy, "RESULTS", tmp_path / "anatomy.json")
-    monkeypatch.setattr(sys, "argv", "anatomy.py --prompts 2 --steps 10".split())
-    anatomy.main()
-    sizes = json.loads(anatomy.RESULTS.read_text())["relative_update"]
-    assert set(sizes) == set(OBJECTIVES) and all(0 < size for steps in sizes.values() for size in steps.values())
 
 
 def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
