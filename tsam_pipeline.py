@@ -1,6 +1,6 @@
-"""How a stock pipeline is guided: its own denoising loop runs, and `GuidedLoop` answers what that asks for in a step.
+"""How a stock pipeline is guided: its own denoising loop runs, and `GuidedLoop` answers what it asks for in each step.
 
-Also what a call does to models and schedulers and puts back, and how our pipelines share and save their components.
+Also how a call changes models and schedulers and restores them, and how our pipelines share and save components.
 """
 
 import functools
@@ -30,7 +30,7 @@ from .tsam_candidates import choose, generators_of, scouted
 from .tsam_layout import check_regions, layout_of
 
 
-TESTED = "0.42"  # diffusers, whose loops these are
+TESTED = "0.42"  # of diffusers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,13 +38,13 @@ TESTED = "0.42"  # diffusers, whose loops these are
 
 
 class StandIn:
-    """`original` as its callers see it, but for the attributes in `own`. Called, it calls `call`."""
+    """Looks like `original`, except for the attributes in `own`. Calling it calls `call`."""
 
     def __init__(self, original, call=None, **own):
         vars(self).update(own, original=original, call=call)
 
     @property
-    def __class__(self):  # for isinstance
+    def __class__(self):  # keeps isinstance true
         return type(self.original)
 
     def __getattr__(self, name):
@@ -58,32 +58,32 @@ class StandIn:
 
 
 class GuidedLoop:
-    """A stock denoising loop, by what it asks for in a step: the scheduler scales the latents, the denoiser predicts,
-    the scheduler steps.
+    """Guides a stock denoising loop through the calls it makes in each step: the scheduler scales the latents, the
+    denoiser predicts, the scheduler steps.
 
-    Before a prediction the latents are moved, and the step starts where they are then. While the loop is `open`, only
-    `pipe` sees who stands in for its scheduler and denoiser: the models are as they were.
+    It moves the latents before the prediction, and the scheduler steps from there. While the loop is `open`, only
+    `pipe` has stand-ins for its scheduler and denoiser; the models stay as they are.
 
-    given: stock's arguments by name. settings: `Settings`. on_step_end: a callback that stock does not have.
-    losses: (images, updates) float32 on the CPU, after the call. steps: one a column, counted as in callbacks.
+    given: stock's arguments by name. settings: `Settings`. on_step_end: a callback that stock lacks.
+    losses: (images, updates) float32 on the CPU, after the call. steps: one per column, counted as in callbacks.
     """
 
     def __init__(self, pipe, given, settings, on_step_end=None):
         self.pipe, self.given, self.settings, self.on_step_end = pipe, given, settings, on_step_end
         self.model, self.scheduler = pipe.components[pipe.denoiser], pipe.components["scheduler"]
         self.num_steps = steps_of_call(given)
-        drawn = "strength" not in given or self.num_steps > 0  # a low one may leave none, which is stock's to draw
+        drawn = "strength" not in given or self.num_steps > 0  # a low one may leave no step: then stock draws
         self.plan = settings.plan(self.num_steps) if drawn else OFF
         if self.guided:
-            pipe.layers_of(settings)  # so that a wrong choice is refused at once
-        self.conditions = {}  # what the denoiser is given beside what stock gives it
+            pipe.layers_of(settings)  # refuses a wrong choice at once
+        self.conditions = {}  # the denoiser's arguments beside stock's
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
-        self.encoding, self.encoded = None, False  # what another loop of this call encoded; whether this one has
-        self.thread = get_ident()  # others may read T meanwhile, by the same `encode_prompt`
+        self.encoding, self.encoded = None, False  # by another loop of this call; whether by this one
+        self.thread = get_ident()  # because others may read T meanwhile, by the same `encode_prompt`
         self.updates, self.index = None, 0
-        self.latents, self.moved = None, None  # those of this step, and which of them were moved
-        self.start = None  # what `prepare_latents` returns, and the generators' states behind that
-        self.interrupted = False  # while the start was chosen
+        self.latents, self.moved = None, None  # this step's latents, and which of them moved
+        self.start = None  # what `prepare_latents` returns, and the generators' states after it
+        self.interrupted = False  # during the choice of a start
 
     @property
     def guided(self):
@@ -91,12 +91,12 @@ class GuidedLoop:
 
     @property
     def reads(self):
-        """Whether T has to be known."""
+        """Whether the call needs T."""
         return self.guided
 
     @property
     def needed(self):
-        """Whether the call is anything but stock's."""
+        """Whether the call differs from stock's."""
         return self.guided or self.on_step_end is not None or self.start is not None
 
     @contextmanager
@@ -125,8 +125,8 @@ class GuidedLoop:
         return self.bar
 
     def encode_prompt(self, stock, *args, **kwargs):
-        """Stock has checked its arguments and run no denoiser yet: check ours, and read T while it encodes."""
-        if self.encoded or get_ident() != self.thread:  # a callback's, or another thread's
+        """Check our arguments, because stock has checked its own and run no denoiser; read T while stock encodes."""
+        if self.encoded or get_ident() != self.thread:  # a callback or another thread calls
             return stock(*args, **kwargs)
         self.encoded = True
         if self.encoding is not None:
@@ -157,7 +157,7 @@ class GuidedLoop:
         prepared, states = self.start
         for generator, state in zip(generators_of(self.given), states):
             generator.set_state(state)
-        self.pipe._interrupt = self.interrupted  # stock begins a call with False
+        self.pipe._interrupt = self.interrupted  # stock sets it to False first
         return prepared
 
     def read(self, recordings):
@@ -168,12 +168,12 @@ class GuidedLoop:
 
     @property
     def num_tokens(self):
-        """How many tokens a prompt is encoded in, padding included."""
+        """The number of tokens of an encoded prompt, padding included."""
         embeds = self.given["prompt_embeds"]
         return self.pipe.window if embeds is None else embeds.shape[1]
 
     def begin(self):
-        """Plan the updates, now that the timesteps are known: of some pipelines fewer than the scheduler's."""
+        """Plan the updates, because only now are the timesteps known: some pipelines take fewer than the scheduler."""
         number = getattr(self.pipe, "_num_timesteps", len(self.scheduler.timesteps))
         self.updates = [0] * number
         if self.guided:
@@ -183,7 +183,7 @@ class GuidedLoop:
                 self.updates = updates_per_timestep(self.scheduler, self.num_steps, *self.plan, number)
 
     def scale_model_input(self, stock, sample, t):
-        if self.latents is None:  # the first in a step is for the denoiser
+        if self.latents is None:  # a step's first call is for the denoiser
             self.t, self.moved = t, None
             self.halves = 2 if self.pipe.do_classifier_free_guidance else 1
             self.latents = sample.chunk(self.halves)[-1]
@@ -195,7 +195,7 @@ class GuidedLoop:
                 f"The loop of {type(self.pipe).__name__} predicts before the scheduler scales its latents, so that"
                 f" T-SAM cannot move them. It was tested with diffusers {TESTED}; pass `tsam_steps=0`."
             )
-        if self.pipe.interrupt:  # where stock goes on all the same
+        if self.pipe.interrupt:  # because some stock loops go on
             return (torch.zeros_like(sample),)
         if self.updates is None:
             self.begin()
@@ -209,14 +209,14 @@ class GuidedLoop:
         return self.network(sample, beside, *args, **kwargs)
 
     def network(self, sample, beside, *args, **kwargs):
-        """The prediction of latents that were moved, both halves or the conditional one, and of what is beside them."""
+        """Predict from moved latents, of both halves or the conditional one, and from what is `beside` them."""
         if beside.shape[1]:
             sample = torch.cat([sample, beside], 1)
         return self.model(sample, *args, **kwargs)
 
     def move(self, beside, args, kwargs):
-        """The latents of this step after its updates. args, kwargs: what the denoiser is called with. Eq. (15)."""
-        layers = self.pipe.layers_of(self.settings)  # now, because a callback may have changed the denoiser
+        """This step's latents after its updates. args, kwargs: the denoiser's. Eq. (15)."""
+        layers = self.pipe.layers_of(self.settings)  # anew, because a callback may have changed the denoiser
         latents = self.pipe.align_latents(
             self.alignment,
             self.latents,
@@ -253,13 +253,13 @@ class GuidedLoop:
 
     @property
     def attentions(self):
-        """With `output_attentions`, a dict per image: `LatentAlignment.attentions`."""
+        """`LatentAlignment.attentions`, a dict per image, with `output_attentions`; else None."""
         if self.alignment is None or not self.settings.output_attentions:
             return None
         return self.alignment.attentions(self.steps)
 
     def check_updates(self):
-        """Raise where stock's loop ran and asked for nothing that was planned."""
+        """Raise if stock's loop made fewer updates than planned."""
         planned = None if self.updates is None else sum(self.updates)
         if self.guided and not self.pipe.interrupt and planned != len(self.steps):
             raise RuntimeError(
@@ -270,14 +270,14 @@ class GuidedLoop:
 
 
 def steps_of_call(given):
-    """How many denoising steps a call takes: of image to image those that `strength` leaves."""
+    """The number of a call's denoising steps; in image to image, of those that `strength` leaves."""
     custom = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
     steps = given["num_inference_steps"] if custom is None else len(custom)
     return min(int(steps * given["strength"]), steps) if "strength" in given else steps
 
 
 def prompts_of(given):
-    """How many prompts a call is of."""
+    """The number of a call's prompts."""
     prompt, embeds = given["prompt"], given["prompt_embeds"]
     return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
 
@@ -285,10 +285,10 @@ def prompts_of(given):
 def updates_per_timestep(
     scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations, number=None
 ):
-    """How many updates the latent gets before each entry of the timesteps, of which the loop takes `number`, or all.
+    """The number of updates before each entry of the timesteps. The loop takes `number` entries, or all.
 
     A denoising step may take several entries: second-order schedulers evaluate the model twice, PNDM four times in its
-    Runge-Kutta steps or, without these, twice in its first. Only a step's first evaluation is guided, because the later
+    Runge-Kutta steps or, without these, twice in its first. Only a step's first evaluation is guided, because later
     ones start again from the sample that the scheduler kept.
     """
     number, runge_kutta = number or len(scheduler.timesteps), getattr(scheduler, "prk_timesteps", None)
@@ -307,21 +307,21 @@ def updates_per_timestep(
 
 
 def steps_of(updates):
-    """The step of every update, of how many there are before each entry of the timesteps."""
+    """The step of every update. updates: how many precede each entry of the timesteps."""
     return [step for step, number in enumerate(updates) for _ in range(number)]
 
 
 def input_scale(scheduler, t):
-    """c, by which the scheduler scales the model's input at timestep t; 1 where it does not."""
+    """c, the scheduler's factor on the model's input at timestep t; 1 if it does not scale."""
     one = torch.ones(())
     return scheduler.scale_model_input(one, t) if hasattr(scheduler, "scale_model_input") else one
 
 
 def conditional_rows(conditions, batch):
-    """What a denoiser is called with, for the conditional half alone: the last `batch` rows of every tensor.
+    """A denoiser's arguments for the conditional half alone: the last `batch` rows of every tensor.
 
-    With and without classifier-free guidance, in nested dicts, lists and tuples. cross_attention_kwargs are left as
-    they are.
+    It works with and without classifier-free guidance, in nested dicts, lists and tuples. It leaves
+    cross_attention_kwargs as they are.
     """
     if torch.is_tensor(conditions):
         return conditions[-batch:] if conditions.dim() else conditions
@@ -341,11 +341,11 @@ def conditional_rows(conditions, batch):
 
 @contextmanager
 def frozen(model):
-    """While the context is open, no parameter of `model` asks for a gradient. Yields a context for forward passes whose
-    backward pass then finds every weight as the forward pass used it.
+    """Turn off `requires_grad` of all parameters of `model` while the context is open. Yields a context for forward
+    passes: it lets the backward pass find every weight as the forward pass used it.
 
-    With gradient checkpointing parameters go on asking, because its recomputation keeps copies of those that do, and of
-    the others what offloading and layerwise casting have left when the gradient is taken.
+    Under gradient checkpointing the flags stay, because its recomputation copies only parameters with the flag; others
+    it reads as offloading and layerwise casting have left them when the gradient is taken.
     """
     parameters = dict(model.named_parameters())
     if any(parameter.is_inference() for parameter in parameters.values()):
@@ -354,7 +354,7 @@ def frozen(model):
             " passes through them. Load the pipeline and call `.to(...)` outside of it, or pass `tsam_steps=0`."
         )
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    # Group offloading and layerwise casting exchange the data under a weight as soon as its layer has run.
+    # Group offloading and layerwise casting replace a weight's data as soon as its layer has run.
     exchanging = any(hasattr(module, "_diffusers_hook") for module in model.modules())
     try:
         if not getattr(model, "is_gradient_checkpointing", False):
@@ -368,18 +368,18 @@ def frozen(model):
 
 
 def _keep(tensor):
-    """What autograd saves: the data, not the parameter."""
+    """Let autograd save the data, not the parameter."""
     tensor = tensor.detach()
-    if tensor.is_cuda:  # loaded on another stream, which must not reuse it while the backward pass reads it
+    if tensor.is_cuda:  # the stream that loaded it must not reuse it while the backward pass reads it
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor
 
 
 @contextmanager
 def uncorrected(scheduler, moved):
-    """While the context is open, the scheduler corrects no image that was `moved`, (B,) or None.
+    """Keep the scheduler from correcting images that were `moved`, (B,) or None, while the context is open.
 
-    UniPC and SA-Solver start their corrector again from the previous sample, which would undo the move.
+    The correctors of UniPC and SA-Solver start from the previous sample, which would undo the move.
     """
     names = ("multistep_uni_c_bh_update", "stochastic_adams_moulton_update")
     name = next((name for name in names if hasattr(scheduler, name)), None)
@@ -401,11 +401,11 @@ def uncorrected(scheduler, moved):
 
 
 def extends(stock, settings_class, deprecated=()):
-    """Decorates a call (self, given, settings, **hooks): outside it has stock's flat signature, with the hooks and the
-    fields of `settings_class` behind, and these in its docstring in place of `{arguments}`.
+    """Decorates a call (self, given, settings, **hooks): its public signature is stock's flat one, followed by the
+    hooks and the fields of `settings_class`. The fields replace `{arguments}` in its docstring.
 
     given: stock's arguments by name, defaults included. deprecated: what stock takes by **kwargs. TypeError for other
-    names that stock would swallow.
+    names, because stock would swallow them.
     """
 
     def decorate(call):
@@ -420,7 +420,7 @@ def extends(stock, settings_class, deprecated=()):
         ]
         signature = inspect.Signature([*theirs[: len(theirs) - len(swallow)], *hooks, *ours, *swallow])
 
-        # Inference mode makes tensors that autograd cannot use later; its callers get the same results without it.
+        # Leave inference mode, because autograd cannot use tensors made in it; callers get the same results.
         @torch.inference_mode(False)
         @torch.no_grad()
         @functools.wraps(call)
@@ -457,7 +457,7 @@ def extends(stock, settings_class, deprecated=()):
 
 
 class TSAMPipelineMixin:
-    """What our pipelines are beside stock: the guided call, and how components are shared and saved.
+    """What our pipelines add to stock: the guided call, and how components are shared and saved.
 
     A subclass names its `denoiser`, `loop` (a `GuidedLoop`), `settings` and `output`, and has `layers_of(settings)`,
     `window` (how many tokens its text encoder takes at once, or None), `read_text_self_attention` and `words_of`.
@@ -467,7 +467,7 @@ class TSAMPipelineMixin:
 
     @property
     def text_encoders(self):
-        """Whose self-attention T is the mean of."""
+        """The encoders that T averages over."""
         return [self.text_encoder]
 
     @property
@@ -479,9 +479,9 @@ class TSAMPipelineMixin:
     ):
         """Move latents (B, C, h, w) `iterations` times before the noise prediction at timestep `t`. Eq. (15).
 
-        args, kwargs: what the denoiser is called with behind the latents, for both halves of classifier-free guidance
-        or for the conditional one alone. layers: whose maps are read. saving: what `frozen` yields. network: what
-        predicts, the denoiser unless given.
+        args, kwargs: the denoiser's arguments after the latents, for both halves of classifier-free guidance or the
+        conditional one alone. layers: read their maps. saving: what `frozen` yields. network: predicts in place of
+        the denoiser.
         """
         components = self.components
         network = components[self.denoiser] if network is None else network
@@ -497,8 +497,8 @@ class TSAMPipelineMixin:
             return alignment.update(latents, scale, maps_at, iterations)
 
     def guided_call(self, given, settings, on_step_end=None):
-        """Stock's call, guided. Calls that share a denoiser wait for each other: drawing changes the pipeline's state,
-        and guidance the model's, so that two threads would spoil each other's."""
+        """Guide stock's call. Calls that share a denoiser wait for each other, because drawing changes the pipeline's
+        state and guidance the model's: two threads would spoil each other's."""
         model, stock = self.components[self.denoiser], super().__call__
         if model is None:
             raise ValueError(f"This pipeline was made with `{self.denoiser}=None` and cannot draw. Give it one.")
@@ -516,10 +516,10 @@ class TSAMPipelineMixin:
     @torch.inference_mode(False)
     @torch.no_grad()
     def rank(self, prompt, seeds, **arguments):
-        """How well the starts of seeds agree with a prompt: [(seed, loss)], the best first. Draws no picture.
+        """Rank seeds by how well their starts agree with a prompt: [(seed, loss)], best first. Draws no picture.
 
-        `pipe(prompt, generator=torch.Generator().manual_seed(seed))` draws from such a start. arguments: of the call,
-        `candidate_steps` among them. A loss is comparable between seeds of a prompt, not between models.
+        `pipe(prompt, generator=torch.Generator().manual_seed(seed))` draws from such a start. arguments: the call's,
+        including `candidate_steps`. Compare losses between seeds of one prompt, not between models.
         """
         losses = []
         for seed in seeds:
@@ -527,13 +527,13 @@ class TSAMPipelineMixin:
             given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
             with lock_of(self.components[self.denoiser]):
                 losses.append((seed, scouted(self, super().__call__, given, settings).loss.mean().item()))
-        return sorted(losses, key=lambda ranked: (ranked[1] != ranked[1], ranked[1]))  # what is not finite last
+        return sorted(losses, key=lambda ranked: (ranked[1] != ranked[1], ranked[1]))  # non-finite losses last
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """As the stock method, but components are shared as they are: cast only to a dtype that is given.
+        """The stock method, except that it shares components unchanged and casts only to a given dtype.
 
-        ValueError for a pipeline that another class serves, or of which a part would be lost.
+        ValueError for a pipeline that another class serves, or that would lose a part.
         """
         refuse(cls, type(pipeline).__name__)
         own, optional = map(set, cls._get_signature_keys(cls))
@@ -560,19 +560,19 @@ class TSAMPipelineMixin:
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        """As the stock method. A folder that names code beside its weights is loaded by this class."""
+        """The stock method; this class also loads a folder that names code beside its weights."""
         config = super()._dict_from_json_file(json_file)
         refuse(cls, config.get("_class_name"))
         return config | {"_class_name": cls.__name__} if isinstance(config.get("_class_name"), list) else config
 
     def to_json_string(self):
-        """As the stock method, naming the stock class: a saved folder is an ordinary one, which every class loads."""
+        """The stock method, but it names the stock class, so that every class loads the saved folder."""
         stock = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("diffusers."))
         config = json.loads(super().to_json_string()) | {"_class_name": stock.__name__}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-SERVED = {  # by what, by how the names of the pipelines begin
+SERVED = {  # start of a pipeline's class name: our class
     "StableDiffusionXL": "StableDiffusionXLTSAMPipeline",
     "StableDiffusion3": "StableDiffusion3TSAMBlocks",
     "Flux": "FluxTSAMBlocks",
@@ -580,7 +580,7 @@ SERVED = {  # by what, by how the names of the pipelines begin
 
 
 def refuse(cls, name):
-    """ValueError for the name of a pipeline's class that another of ours serves."""
+    """ValueError if another of our classes serves the pipeline class `name`."""
     start = next((start for start in SERVED if isinstance(name, str) and name.startswith(start)), None)
     if start and not cls.__name__.startswith(start):
         raise ValueError(
@@ -590,7 +590,7 @@ def refuse(cls, name):
 
 
 def register(cls, stock):
-    """Let diffusers' AutoPipeline classes take `cls` for what they take `stock` for, in `from_pipe`."""
+    """Let `from_pipe` of diffusers' AutoPipeline classes treat `cls` as it treats `stock`."""
     name = next((name for name, other in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if other is stock), None)
     for mapping in SUPPORTED_TASKS_MAPPINGS:
         if name in mapping:
@@ -598,7 +598,7 @@ def register(cls, stock):
 
 
 def observed(callback, tensor_inputs, known=("latents",)):
-    """`callback_on_step_end` for a stock pipeline that has none, checked: only `known` tensors are handed to it."""
+    """`callback_on_step_end` for a stock pipeline without one, checked: it may ask for `known` tensors only."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         tensor_inputs = callback.tensor_inputs
     if not set(tensor_inputs) <= set(known):
