@@ -1,7 +1,7 @@
-"""How attention is read, from text encoders and from denoisers, and what a call does to these models and puts back.
+"""How attention is read from text encoders and denoisers, and how a call changes these models and restores them.
 
-Read beside, never rewritten: every network returns exactly what it returns without a reader. What the maps are compared
-with, and how, is in `tsam.py`; "Eq. (n)" is the paper's (arXiv:2411.15236).
+Readers change no output: every network returns exactly what it returns without one. `tsam.py` says what the maps are
+compared with, and how; "Eq. (n)" is the paper's (arXiv:2411.15236).
 
 Shapes: B images, N tokens, P = H x W positions of a layer's query grid.
 """
@@ -23,13 +23,13 @@ from .tsam import full_precision
 
 
 class SelfAttentionRecording:
-    """Of a text encoder's first call in its thread: token ids (B, N), and the attention of its layers, summed."""
+    """Keeps the token ids (B, N) and the summed attention of a text encoder's first call in this thread."""
 
     def __init__(self, encoder):
         self.encoder, self.thread = encoder, get_ident()
         self.input_ids, self.sum, self.layers, self.open = None, 0, 0, False
 
-    def begin(self, encoder, args, kwargs=None):  # another thread may call before torch knows of `kwargs`
+    def begin(self, encoder, args, kwargs=None):  # without `kwargs` if another thread calls too early
         if self.input_ids is None and get_ident() == self.thread:
             self.input_ids, self.open = args[0] if args else kwargs["input_ids"], True
 
@@ -38,13 +38,13 @@ class SelfAttentionRecording:
             self.open = False
 
     def add(self, probabilities):
-        """Probabilities (B, heads, N, N) of one layer."""
+        """Add one layer's probabilities (B, heads, N, N)."""
         self.sum = self.sum + probabilities.float().mean(1)
         self.layers += 1
 
 
 class _RecordSelfAttention(TorchFunctionMode):
-    """Hands the probabilities of each attention that torch computes to the recording that is open, if one is."""
+    """Adds the probabilities of every attention that torch computes to the open recording, if any."""
 
     def __init__(self, recordings):
         super().__init__()
@@ -62,10 +62,10 @@ class _RecordSelfAttention(TorchFunctionMode):
 
 @contextmanager
 def record_self_attention(*encoders):
-    """Record the first prompts that each transformers text encoder encodes in the context, its results untouched.
+    """Record the first prompts that each transformers text encoder encodes in the context; its results stay the same.
 
-    Layer by layer, so that no more than one layer's heads are held. Yields a `SelfAttentionRecording` for each encoder.
-    Calls that share an encoder wait for each other; those of other threads are not recorded.
+    Sums layer by layer, to hold only one layer's heads. Yields a `SelfAttentionRecording` per encoder. Calls that share
+    an encoder wait for each other; other threads' calls are not recorded.
     """
     if None in encoders:
         raise ValueError(
@@ -97,7 +97,7 @@ def mean_self_attention(recordings):
 def attention_probabilities(
     query, key, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """What `scaled_dot_product_attention` weighs the values with, float32 (B, heads, P, N)."""
+    """The weights that `scaled_dot_product_attention` uses, float32 (B, heads, P, N)."""
     if enable_gqa:  # several query heads share a key head
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     with full_precision(query.device.type):
@@ -122,22 +122,22 @@ REPLACED = (
 
 
 class LastMapRecorded(Exception):
-    """Ends a forward pass whose remainder would change no map."""
+    """Ends a forward pass, because the rest changes no map."""
 
 
 class TSAMAttnProcessor:
-    """Stands before a layer's processor, returns exactly what that one returns, and records the probabilities beside.
+    """Wraps a layer's processor: records the probabilities, and returns exactly what the processor returns.
 
     maps: dict that receives this layer's probabilities, mean over heads, float32 (B, P, num_tokens), under `index`
-    (overwritten when gradient checkpointing calls again). last: whether to raise `LastMapRecorded` then. graph: whether
-    passes with a gradient are recorded.
+    (overwritten when gradient checkpointing recomputes). last: whether to raise `LastMapRecorded` then. graph: whether
+    to record passes with a gradient.
     """
 
     def __init__(self, processor, maps, index, num_tokens, last=False, graph=True):
         self.processor, self.maps, self.index, self.num_tokens, self.last = processor, maps, index, num_tokens, last
         self.graph, self.thread = graph, get_ident()
 
-        vars(self)["__call__"] = processor.__call__  # whose arguments `Attention` passes, and only those
+        vars(self)["__call__"] = processor.__call__  # `Attention` passes only the arguments that it takes
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         # Skip other threads' passes, but not autograd's: gradient checkpointing recomputes there, with gradients on.
@@ -164,9 +164,9 @@ def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, at
 
 
 def unet_cross_attention_layers(unet, attention_resolution):
-    """The cross-attention layers of a UNet whose query grid has that many positions a side at its default size.
+    """A UNet's cross-attention layers with a query grid of that many positions a side at its default size.
 
-    A list of `Attention` in the order they run. ValueError where there are none.
+    A list of `Attention` in the order they run. ValueError if there are none.
     """
     side = unet.config.sample_size
     if side is None:
@@ -204,9 +204,9 @@ def unet_cross_attention_layers(unet, attention_resolution):
 def record_cross_attention(layers, num_tokens, stop=False, graph=True):
     """Record the probabilities of `layers` (a list of `Attention`, in the order they run) while the context is open.
 
-    Yields a dict of one (B, P, num_tokens) map a layer, filled anew by every forward, which ends with `LastMapRecorded`
-    at the last of them if `stop`. Without `graph`, passes with a gradient are left out, so that an observer of a whole
-    call sees its noise predictions alone. Afterwards each layer has its own processor again.
+    Yields a dict with one map (B, P, num_tokens) per layer, refilled by every forward pass. With `stop`, that ends at
+    the last layer by `LastMapRecorded`. Without `graph`, passes with a gradient are skipped, so that an observer of a
+    whole call sees its noise predictions alone. Each layer's own processor is restored.
     """
     maps = {}
     with ExitStack() as stack:
@@ -218,10 +218,10 @@ def record_cross_attention(layers, num_tokens, stop=False, graph=True):
 
 
 def joint_attention_probabilities(attn, hidden_states, encoder_hidden_states, num_text, rotary=None, all_keys=False):
-    """softmax(q kᵀ/√d) of image rows and text columns of one joint attention, float32 (B, heads, P, num_text).
+    """softmax(q kᵀ/√d) of one joint attention, image rows and text columns, float32 (B, heads, P, num_text).
 
-    hidden_states (B, P, C) and encoder_hidden_states (B, num_text, C), or None where the one holds both, text first.
-    rotary: cosines and sines of the positions, text first. The softmax is over the text's keys, or over all.
+    hidden_states (B, P, C), encoder_hidden_states (B, num_text, C), or None if hidden_states holds both, text first.
+    rotary: the positions' cosines and sines, text first. The softmax is over the text's keys, or over all.
     """
     both = encoder_hidden_states is None
     text = hidden_states[:, :num_text] if both else encoder_hidden_states
@@ -245,10 +245,10 @@ def joint_attention_probabilities(attn, hidden_states, encoder_hidden_states, nu
 
 @contextmanager
 def record_joint_attention(layers, num_tokens, num_text, all_keys=False, stop=False):
-    """As `record_cross_attention`, of the joint attention `layers` of SD3 or FLUX: what image rows give to the first
+    """Like `record_cross_attention`, for the joint attention `layers` of SD3 or FLUX: what image rows give to the first
     `num_tokens` of `num_text` text columns, over the text's keys alone, or over all.
 
-    By hooks: their processors come in too many kinds to stand before.
+    Uses hooks: their processors have too many signatures to wrap.
     """
     maps, thread = {}, get_ident()
 
@@ -270,17 +270,17 @@ def record_joint_attention(layers, num_tokens, num_text, all_keys=False, stop=Fa
 
 
 def run_to_last_map(model, *args, **kwargs):
-    """Run a denoiser no further than to the last map that is recorded.
+    """Run a denoiser only up to the last recorded map.
 
-    A compiled one runs uncompiled: this pass is half the batch, keeps what its gradient needs, and ends by an
-    exception; it would be compiled anew, and on some versions of torch fail.
+    A compiled one runs uncompiled, because this pass has half the batch, keeps what its gradient needs and ends by an
+    exception: torch would compile it anew, and some versions fail.
     """
     with suppress(LastMapRecorded), _uncompiled():
         model(*args, **kwargs, return_dict=False)
 
 
 class _uncompiled:
-    """torch's stance is the process's: of the threads that are inside, the first sets it and the last resets it."""
+    """The first thread inside sets torch's stance and the last resets it, because the process has only one."""
 
     lock, inside, stance = Lock(), 0, None
 
@@ -298,10 +298,10 @@ class _uncompiled:
 
 
 def mean_maps(maps, height, width, number=None):
-    """A (B, N, H, W), the mean over layers of recorded maps (B, P, N), which are taken out of `maps`. Eq. (6).
+    """A (B, N, H, W), the mean over layers of recorded maps (B, P, N); empties `maps`. Eq. (6).
 
-    The grid is the one with P positions that comes of halving the latent's size, rounded up or down as networks do.
-    RuntimeError where other than `number` maps, or maps of another grid, were recorded.
+    Halving the latent's size, rounded up or down as networks do, gives the grid with P positions.
+    RuntimeError unless `number` maps of one such grid were recorded.
     """
     sizes = sorted({of_layer.shape[1] for of_layer in maps.values()})
     if not maps or len(maps) != (number or len(maps)) or len(sizes) > 1:
@@ -320,15 +320,15 @@ def mean_maps(maps, height, width, number=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What readers share a model by
+# How readers share a model
 
 
 @contextmanager
 def shadowed(owner, name, value):
-    """While the context is open, `owner` has `value` before its own attribute `name`, in every thread.
+    """While the context is open, `value` hides the attribute `name` of `owner`, in every thread.
 
-    Unlike setting a module (a processor of an IP-Adapter) anew, it leaves no moment without one, and what is registered
-    stays registered.
+    Setting a module (an IP-Adapter's processor) anew would leave a moment without one, and would change what is
+    registered.
     """
     attributes = vars(owner)
     had, own = name in attributes, attributes.get(name)
@@ -336,7 +336,7 @@ def shadowed(owner, name, value):
     try:
         yield
     finally:
-        if attributes.get(name) is value:  # else it was replaced meanwhile, by the user
+        if attributes.get(name) is value:  # else the user replaced it meanwhile
             if had:
                 attributes[name] = own
             else:
@@ -344,7 +344,7 @@ def shadowed(owner, name, value):
 
 
 class ModelLock:
-    """A reentrant lock that may lie on a model: a copy of the model gets its own, a pickled one none."""
+    """A reentrant lock to keep on a model: a copied model gets its own lock, a pickled one none."""
 
     def __init__(self):
         self.lock = RLock()
@@ -363,8 +363,8 @@ class ModelLock:
 
 
 def lock_of(model):
-    """The lock that all pipelines with this model share. Its thread may take it again: a callback may draw, too."""
+    """The lock that all pipelines with this model share; reentrant, because a callback may draw, too."""
     attributes = vars(getattr(model, "_orig_mod", model))  # compiled or not
-    if attributes.get("_tsam_lock", False) is None:  # was pickled
+    if attributes.get("_tsam_lock", False) is None:  # pickled
         attributes["_tsam_lock"] = ModelLock()
     return attributes.setdefault("_tsam_lock", ModelLock())

@@ -44,7 +44,7 @@ class StandIn:
         vars(self).update(own, original=original, call=call)
 
     @property
-    def __class__(self):  # keeps isinstance true
+    def __class__(self):  # for isinstance
         return type(self.original)
 
     def __getattr__(self, name):
@@ -58,7 +58,7 @@ class StandIn:
 
 
 class GuidedLoop:
-    """Guides a stock denoising loop through the calls it makes in each step: the scheduler scales the latents, the
+    """Guides a stock denoising loop through its calls in each step: the scheduler scales the latents, the
     denoiser predicts, the scheduler steps.
 
     It moves the latents before the prediction, and the scheduler steps from there. While the loop is `open`, only
@@ -125,7 +125,7 @@ class GuidedLoop:
         return self.bar
 
     def encode_prompt(self, stock, *args, **kwargs):
-        """Check our arguments, because stock has checked its own and run no denoiser; read T while stock encodes."""
+        """Stock has checked its arguments and run no denoiser: check ours, and read T while stock encodes."""
         if self.encoded or get_ident() != self.thread:  # a callback or another thread calls
             return stock(*args, **kwargs)
         self.encoded = True
@@ -168,12 +168,12 @@ class GuidedLoop:
 
     @property
     def num_tokens(self):
-        """The number of tokens of an encoded prompt, padding included."""
+        """The tokens of an encoded prompt, counted with padding."""
         embeds = self.given["prompt_embeds"]
         return self.pipe.window if embeds is None else embeds.shape[1]
 
     def begin(self):
-        """Plan the updates, because only now are the timesteps known: some pipelines take fewer than the scheduler."""
+        """Plan the updates, now that the timesteps are known: some pipelines take fewer than the scheduler."""
         number = getattr(self.pipe, "_num_timesteps", len(self.scheduler.timesteps))
         self.updates = [0] * number
         if self.guided:
@@ -253,7 +253,7 @@ class GuidedLoop:
 
     @property
     def attentions(self):
-        """`LatentAlignment.attentions`, a dict per image, with `output_attentions`; else None."""
+        """With `output_attentions`, a dict per image: `LatentAlignment.attentions`."""
         if self.alignment is None or not self.settings.output_attentions:
             return None
         return self.alignment.attentions(self.steps)
@@ -270,14 +270,14 @@ class GuidedLoop:
 
 
 def steps_of_call(given):
-    """The number of a call's denoising steps; in image to image, of those that `strength` leaves."""
+    """How many denoising steps a call takes: in image to image, those that `strength` leaves."""
     custom = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
     steps = given["num_inference_steps"] if custom is None else len(custom)
     return min(int(steps * given["strength"]), steps) if "strength" in given else steps
 
 
 def prompts_of(given):
-    """The number of a call's prompts."""
+    """Count a call's prompts."""
     prompt, embeds = given["prompt"], given["prompt_embeds"]
     return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
 
@@ -320,8 +320,8 @@ def input_scale(scheduler, t):
 def conditional_rows(conditions, batch):
     """A denoiser's arguments for the conditional half alone: the last `batch` rows of every tensor.
 
-    It works with and without classifier-free guidance, in nested dicts, lists and tuples. It leaves
-    cross_attention_kwargs as they are.
+    Works with and without classifier-free guidance, in nested dicts, lists and tuples. Leaves cross_attention_kwargs
+    as they are.
     """
     if torch.is_tensor(conditions):
         return conditions[-batch:] if conditions.dim() else conditions
@@ -342,7 +342,7 @@ def conditional_rows(conditions, batch):
 @contextmanager
 def frozen(model):
     """Turn off `requires_grad` of all parameters of `model` while the context is open. Yields a context for forward
-    passes: it lets the backward pass find every weight as the forward pass used it.
+    passes: their backward pass finds every weight as the forward pass used it.
 
     Under gradient checkpointing the flags stay, because its recomputation copies only parameters with the flag; others
     it reads as offloading and layerwise casting have left them when the gradient is taken.
@@ -377,7 +377,7 @@ def _keep(tensor):
 
 @contextmanager
 def uncorrected(scheduler, moved):
-    """Keep the scheduler from correcting images that were `moved`, (B,) or None, while the context is open.
+    """While the context is open, the scheduler corrects no `moved` image, (B,) or None.
 
     The correctors of UniPC and SA-Solver start from the previous sample, which would undo the move.
     """
@@ -401,8 +401,8 @@ def uncorrected(scheduler, moved):
 
 
 def extends(stock, settings_class, deprecated=()):
-    """Decorates a call (self, given, settings, **hooks): its public signature is stock's flat one, followed by the
-    hooks and the fields of `settings_class`. The fields replace `{arguments}` in its docstring.
+    """Decorates a call (self, given, settings, **hooks): its public signature is stock's flat one, then the hooks and
+    the fields of `settings_class`. The fields replace `{arguments}` in its docstring.
 
     given: stock's arguments by name, defaults included. deprecated: what stock takes by **kwargs. TypeError for other
     names, because stock would swallow them.
