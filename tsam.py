@@ -1,13 +1,12 @@
-"""T-SAM: what is compared, and how the latent moves, from T to Eq. (15); to be read with the paper open.
+"""T-SAM: what is compared, and how the latent moves, from T to Eq. (15). Read it with the paper open.
 
 "Eq. (n)" is Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236); "the release" is
 the authors' code at https://github.com/t-sam-diffusion/code.
 
 Shapes: B images, N tokens, maps of H x W positions. `content` (B, N) marks the prompt's own tokens: not <bos>, nothing
-from the first <eos> on, no padding. A prompt that was encoded in K windows of n tokens has N = K·n, and in all
-that is compared each window is a row of its own, (B·K, n). How maps are read from a network is no business of this
-module: they are what a function `maps_at(model_input)` returns. (The means of Eq. (2) and (6) are in
-attention_processors.py.)
+from the first <eos> on, no padding. A prompt encoded in K windows of n tokens has N = K·n; comparisons treat each
+window as a row of its own, (B·K, n). This module does not read maps from networks: a function `maps_at(model_input)`
+returns them. (attention_processors.py has the means of Eq. (2) and (6).)
 """
 
 import functools
@@ -22,17 +21,17 @@ from diffusers.utils import logging
 from .tsam_layout import layout_loss, regions_on, shares_inside
 
 
-logger = logging.get_logger("diffusers.tsam")  # below its own, so that its verbosity holds here too
+logger = logging.get_logger("diffusers.tsam")  # diffusers' child, so that its verbosity holds here
 
 SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
 RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
 PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
-TINY = torch.finfo(torch.float32).tiny  # what keeps a weight of zero from dividing by it
+TINY = torch.finfo(torch.float32).tiny  # lower limit of divisors, against division by zero
 ROUNDING = 1e-6  # of a mean over a map in float32
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
-FP16_ATTEMPTS = 6  # the last one scales by 2^-8
+FP16_ATTEMPTS = 6  # the last scales by 2^-8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,11 +41,11 @@ FP16_ATTEMPTS = 6  # the last one scales by 2^-8
 class TextSelfAttention(NamedTuple):
     """A batch of prompts' self-attention.
 
-    attention: T', the mean over all layers and heads, float32 (B, N, N). Eq. (2). Of a prompt in windows of n tokens,
-    which attend to their own window only, (B, N, n).
+    attention: T', the mean over all layers and heads, float32 (B, N, N). Eq. (2). For a prompt in windows of n tokens
+    (B, N, n), because tokens attend only to their own window.
     content: which tokens are the prompt's own, bool (B, N).
     tokens: those tokens' texts, a list of strings per prompt.
-    lengths: how many tokens each prompt has before its padding, (B,); None where nobody has to know.
+    lengths: how many tokens each prompt has before its padding, (B,), or None if not needed.
     """
 
     attention: torch.Tensor
@@ -62,7 +61,7 @@ def content_of(input_ids, bos_token_id, eos_token_id):
 
 
 def text_of(attention, input_ids, tokenizer):
-    """The `TextSelfAttention` of T' (B, N, N) of the ids (B, N) that `tokenizer` made."""
+    """The `TextSelfAttention` with T' (B, N, N) for the ids (B, N) from `tokenizer`."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} ends no prompt with <eos>, so that T-SAM cannot tell which tokens are its own."
@@ -80,25 +79,25 @@ def texts_of(ids, tokenizer):
 
 
 def join_windows(text, windows):
-    """The `TextSelfAttention` of B prompts from that of their B·K windows, the K of a prompt behind each other."""
+    """Join the `TextSelfAttention` of B·K windows, K consecutive ones per prompt, into that of B prompts."""
     attention, content = (x.unflatten(0, (-1, windows)).flatten(1, 2) for x in text[:2])
     of_prompts = range(0, len(text.tokens), windows)
     return TextSelfAttention(attention, content, [sum(text.tokens[k : k + windows], []) for k in of_prompts])
 
 
 def symmetrize(attention):
-    """T' of a bidirectional text encoder as if it were causal: tril((T' + T'ᵀ)/2), (B, N, N). App. B.2."""
+    """Make a bidirectional text encoder's T' causal: tril((T' + T'ᵀ)/2), (B, N, N). App. B.2."""
     return (attention + attention.mT).tril() / 2
 
 
 def full_precision(device_type):
-    """Outside of the caller's `torch.autocast`."""
+    """Turn the caller's `torch.autocast` off."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _normalize_rows(matrix):
-    """Each row divided by its sum; a row of zeros stays one."""
+    """Divide each row by its sum; a row of zeros stays zero."""
     total = matrix.sum(-1, keepdim=True)
     return matrix / torch.where(total > 0, total, 1)
 
@@ -111,12 +110,12 @@ def _pairs(content):
 def normalize_text_attention(attention, content, gamma):
     """T: rows of text self-attention, sharpened by `gamma` and normalised over the content tokens up to their own.
 
-    attention (B, N, N), content (B, N) -> float32 (B, N, N), zero outside. The power comes before the normalisation, as
-    in the release: rows of Eq. (14) as printed would not sum to one, and S, whose rows do, could not approach them.
+    attention (B, N, N), content (B, N) -> float32 (B, N, N), zero outside. The power precedes the normalisation, as in
+    the release: rows of Eq. (14) as printed would not sum to one, and S could not approach them, because its rows do.
     Eq. (3), (14).
     """
     attention = attention.float().where(_pairs(content).tril(), 0)
-    largest = attention.amax(-1, keepdim=True)  # dividing by it changes nothing but keeps the power from underflowing
+    largest = attention.amax(-1, keepdim=True)  # dividing by it keeps the power from underflowing and changes nothing
     return _normalize_rows((attention / torch.where(largest > 0, largest, 1)) ** gamma)
 
 
@@ -127,8 +126,8 @@ def normalize_text_attention(attention, content, gamma):
 def smooth(maps):
     """Blur maps (B, N, H, W) by a 3x3 Gaussian kernel, reflecting at the border. App. B.2.
 
-    The kernel is the released one, exp(-(x² + y²) / (2σ)²), whose standard deviation is √2·σ. It is separable; as two
-    products its backward pass is deterministic on every device, which torch's reflection padding is not.
+    The kernel is the release's, exp(-(x² + y²) / (2σ)²), with a standard deviation of √2·σ. It is computed as two
+    products, because their backward pass is deterministic on every device; that of torch's reflection padding is not.
     """
     down, along = (_blur(side, maps.dtype, maps.device) for side in maps.shape[-2:])
     return down @ maps @ along.mT
@@ -137,7 +136,7 @@ def smooth(maps):
 @functools.lru_cache(maxsize=16)  # a guided step builds nothing and moves nothing to the device
 @torch.inference_mode(False)
 def _blur(side, dtype, device):
-    """(side, side), rows that sum to one: each position's own share and its two neighbours'."""
+    """(side, side): each row has a position's own share and its two neighbours', and sums to one."""
     position, neighbour = torch.arange(side), math.exp(-1 / (2 * SMOOTHING_SIGMA) ** 2)
     matrix = torch.eye(side)
     for step in (-1, 1):
@@ -155,7 +154,7 @@ def cosine_similarity(maps):
 def normalize_similarity(similarity, content):
     """S: rows of C over the content tokens up to their own, similarity, content -> (B, N, N), lower triangle. Eq. (7).
 
-    Over k <= i, as in the release. Eq. (7) as printed sums over all k, and its rows do not sum to one as T's do.
+    Sums over k <= i, as in the release, so that rows sum to one as T's do. Eq. (7) as printed sums over all k.
     """
     return _normalize_rows(similarity.where(_pairs(content).tril(), 0))
 
@@ -170,11 +169,11 @@ def similarity_of(maps, content):
 
 
 class Syntax(NamedTuple):
-    """What an objective may know of the prompts of B images.
+    """What an objective may know about the prompts of B images.
 
     target: T (B, N, N), sharpened and normalised. attention: T' (B, N, N). content: (B, N). tokens: the content tokens'
-    texts, a list of strings per image. relation: R (B, N, N). A prompt's windows are as many rows, (B·K, n, n), the
-    first to the last.
+    texts, a list of strings per image. relation: R (B, N, N). Each window of a prompt is a row of its own, in order:
+    (B·K, n, n).
     """
 
     target: torch.Tensor
@@ -193,42 +192,42 @@ def l1_loss(text_attention, similarity, content):
 def cosine_loss(text_attention, similarity, content):
     """Σ_i 0.2·(i - 1)·(1 - cos(T_i, S_i)) over columns j < i: T and S (B, N, N) -> (B,). The release's default."""
     columns = content.cumsum(-1) - 1
-    rows = _normalize_rows(text_attention.tril(-1))  # a tiny row must not fall under cosine_similarity's epsilon
+    rows = _normalize_rows(text_attention.tril(-1))  # lifts tiny rows above cosine_similarity's epsilon
     distance = 1 - F.cosine_similarity(rows, similarity.tril(-1), dim=-1)
     return (RELEASE_ROW_WEIGHT * columns * distance).where(content & (columns > 0), 0).sum(-1)
 
 
 def l1(maps, text):
-    """The paper's: T against S. Eq. (14)."""
+    """The paper's objective: T against S. Eq. (14)."""
     return l1_loss(text.target, similarity_of(maps, text.content), text.content)
 
 
 def cosine(maps, text):
-    """The release's default: the cosine distance of their rows, the diagonal apart."""
+    """The release's default: the cosine distance of their rows without the diagonal."""
     return cosine_loss(text.target, similarity_of(maps, text.content), text.content)
 
 
 def attainable_target(text_attention):
-    """The nearest T that S can take: (B, N, N) -> (B, N, N), the diagonal raised to its row's largest entry, rows again
-    divided by their sums.
+    """The nearest T that S can reach: (B, N, N) -> (B, N, N). Raises the diagonal to its row's largest entry, then
+    divides rows by their sums.
 
-    A map is most like itself, so S_ii is the largest of its row whatever the picture, but a noun's row of T gives most
-    to its colour. Against T as it is, Eq. (14) therefore never vanishes and goes on pushing what is aligned.
+    A map is most similar to itself, so S_ii is its row's largest in any picture, but a noun's row of T gives most to
+    its colour. Eq. (14) against T itself therefore never vanishes, and goes on pushing what is already aligned.
     """
     largest = text_attention.amax(-1)
     return _normalize_rows(text_attention.tril(-1) + torch.diag_embed(largest))
 
 
 def attainable(maps, text):
-    """Eq. (14) against the T that S can take. Ours, not the paper's."""
+    """Eq. (14) against the T that S can reach. Ours, not the paper's."""
     return l1_loss(attainable_target(text.target), similarity_of(maps, text.content), text.content)
 
 
 def lift_of(attention, content):
     """How much more a token gives to each earlier one than later tokens do on average, zero elsewhere.
 
-    A_ij / mean_{k>j} A_kj for j < i, A being rows of T' over the content tokens up to their own: T' (B, N, N), content
-    (B, N) -> (B, N, N). Some words get attention from every word, whatever they mean; that is taken out. Ours.
+    A_ij / mean_{k>j} A_kj for j < i, where A is T' with rows normalised over the content tokens up to their own: T'
+    (B, N, N), content (B, N) -> (B, N, N). The mean removes the attention that a word gets from all words. Ours.
     """
     shares = _normalize_rows(attention.float().where(_pairs(content).tril(), 0))
     earlier = _pairs(content).tril(-1)
@@ -247,16 +246,16 @@ def relation_of(attention, content):
 def weight_of(maps):
     """How localised each word's map is, w = (1 - mean/max)², without a gradient: (B, N, H, W) -> (B, N), 0 to 1.
 
-    A map that is spread out, as function words' are, says nothing about where its word is. Ours.
+    A spread-out map, such as a function word's, does not say where its word is. Ours.
     """
     maps = maps.detach().flatten(2)
     largest = maps.amax(-1)
     localised = 1 - maps.mean(-1) / largest.clamp(min=TINY)
-    return localised.where((largest > 0) & (localised > ROUNDING), 0) ** 2  # a flat map's blur leaves that much
+    return localised.where((largest > 0) & (localised > ROUNDING), 0) ** 2  # the blur's error on a flat map
 
 
 def relation_loss(relation, similarity, weight, content):
-    """How much unrelated words share a place, and λ times how far related ones are apart, each 0 to 1: (B,). Ours.
+    """How much unrelated words overlap, plus λ times how far related ones are apart, each 0 to 1: (B,). Ours.
 
     Σ w_i w_j (1 - R_ij) C_ij / Σ w_i w_j (1 - R_ij) + λ Σ w_i w_j R_ij (1 - C_ij) / Σ w_i w_j R_ij over j < i;
     R, C (B, N, N), w (B, N).
@@ -267,15 +266,15 @@ def relation_loss(relation, similarity, weight, content):
 
 
 def _mean(values, weights):
-    """Weighted, over all but the batch; 0 where all weights are. (B, ...) -> (B,)."""
+    """Weighted mean over all but the batch; 0 if all weights are. (B, ...) -> (B,)."""
     weights, values = weights.flatten(1), values.flatten(1)
     return (weights * values).sum(-1) / weights.sum(-1).clamp(min=TINY)
 
 
 def spread_of(maps):
-    """The variance of each map less its minimum as a distribution over places: (B, N, H, W) -> (B, N). Ours.
+    """Each map's variance over places, after subtracting its minimum: (B, N, H, W) -> (B, N). Ours.
 
-    v = 6 (Var x + Var y), places from 0 to 1 across the picture, so that a uniform map has 1.
+    v = 6 (Var x + Var y), with places from 0 to 1 across the picture, so that a uniform map has 1.
     """
     height, width = maps.shape[-2:]
     maps = maps.flatten(2)
@@ -287,24 +286,24 @@ def spread_of(maps):
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _places(height, width, dtype, device):
-    """y, x and y² + x² of the middle of each position, from the picture's middle, -0.5 to 0.5: (H·W, 3)."""
+    """y, x and y² + x² of each position's middle, from -0.5 to 0.5 around the picture's: (H·W, 3)."""
     y, x = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (height, width))
     y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([y, x, y**2 + x**2], -1).flatten(0, 1).to(device, dtype)
 
 
 def relation(maps, text):
-    """Unrelated words apart, related ones together; as `contrast`, for prompts in which a word means several things, as
-    in "two cats". Ours."""
+    """Unrelated words apart, related ones together: `contrast` without the place term, because in "two cats" a word
+    means several things. Ours."""
     blurred = smooth(maps)
     return relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight_of(blurred), text.content)
 
 
 def contrast(maps, text):
-    """The same, and one place for a word: μ Σ w_i v_i / Σ w_i. Without it two blobs of one colour satisfy the other
-    terms, because the colour's map has two as well. It takes a word to mean one thing. Ours."""
+    """`relation`, plus one place per word: μ Σ w_i v_i / Σ w_i. Without it two blobs of one colour satisfy the other
+    terms, because the colour's map has two as well. It assumes that a word means one thing. Ours."""
     blurred, content = smooth(maps), text.content
-    weight = weight_of(blurred).where(content & (content.sum(-1, keepdim=True) > 1), 0)  # one word alone is left
+    weight = weight_of(blurred).where(content & (content.sum(-1, keepdim=True) > 1), 0)  # skips a lone word
     loss = relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight, content)
     return loss + PLACE_WEIGHT * _mean(spread_of(blurred), weight)
 
@@ -325,13 +324,13 @@ OBJECTIVES = {
 class LatentAlignment:
     """Moves the latents of B images down the gradient of an objective, and keeps what it saw. Eq. (15).
 
-    text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times. settings: `Settings`, of which
-    it reads alpha, relative_step, gamma, objective, region_weight and output_attentions, which keeps the maps before
-    each step's first update. A user's objective gets a prompt's windows as rows, (B·K, n, H, W), and an image's
-    loss is their sum. device: the latents'. layout: a `Layout` of the images, whose loss is added.
+    text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times. settings: `Settings`; read are
+    alpha, relative_step, gamma, objective, region_weight and output_attentions (keep the maps before each step's first
+    update). A user's objective gets a prompt's windows as rows, (B·K, n, H, W); an image's loss is their sum.
+    device: the latents'. layout: a `Layout` of the images, adds its loss.
 
-    num_tokens: N, the columns of maps that are needed. losses: one (B,) tensor an update, each taken before it. moved:
-    (B,), which images the last `update` has moved.
+    num_tokens: N, the number of map columns needed. losses: one (B,) tensor per update, taken before it. moved: (B,),
+    which images the last `update` moved.
     """
 
     def __init__(self, text, settings, num_images_per_prompt=1, device=None, layout=None):
@@ -345,7 +344,7 @@ class LatentAlignment:
         tokens, relation = self._tokens_of_windows(content), relation_of(attention, content)
         self.text = Syntax(target, attention, content, tokens, relation)
         self.layout, self.region_weight = layout, float(settings.region_weight)
-        self.regions = None  # the layout's, on the maps' grid once that is known
+        self.regions = None  # the layout's, on the maps' grid when it is known
         self.objective = None if settings.objective == "layout" else settings.objective
         self.objective = OBJECTIVES[self.objective] if isinstance(self.objective, str) else self.objective
         self.relative_step = None if settings.relative_step is None else float(settings.relative_step)
@@ -357,7 +356,7 @@ class LatentAlignment:
 
     @property
     def possible(self):
-        """Whether there is anything to align: one token alone has only itself to attend to, in objectives of ours."""
+        """Whether there is anything to align: our objectives need two tokens, because one attends only to itself."""
         least = 2 if self.objective in OBJECTIVES.values() else 1
         return self.layout is not None or bool((self.text.content.sum(-1) >= least).any())
 
@@ -367,7 +366,7 @@ class LatentAlignment:
 
     @staticmethod
     def _last_content(content):
-        """The last position that is content in any prompt; the first where none is."""
+        """The last position with content in any prompt, or the first if there is none."""
         positions = content.any(0).nonzero().flatten().tolist()
         return positions[-1] if positions else 0
 
@@ -384,9 +383,9 @@ class LatentAlignment:
     def update(self, latents, input_scale, maps_at, iterations=1):
         """Move latents (B, ...) `iterations` times: z' = z - α ∇ loss. Eq. (15).
 
-        The step is taken at the model's input, z_in = c·z with c the `input_scale` that the scheduler gives it, so that
-        one alpha holds under every scheduler: z' = z - (α/c) ∇_{z_in} loss. `maps_at(model_input)` gives the averaged
-        cross-attention maps A (B, N, H, W), float32, of a model input in the latents' dtype. Eq. (6).
+        The step is taken at the model's input, z_in = c·z, where c is the scheduler's `input_scale`, so that one alpha
+        holds under every scheduler: z' = z - (α/c) ∇_{z_in} loss. `maps_at(model_input)` returns the averaged
+        cross-attention maps A (B, N, H, W), float32, for a model input in the latents' dtype. Eq. (6).
         """
         if len(latents) != len(self.tokens):
             raise ValueError(
@@ -397,7 +396,7 @@ class LatentAlignment:
         for iteration in range(iterations):
             gradient, loss, maps = self.gradient(latents, input_scale, maps_at)
             if self.relative_step is not None:
-                # An image's α is set at its first update that has a gradient, until which it is 0, and then kept.
+                # An image's first update with a gradient sets its α for good; before, it is 0.
                 first = self.alpha_of_first(input_scale * _precise(latents), gradient)
                 kept = self.alpha if isinstance(self.alpha, torch.Tensor) else first
                 self.alpha = kept.where(kept > 0, first)
@@ -410,20 +409,20 @@ class LatentAlignment:
         return latents
 
     def alpha_of_first(self, model_input, gradient):
-        """α (B, 1, ...) of which α ∇ loss has `relative_step` of the norm of each model input. Not in the paper.
+        """α (B, 1, ...) that gives α ∇ loss `relative_step` times the norm of each model input. Not in the paper.
 
-        A model's maps may be sharp or flat, which makes its gradients large or small; their direction is what counts. α
-        is constant from then on, so that updates become smaller as the loss does.
+        Gradients are large or small because a model's maps are sharp or flat; only their direction counts. α stays
+        constant from then on, so that updates shrink with the loss.
         """
         norm, slope = (x.flatten(1).norm(dim=1) for x in (model_input, gradient))
         return _like(gradient, torch.where(slope > 0, self.relative_step * norm / slope, 0))
 
     def gradient(self, latents, input_scale, maps_at):
-        """∇_{z_in} loss in float32, the loss (B,), and with `keep_maps` the maps that it is of.
+        """∇_{z_in} loss in float32, the loss (B,), and with `keep_maps` its maps.
 
-        Half-precision gradients can underflow, so the loss of each image is scaled before the backward pass; an image
-        whose gradient overflows is tried again with less, and stays where it is if nothing helps. RuntimeError where no
-        gradient comes back.
+        Each image's loss is scaled before the backward pass, because half-precision gradients can underflow. An image
+        with an overflowing gradient is retried at a smaller loss scale; it is not moved if every attempt overflows.
+        RuntimeError if no gradient comes back.
         """
         half = latents.dtype == torch.float16
         if self.loss_scale is None and half:
@@ -432,7 +431,7 @@ class LatentAlignment:
             with torch.enable_grad():
                 model_input = (input_scale * _precise(latents)).requires_grad_()
                 maps = maps_at(model_input.to(latents.dtype))
-                seen = maps.detach().clone() if self.keep_maps else None  # a user's objective may write into them
+                seen = maps.detach().clone() if self.keep_maps else None  # because an objective may write into them
                 loss = self.loss_of(maps)
                 gradient = None
                 if loss.requires_grad:
@@ -449,13 +448,13 @@ class LatentAlignment:
             self.loss_scale = self.loss_scale.where(finite, self.loss_scale * FP16_LOSS_SCALE_BACKOFF)
         else:
             logger.warning("A gradient is not finite in float16, and its image stays as it is. Try bfloat16.")
-            self.loss_scale = self.loss_scale.where(finite, FP16_LOSS_SCALE)  # the next step is another
+            self.loss_scale = self.loss_scale.where(finite, FP16_LOSS_SCALE)  # for the next step
         self.lost = ~finite if self.lost is None else self.lost | ~finite
         gradient = gradient / _like(gradient, self.loss_scale) if half else gradient
         return gradient.where(_like(gradient, finite), 0), loss.detach().float(), seen
 
     def loss_of(self, maps):
-        """The loss per image (B,) of maps (B, N, H, W): the objective's, whose shape is checked, and the layout's."""
+        """The loss per image (B,) of maps (B, N, H, W): the objective's, shape checked, plus the layout's."""
         with full_precision(maps.device.type):
             layout = 0 if self.layout is None else self.region_weight * layout_loss(*self.laid_out(maps))
             if self.objective is None:  # the layout's alone
@@ -470,25 +469,25 @@ class LatentAlignment:
             return loss.unflatten(0, (-1, self.windows)).sum(1) + layout
 
     def laid_out(self, maps):
-        """What `shares_inside` and `layout_loss` take; the regions on the grid that the maps turn out to have."""
+        """Arguments of `shares_inside` and `layout_loss`, with the regions on the maps' grid."""
         if self.regions is None or self.regions.shape[-2:] != maps.shape[-2:]:
             self.regions = regions_on(self.layout.regions, *maps.shape[-2:]).to(maps)
         return maps, self.regions, self.layout.tokens[..., : self.num_tokens].to(maps)
 
     def losses_per_image(self):
-        """(B, updates) on the CPU."""
+        """The losses (B, updates) on the CPU."""
         losses = torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.tokens), 0)
-        if self.lost is not None and self.lost.any():  # asked here, once a call, since it waits for the device
+        if self.lost is not None and self.lost.any():  # here, once a call, because it waits for the device
             logger.warning("A gradient was not finite, and its image stayed as it was at that update.")
         return losses
 
     def attentions(self, steps):
         """What `output_attentions` returns, a dict per image, on the CPU; s content tokens, G guided steps:
 
-        tokens (s strings), text_attention T and relation R (s, s), steps (the G different ones of those given), maps
-        (G, s, H, W) and similarity S (G, s, s), both before the step's first update, and None where nothing was guided.
-        T, R and S are zero between windows. With a layout also region_shares, {phrase: (G,)}, the shares of attention
-        inside, of the same maps.
+        tokens (s strings), text_attention T and relation R (s, s), steps (the G different ones given), maps
+        (G, s, H, W) and similarity S (G, s, s), both before the step's first update, or None if nothing was guided.
+        T, R and S are zero between windows. A layout adds region_shares, {phrase: (G,)}, the same maps' shares of
+        attention inside.
         """
         steps = list(dict.fromkeys(steps))
         content = self.text.content.cpu()
@@ -522,7 +521,7 @@ class LatentAlignment:
 
 
 def _precise(latents):
-    """In float32, or float64 if they are."""
+    """Cast to float32; float64 stays."""
     return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
 
