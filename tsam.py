@@ -27,7 +27,7 @@ SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
 RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
 PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
-TINY = torch.finfo(torch.float32).tiny  # lower limit of divisors, against division by zero
+TINY = torch.finfo(torch.float32).tiny  # keeps divisors above zero
 ROUNDING = 1e-6  # of a mean over a map in float32
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
@@ -126,8 +126,8 @@ def normalize_text_attention(attention, content, gamma):
 def smooth(maps):
     """Blur maps (B, N, H, W) by a 3x3 Gaussian kernel, reflecting at the border. App. B.2.
 
-    The kernel is the release's, exp(-(x² + y²) / (2σ)²), with a standard deviation of √2·σ. It is computed as two
-    products, because their backward pass is deterministic on every device; that of torch's reflection padding is not.
+    The kernel is the release's, exp(-(x² + y²) / (2σ)²), of standard deviation √2·σ. It is separable: as two products
+    its backward pass is deterministic on every device; that of torch's reflection padding is not.
     """
     down, along = (_blur(side, maps.dtype, maps.device) for side in maps.shape[-2:])
     return down @ maps @ along.mT
@@ -136,7 +136,7 @@ def smooth(maps):
 @functools.lru_cache(maxsize=16)  # a guided step builds nothing and moves nothing to the device
 @torch.inference_mode(False)
 def _blur(side, dtype, device):
-    """(side, side): each row has a position's own share and its two neighbours', and sums to one."""
+    """(side, side): each row has a position's own share and its neighbours', and sums to one."""
     position, neighbour = torch.arange(side), math.exp(-1 / (2 * SMOOTHING_SIGMA) ** 2)
     matrix = torch.eye(side)
     for step in (-1, 1):
@@ -198,7 +198,7 @@ def cosine_loss(text_attention, similarity, content):
 
 
 def l1(maps, text):
-    """The paper's objective: T against S. Eq. (14)."""
+    """The paper's: T against S. Eq. (14)."""
     return l1_loss(text.target, similarity_of(maps, text.content), text.content)
 
 
@@ -293,15 +293,15 @@ def _places(height, width, dtype, device):
 
 
 def relation(maps, text):
-    """Unrelated words apart, related ones together: `contrast` without the place term, because in "two cats" a word
-    means several things. Ours."""
+    """Unrelated words apart, related ones together: `contrast` without the place term, for words that mean several
+    things ("two cats"). Ours."""
     blurred = smooth(maps)
     return relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight_of(blurred), text.content)
 
 
 def contrast(maps, text):
     """`relation`, plus one place per word: μ Σ w_i v_i / Σ w_i. Without it two blobs of one colour satisfy the other
-    terms, because the colour's map has two as well. It assumes that a word means one thing. Ours."""
+    terms, because the colour's map has two as well. Assumes that a word means one thing. Ours."""
     blurred, content = smooth(maps), text.content
     weight = weight_of(blurred).where(content & (content.sum(-1, keepdim=True) > 1), 0)  # skips a lone word
     loss = relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight, content)
@@ -366,7 +366,7 @@ class LatentAlignment:
 
     @staticmethod
     def _last_content(content):
-        """The last position with content in any prompt, or the first if there is none."""
+        """The last position with content in any prompt; the first if none has."""
         positions = content.any(0).nonzero().flatten().tolist()
         return positions[-1] if positions else 0
 
@@ -475,7 +475,7 @@ class LatentAlignment:
         return maps, self.regions, self.layout.tokens[..., : self.num_tokens].to(maps)
 
     def losses_per_image(self):
-        """The losses (B, updates) on the CPU."""
+        """(B, updates) on the CPU."""
         losses = torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.tokens), 0)
         if self.lost is not None and self.lost.any():  # here, once a call, because it waits for the device
             logger.warning("A gradient was not finite, and its image stayed as it was at that update.")

@@ -1,4 +1,4 @@
-"""Chooses the start: several are drawn for an image, and the one whose maps agree best with the text goes on.
+"""Chooses the start: draws several for each image and goes on from the one with maps that best agree with the text.
 
 The score is the contrast objective's loss, from forward passes alone. Ours, not the paper's.
 """
@@ -13,14 +13,14 @@ from .tsam_arguments import Settings
 
 
 class Scouted(Exception):
-    """Ends a call whose remainder would not change the loss of its starts."""
+    """Ends a call, because the rest would not change its starts' loss."""
 
 
 class Scouting:
-    """Before a `GuidedLoop`: runs unguided to where starts are compared, takes their loss, and draws no picture.
+    """Mixed into a `GuidedLoop`: runs unguided to the comparison of starts, takes their loss and draws no picture.
 
-    states: the generators' states to draw the starts from, or None for theirs. start: what `prepare_latents` returned,
-    and the generators' states behind it. loss: (images,) float32, None where the call was interrupted.
+    states: the generators' states to draw the starts from, or None for the current ones. start: what `prepare_latents`
+    returned, and the states after it. loss: (images,) float32, None if the call was interrupted.
     """
 
     guided, reads, needed = False, True, True
@@ -56,10 +56,10 @@ class Scouting:
 
 
 def scouted(pipe, stock, given, settings, states=None, encoding=None):
-    """The `Scouting` loop of one start an image, run. stock: the stock pipeline's call. encoding: of the prompts, which
-    another of this call's loops has."""
+    """Run a `Scouting` loop of one start per image, and return it. stock: the stock pipeline's call. encoding: the
+    prompts', from another of this call's loops."""
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
-    settings.chosen_after(loop.num_steps)  # too many are refused before a network runs
+    settings.chosen_after(loop.num_steps)  # refuses too many before a network runs
     loop.states, loop.encoding = states, encoding
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     with suppress(Scouted), loop.open():
@@ -68,12 +68,12 @@ def scouted(pipe, stock, given, settings, states=None, encoding=None):
 
 
 def choose(pipe, stock, given, settings, images):
-    """The loop of the first start, what to begin with in place of it, the losses (images, k) of the k starts, and
-    which of them was chosen, (images,).
+    """The first start's loop, the start to use instead, the losses (images, k) of the k starts, and which of them
+    was chosen, (images,).
 
-    The first start is what a call without candidates would draw; the others come from the same generators, or are what
-    `latents` holds besides. They run one after another, so that the call needs no more memory. Where the call is
-    interrupted meanwhile, those that are left do not run.
+    The first start is what a call without candidates would draw; the others come from the same generators, or from
+    `latents` if it holds more. They run one after another, so that the call needs no more memory. An interrupted call
+    skips those that are left.
     """
     own = [] if given.get("latents") is None else list(given["latents"].split(images))
     number = settings.candidates
@@ -97,14 +97,14 @@ def choose(pipe, stock, given, settings, images):
 
 
 def chosen_of(starts, chosen):
-    """Each image's rows of the start that was chosen, of tensors or tuples of such."""
+    """Take each image's rows from its chosen start; starts are tensors or tuples of them."""
     if isinstance(starts[0], tuple):
         return tuple(chosen_of(parts, chosen) for parts in zip(*starts))
     return torch.stack(starts)[chosen.to(starts[0].device), torch.arange(len(chosen), device=starts[0].device)]
 
 
 def generators_of(given):
-    """The call's generators, a list; torch's own for the CPU where none was passed."""
+    """The call's generators, a list; torch's own for the CPU if none was passed."""
     generator = given["generator"]
     if generator is None:
         return [torch.default_generator]

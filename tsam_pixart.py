@@ -1,4 +1,4 @@
-"""What both PixArt pipelines share: their layers, T5's T, and what callbacks may ask of a pipeline."""
+"""What both PixArt pipelines share: their layers, T5's T, and the state that callbacks ask for."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin
 class PixArtAlphaTSAMPipelineOutput(ImagePipelineOutput):
     """The stock output, and what T-SAM saw.
 
-    losses: (images, updates) float32, each taken before its update; no columns where nothing was guided. steps: the
-    denoising step of each column, counted as callbacks count. attentions: with `output_attentions`, a dict per image,
-    see `LatentAlignment.attentions`. candidate_losses (images, candidates) and chosen (images,), with more than one.
+    losses: (images, updates) float32, each taken before its update; no columns if nothing was guided. steps: each
+    column's denoising step, counted as in callbacks. attentions: with `output_attentions`, a dict per image, see
+    `LatentAlignment.attentions`. candidate_losses (images, candidates), chosen (images,): with more than one candidate.
     """
 
     losses: torch.Tensor | None = None
@@ -28,7 +28,7 @@ class PixArtAlphaTSAMPipelineOutput(ImagePipelineOutput):
 
 
 class PixArtLoop(GuidedLoop):
-    """The prompt's length and cleaning are arguments of stock's call, which sets no state."""
+    """Takes the prompt's length and cleaning from stock's arguments, and sets the state that stock does not."""
 
     def __init__(self, pipe, given, settings, on_step_end=None):
         super().__init__(pipe, given, settings, on_step_end)
@@ -50,7 +50,7 @@ class PixArtLoop(GuidedLoop):
 
 
 def check_lengths(text, mask):
-    """Check that T and the embeddings, whose attention mask is (batch_size, N), are of prompts of the same lengths."""
+    """Check that T and the embeddings are of prompts of the same lengths. mask: the embeddings', (batch_size, N)."""
     if text.lengths is not None and text.lengths.tolist() != mask.sum(-1).tolist():
         raise ValueError(
             f"`text_self_attention` is of prompts of {text.lengths.tolist()} tokens, but by their mask the embeddings"
@@ -60,13 +60,13 @@ def check_lengths(text, mask):
 
 
 class PixArtTSAM(TSAMPipelineMixin):
-    """Before a stock PixArt pipeline."""
+    """Mixed into stock PixArt pipelines."""
 
     denoiser, loop, output, window = "transformer", PixArtLoop, PixArtAlphaTSAMPipelineOutput, None
     settings = PixArtAlphaSettings
     _callback_tensor_inputs = ["latents"]
 
-    # What stock's Stable Diffusion has and callbacks know.
+    # Callbacks know these from stock's Stable Diffusion.
     @property
     def guidance_scale(self):
         return self._guidance_scale
@@ -83,9 +83,9 @@ class PixArtTSAM(TSAMPipelineMixin):
         return self.cross_attention_layers(settings.attention_layers)
 
     def cross_attention_layers(self, attention_layers: tuple[int, int] = (10, 18)) -> list:
-        """The cross-attention layers of the transformer's blocks from the first to the last given, counted from 0.
+        """The cross-attention layers of the transformer's blocks, from the first to the last given, counted from 0.
 
-        ValueError where there are no such blocks.
+        ValueError if there are no such blocks.
         """
         depth, remedy = len(self.transformer.transformer_blocks), "Pass the first and the last block to read, both read"
         if not isinstance(attention_layers, (tuple, list)) or len(attention_layers) != 2:
@@ -106,10 +106,10 @@ class PixArtTSAM(TSAMPipelineMixin):
     def get_text_self_attention(
         self, prompt: str | list[str], clean_caption: bool = False, max_sequence_length: int = 120
     ) -> TextSelfAttention:
-        """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
+        """T' of one or more prompts. Pass it as `text_self_attention` when you pass only embeddings.
 
-        It is read while `encode_prompt` encodes them, with the same defaults, so it is of the tokens (cleaning,
-        truncation, padding) that the embeddings are of.
+        It is read while `encode_prompt` encodes them, with the same defaults, so that it has the embeddings' tokens
+        (cleaning, truncation, padding).
         """
         with record_self_attention(self.text_encoder) as recordings:
             self.encode_prompt(prompt, False, clean_caption=clean_caption, max_sequence_length=max_sequence_length)

@@ -1,4 +1,4 @@
-"""What every Stable Diffusion pipeline shares: its layers, the text encoder's T, and prompts in windows."""
+"""What all Stable Diffusion pipelines share: their layers, the text encoder's T, and prompts in windows."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin
 
 
 def unet_layers(unet, side=None):
-    """The cross-attention layers on a grid of `side`; None: of a quarter of the latent's, 16 at Stable Diffusion 1.x's
-    512 pixels and 32 at SDXL's 1024: a choice, which the paper does not make."""
+    """The cross-attention layers on a grid of `side`; None is a quarter of the latent's: 16 at Stable Diffusion 1.x's
+    512 pixels, 32 at SDXL's 1024. A choice: the paper makes none."""
     size = unet.config.sample_size
     if side is None and size is not None:
         side = (size if isinstance(size, int) else size[0]) // 4
@@ -26,10 +26,10 @@ def unet_layers(unet, side=None):
 
 
 def text_of_clips(recordings, tokenizer):
-    """T' of one or two CLIPs, causal encoders, which both read the prompt; all their layers count alike: a choice."""
+    """T' of one or two CLIPs, causal encoders that read the same prompt. All layers count alike: a choice."""
     special = tokenizer.bos_token_id, tokenizer.eos_token_id
     own = [ids.where(content_of(ids, *special), -1) for ids in (recording.input_ids for recording in recordings)]
-    if any(not torch.equal(ids, own[0]) for ids in own):  # what the two pad with differs
+    if any(not torch.equal(ids, own[0]) for ids in own):  # only their padding may differ
         raise ValueError(
             "`prompt_2` has other tokens than `prompt`, but T is read from both text encoders. Leave it out, or pass"
             " `tsam_steps=0`."
@@ -43,17 +43,17 @@ def words_of(pipe, phrase, tokenizer):
     return texts_of(tokenizer(phrase, add_special_tokens=False).input_ids, tokenizer)
 
 
-SENTENCE, CLAUSE = re.compile(r"[.!?…。！？]+[\"'”’)\]]*$"), re.compile(r"[,;:，、；：]$")  # what a word ends with
+SENTENCE, CLAUSE = re.compile(r"[.!?…。！？]+[\"'”’)\]]*$"), re.compile(r"[,;:，、；：]$")  # ends of words
 WORD = re.compile(
     r"[^\s。！？，、；：]*[。！？，、；：]+|[^\s。！？，、；：]+"
 )  # Chinese and Japanese have no space behind a stop
 
 
 def split_prompt(prompt, numbers_of, room, limit):
-    """A prompt's windows: texts of at most `room` tokens, of `limit` together; what is behind that is left out.
+    """Split a prompt into windows: texts of at most `room` tokens, together of `limit`; leaves out the rest.
 
-    As full as may be, but ended at a sentence's end, else behind a comma, else between words. Only a word that is
-    longer than a window is cut, by the tokenizer. numbers_of(words): how many tokens each has.
+    A window is as full as possible, but ends after a sentence, else after a comma, else between words. The tokenizer
+    cuts only a word longer than a window. numbers_of(words): how many tokens each has.
     """
     words = list(WORD.finditer(prompt))
     totals = [0, *accumulate(numbers_of([word[0] for word in words]) if words else [])]
@@ -79,9 +79,9 @@ def split_prompt(prompt, numbers_of, room, limit):
 class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
     """The stock output, and what T-SAM saw.
 
-    losses: (images, updates) float32, each taken before its update; no columns where nothing was guided. steps: the
-    denoising step of each column, counted as callbacks count. attentions: with `output_attentions`, a dict per image,
-    see `LatentAlignment.attentions`. candidate_losses (images, candidates) and chosen (images,), with more than one.
+    losses: (images, updates) float32, each taken before its update; no columns if nothing was guided. steps: each
+    column's denoising step, counted as in callbacks. attentions: with `output_attentions`, a dict per image, see
+    `LatentAlignment.attentions`. candidate_losses (images, candidates), chosen (images,): with more than one candidate.
     """
 
     losses: torch.Tensor | None = None
@@ -92,7 +92,7 @@ class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
 
 
 class WindowedLoop(GuidedLoop):
-    """Prompts may be encoded in windows. windows: each prompt's texts, or None."""
+    """A loop that can encode prompts in windows. windows: each prompt's texts, or None."""
 
     def __init__(self, pipe, given, settings, on_step_end=None):
         super().__init__(pipe, given, settings, on_step_end)
@@ -130,44 +130,44 @@ class WindowedLoop(GuidedLoop):
 
 
 class StableDiffusionTSAM(TSAMPipelineMixin):
-    """Before a stock Stable Diffusion pipeline."""
+    """Mixed into stock Stable Diffusion pipelines."""
 
     denoiser, loop, output = "unet", WindowedLoop, StableDiffusionTSAMPipelineOutput
     settings = StableDiffusionSettings
 
     @property
     def window(self):
-        """How many tokens the text encoder takes at once."""
+        """The number of tokens that the text encoder takes."""
         return None if self.tokenizer is None else self.tokenizer.model_max_length
 
     def layers_of(self, settings):
         return self.cross_attention_layers(settings.attention_resolution)
 
     def cross_attention_layers(self, attention_resolution: int = 16) -> list:
-        """The cross-attention layers whose query grid has that many positions a side at the UNet's default size.
+        """The cross-attention layers with a query grid of that many positions a side at the UNet's default size.
 
-        ValueError where there are none.
+        ValueError if there are none.
         """
         return unet_cross_attention_layers(self.unet, attention_resolution)
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(self, *args, **kwargs):
-        # Stock's `clip_skip` asks for a part that transformers 5 made the whole. Delete this method when
+        # Stock's `clip_skip` asks for `text_model`, which transformers 5 removed. Delete this method when
         # https://github.com/huggingface/diffusers/issues/14124 is resolved.
         encoder = self.text_encoder
         if kwargs.get("clip_skip") is None or encoder is None or hasattr(encoder, "text_model"):
             return super().encode_prompt(*args, **kwargs)
         with lock_of(encoder):
-            vars(encoder)["text_model"] = encoder  # past torch, which would see a submodule
+            vars(encoder)["text_model"] = encoder  # because torch would register a submodule
             try:
                 return super().encode_prompt(*args, **kwargs)
             finally:
                 del vars(encoder)["text_model"]
 
     def windows_of(self, prompt: str | list[str], max_sequence_length: int) -> list[list[str]]:
-        """Each prompt's windows, as texts that the text encoder has room for, of `max_sequence_length` tokens together.
+        """Split each prompt into windows: texts that fit the text encoder, of `max_sequence_length` tokens together.
 
-        <bos> and <eos> of each window apart. What is longer is left out, with a warning.
+        Each window's <bos> and <eos> are not counted. The rest is left out, with a warning.
         """
         check_integer("max_sequence_length", max_sequence_length, 1, "Pass the number of tokens, 300 for instance.")
 
@@ -189,11 +189,11 @@ class StableDiffusionTSAM(TSAMPipelineMixin):
         max_sequence_length: int = 300,
         **kwargs,
     ) -> tuple:
-        """As `encode_prompt`, of B prompts' windows, which `windows_of` returned, behind each other.
+        """Like `encode_prompt`, for the windows of B prompts, as `windows_of` returns them, one after another.
 
-        Returns the embeddings (B, K·n, C) of the prompts and of the negative ones, K windows of n tokens, and what is
-        theirs (2B, K·n), the negative ones' first: prompts of fewer windows than K have empty ones, to be masked. None
-        for no mask, and without guidance for the negative ones.
+        Returns the embeddings (B, K·n, C) of the prompts and of the negative ones, K windows of n tokens, and their
+        mask (2B, K·n), the negative ones' first: it hides the empty windows that fill prompts of fewer than K. The mask
+        is None if it would hide none, and the negative embeddings are without guidance.
         """
         both, batch = windows, len(windows)
         if do_classifier_free_guidance:
@@ -220,10 +220,10 @@ class StableDiffusionTSAM(TSAMPipelineMixin):
     def get_text_self_attention(
         self, prompt: str | list[str], lora_scale: float | None = None, max_sequence_length: int | None = None
     ) -> TextSelfAttention:
-        """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand.
+        """T' of one or more prompts. Pass it as `text_self_attention` when you pass only embeddings.
 
-        It is read while `encode_prompt` encodes them, so it is of the tokens (textual inversion, truncation, padding)
-        and layers (LoRA) that the picture is drawn from. With `max_sequence_length` it is of their windows.
+        It is read while `encode_prompt` encodes them, so that it has the picture's tokens (textual inversion,
+        truncation, padding) and layers (LoRA). With `max_sequence_length` it is that of their windows.
         """
         device, windows = self._execution_device, None
         with record_self_attention(self.text_encoder) as recordings:
@@ -235,7 +235,7 @@ class StableDiffusionTSAM(TSAMPipelineMixin):
         return self.read_text_self_attention(recordings, windows)
 
     def read_text_self_attention(self, recordings: list, windows: list[list[str]] | None = None) -> TextSelfAttention:
-        """T' of the prompts, or of their windows, that were encoded first while `record_self_attention` was open."""
+        """T' of the prompts, or windows, that were encoded first while `record_self_attention` was open."""
         text = text_of(mean_self_attention(recordings), recordings[0].input_ids, self.tokenizer)
         return text if windows is None else join_windows(text, len(text.tokens) // len(windows))
 
