@@ -1,10 +1,10 @@
-"""T-SAM as blocks of diffusers' modular pipelines: Stable Diffusion XL, and as experiments SD3 and FLUX.
+"""T-SAM as blocks of diffusers' modular pipelines: Stable Diffusion XL, and experimentally SD3 and FLUX.
 
-Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236). In every workflow two kinds of
-stock blocks change: the text encoders' self-attention is read while they encode, and a denoising loop moves its latents
-before it predicts. No loop is copied; guiders, image to image, inpainting, ControlNet and IP-Adapter come with it.
+Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236). Two kinds of stock blocks change
+in every workflow: text steps read the text encoders' self-attention while they encode, and denoising loops move their
+latents before they predict. Guiders, image to image, inpainting, ControlNet and IP-Adapter work, as no loop is copied.
 
-The paper knows none of these models. What had to be chosen without it is marked "a choice".
+The paper covers none of these models. "A choice" marks what had to be chosen.
 """
 
 import functools
@@ -49,7 +49,7 @@ from .tsam_sd import text_of_clips, unet_layers
 
 CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
 CODE += [f"tsam_{name}.py" for name in ("arguments", "candidates", "layout", "pipeline", "sd")]
-UNSUPPORTED = ("regions", "region_weight", "candidates", "candidate_steps")  # by the pipelines alone
+UNSUPPORTED = ("regions", "region_weight", "candidates", "candidate_steps")  # pipelines have them
 
 
 def inputs_of(settings):
@@ -75,12 +75,12 @@ TSAM_OUTPUTS = [
 
 
 def text_of_t5(recordings, tokenizer):
-    """T5 reads both ways, so that its T' is made causal, as PixArt-α's is."""
+    """T5's T', made causal like PixArt-α's, because T5 is bidirectional."""
     return text_of(symmetrize(mean_self_attention(recordings)), recordings[0].input_ids, tokenizer)
 
 
 class TextStep:
-    """Before a stock text encoder step: reads T' while that one encodes."""
+    """Mixed into a stock text encoder step: reads T' while that encodes."""
 
     @property
     def inputs(self):
@@ -92,7 +92,7 @@ class TextStep:
 
     def get_block_state(self, state):
         block_state = super().get_block_state(state)
-        block_state.text_self_attention = None  # the stock step puts out all that is declared, before it is known
+        block_state.text_self_attention = None  # stock puts out every declared output, also before it is known
         return block_state
 
     def __call__(self, components, state):
@@ -108,7 +108,7 @@ class TextStep:
 
 
 class SDXLTextStep(TextStep, StableDiffusionXLTextEncoderStep):
-    """Both CLIPs, or the one that a refiner has."""
+    """Reads both CLIPs, or a refiner's only one."""
 
     def encoders(self, components):
         return ["encoder", "encoder_2"] if components.text_encoder is not None else ["encoder_2"]
@@ -118,7 +118,7 @@ class SDXLTextStep(TextStep, StableDiffusionXLTextEncoderStep):
 
 
 class FluxTextStep(TextStep, FluxTextEncoderStep):
-    """T5, whose columns come first."""
+    """T5. Its columns come first."""
 
     def encoders(self, components):
         return ["encoder_2"]
@@ -128,7 +128,7 @@ class FluxTextStep(TextStep, FluxTextEncoderStep):
 
 
 class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
-    """T5, whose columns are behind CLIP's; without it both CLIPs, before as many columns of zeros."""
+    """Reads T5, with columns after CLIP's; without T5 both CLIPs, before as many columns of zeros."""
 
     def encoders(self, components):
         return ["encoder_3"] if components.text_encoder_3 is not None else ["encoder", "encoder_2"]
@@ -146,7 +146,7 @@ class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
 
 
 class Called(Exception):
-    """What a stand-in for the denoiser raises: how it was called."""
+    """A denoiser's stand-in raises it with the arguments."""
 
     @classmethod
     def how(cls, *args, **kwargs):
@@ -154,8 +154,8 @@ class Called(Exception):
 
 
 def usable(value):
-    """Nested arguments that autograd can use: what inference mode made is copied, and every dict, which models write
-    into."""
+    """Make nested arguments usable by autograd: copies inference mode's tensors, and dicts, because models write into
+    them."""
     if torch.is_tensor(value):
         return value.clone() if value.is_inference() else value
     if isinstance(value, dict):
@@ -164,7 +164,7 @@ def usable(value):
 
 
 class AlignedLoop:
-    """Before a stock denoising loop: moves the latents before the predictions of its first steps."""
+    """Mixed into a stock denoising loop: moves the latents before its first steps' predictions."""
 
     denoiser = "transformer"
     settings = Settings
@@ -178,11 +178,11 @@ class AlignedLoop:
         return [*super().loop_intermediate_outputs, *TSAM_OUTPUTS]
 
     def layers(self, model, settings):
-        """Whose maps are read, in the order they run."""
+        """The layers to read, in the order they run."""
         raise NotImplementedError
 
     def recording(self, block_state):
-        """The context that reads them, and ends the pass at the last."""
+        """The context that reads the layers and stops after the last."""
         raise NotImplementedError
 
     def grid(self, block_state):
@@ -240,7 +240,7 @@ class AlignedLoop:
             block_state.updates = updates_per_timestep(scheduler, steps, *plan, len(timesteps))
 
     def conditional_call(self, components, block_state, i, t):
-        """How this loop would call the denoiser: the arguments of its first call, every guider's conditional one."""
+        """The arguments of this loop's first denoiser call, which is the conditional one under every guider."""
         model = getattr(components, self.denoiser)
         components = StandIn(components, **{self.denoiser: StandIn(model, Called.how)})
         block_state = BlockState(**block_state.as_dict())
@@ -296,9 +296,10 @@ class UNetLoop(AlignedLoop):
 
 
 class JointLoop(AlignedLoop):
-    """SD3 and FLUX: image rows and text columns of joint attention; over which keys and in which blocks, a choice.
+    """SD3 and FLUX: image rows and text columns of joint attention. The keys and the blocks are a choice.
 
-    FLUX's single blocks count on from its double ones, among which the default is: read, they cost three times as much.
+    FLUX's single blocks count on from its double ones. The default reads double ones, because single ones cost three
+    times as much.
     """
 
     settings = JointSettings
@@ -306,7 +307,7 @@ class JointLoop(AlignedLoop):
     def layers(self, model, settings):
         blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
         depth, given = len(blocks), settings.attention_layers
-        usual = tuple(share * len(model.transformer_blocks) // 28 for share in (10, 18))  # where PixArt-α's are
+        usual = tuple(share * len(model.transformer_blocks) // 28 for share in (10, 18))  # PixArt-α's shares
         remedy = f"Pass the first and the last block to read, {usual} for instance, or `tsam_steps=0`."
         given = usual if given is None else given
         if not isinstance(given, (tuple, list)) or len(given) != 2:
@@ -335,7 +336,7 @@ class FluxLoop(JointLoop):
 
 
 class RemindsOfCode:
-    """A modular pipeline that says what `save_pretrained` leaves out; stock saves weights alone."""
+    """Warns on `save_pretrained` that the code is left out, because stock saves only weights."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -347,20 +348,20 @@ class RemindsOfCode:
 
 
 def remind(pipeline):
-    """Let it be one of those, if it is a pipeline."""
+    """Mix `RemindsOfCode` into a pipeline's class."""
     cls = type(pipeline)
     if hasattr(pipeline, "_blocks") and not isinstance(pipeline, RemindsOfCode):
         pipeline.__class__ = type(cls.__name__, (RemindsOfCode, cls), {"__module__": cls.__module__})
 
 
 class TSAMBlocks:
-    """Before stock blocks: their text steps and loops are ours."""
+    """Replaces stock blocks' text steps and loops by ours."""
 
     text_step = loop = None
 
     def __init__(self):
         super().__init__()
-        self.sub_blocks = deepcopy(self.sub_blocks)  # stock's classes share theirs
+        self.sub_blocks = deepcopy(self.sub_blocks)  # stock's instances share them
         if not self._replace(self.sub_blocks):
             raise RuntimeError(
                 f"{type(self).__name__} found no denoising loop that takes steps as in diffusers {TESTED}, its tested"
@@ -368,7 +369,7 @@ class TSAMBlocks:
             )
 
     def _replace(self, blocks):
-        """How many loops there were. diffusers is about to give them another `loop_step` (its pull request 14159)."""
+        """Count the replaced loops. diffusers' pull request 14159 will change the signature of `loop_step`."""
         loops = 0
         stock = next(cls for cls in self.text_step.__mro__ if cls.__module__.startswith("diffusers."))
         for name, block in blocks.items():
@@ -387,7 +388,7 @@ class TSAMBlocks:
         return [*super().outputs, *TSAM_OUTPUTS]
 
     def get_workflow(self, workflow_name):
-        """As the stock method; what it returns saves its code, too."""
+        """The stock method, but its result saves its code, too."""
         blocks = super().get_workflow(workflow_name)
         blocks.__class__ = type(self)
         return blocks
@@ -397,7 +398,7 @@ class TSAMBlocks:
         remind(pipeline)
         return pipeline
 
-    @functools.wraps(ModularPipelineBlocks.save_pretrained)  # which looks at its own name
+    @functools.wraps(ModularPipelineBlocks.save_pretrained)  # it looks at its own name
     def save_pretrained(self, save_directory, *args, **kwargs):
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for file in CODE:
@@ -408,20 +409,20 @@ class TSAMBlocks:
 class StableDiffusionXLTSAMBlocks(TSAMBlocks, StableDiffusionXLAutoBlocks):
     """`StableDiffusionXLAutoBlocks` whose first denoising steps are aligned with the prompt's syntax.
 
-    `StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ID)` is a pipeline with these arguments
-    more: see `TSAM_INPUTS` and `attention_resolution`. Wrong ones raise ValueError or TypeError before the UNet runs.
+    `StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ID)` makes a pipeline that takes the fields
+    of `UNetSettings` but `UNSUPPORTED`. Wrong ones raise ValueError or TypeError before the UNet runs.
     """
 
     text_step, loop = SDXLTextStep, UNetLoop
 
 
 class StableDiffusion3TSAMBlocks(TSAMBlocks, StableDiffusion3AutoBlocks):
-    """Experimental: `StableDiffusion3AutoBlocks` with T-SAM; see `TSAM_INPUTS` and `JointLoop`."""
+    """Experimental: `StableDiffusion3AutoBlocks` with T-SAM; see `JointSettings` and `JointLoop`."""
 
     text_step, loop = SD3TextStep, JointLoop
 
 
 class FluxTSAMBlocks(TSAMBlocks, FluxAutoBlocks):
-    """Experimental: `FluxAutoBlocks` with T-SAM; see `TSAM_INPUTS` and `JointLoop`."""
+    """Experimental: `FluxAutoBlocks` with T-SAM; see `JointSettings` and `JointLoop`."""
 
     text_step, loop = FluxTextStep, FluxLoop

@@ -1,4 +1,4 @@
-"""PixArt-α with T-SAM: its cross-attention maps are held to the syntax that the text encoder reads.
+"""PixArt-α with T-SAM: its cross-attention maps follow the syntax that the text encoder reads.
 
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need: Attention Control for Text-to-Image Semantic Alignment with
 Text Self-Attention Maps", CVPR 2025 (arXiv:2411.15236). The denoising loop is diffusers' own, guided.
@@ -26,9 +26,9 @@ class PixArtAlphaTSAMPipeline(PixArtTSAM, PixArtAlphaPipeline):
 
         Args:
             callback_on_step_end (`Callable`, *optional*): Called after every denoising step as
-                `callback_on_step_end(self, step, timestep, callback_kwargs)`; the `latents` that it returns replace
-                the step's. It may set `self._interrupt`. The stock PixArt pipeline has none.
-            callback_on_step_end_tensor_inputs (`list[str]`): `latents`, the only ones here.
+                `callback_on_step_end(self, step, timestep, callback_kwargs)`; the `latents` it returns replace the
+                step's. It may set `self._interrupt`. The stock PixArt pipeline has no such callback.
+            callback_on_step_end_tensor_inputs (`list[str]`): Only `latents` here.
             {arguments}
 
         Returns:

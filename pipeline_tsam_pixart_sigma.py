@@ -1,4 +1,4 @@
-"""PixArt-Σ with T-SAM: PixArt-α's transformer, and prompts of up to 300 tokens.
+"""PixArt-Σ with T-SAM: PixArt-α's transformer with prompts of up to 300 tokens.
 
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236).
 """
@@ -17,7 +17,7 @@ from .tsam_pixart import PixArtTSAM
 class PixArtSigmaTSAMPipeline(PixArtTSAM, PixArtSigmaPipeline):
     """`PixArtSigmaPipeline` whose first denoising steps are aligned with the prompt's syntax; same components.
 
-    alpha, gamma and the layers that are read are PixArt-α's: the paper has no settings for this model.
+    alpha, gamma and the layers read are PixArt-α's, because the paper has no settings for this model.
     """
 
     @extends(PixArtSigmaPipeline, PixArtAlphaSettings, deprecated=("mask_feature",))

@@ -1,4 +1,4 @@
-"""Stable Diffusion with T-SAM: its cross-attention maps are held to the syntax that the text encoder reads.
+"""Stable Diffusion with T-SAM: its cross-attention maps follow the syntax that the text encoder reads.
 
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need: Attention Control for Text-to-Image Semantic Alignment with
 Text Self-Attention Maps", CVPR 2025 (arXiv:2411.15236). The denoising loop is diffusers' own, guided.

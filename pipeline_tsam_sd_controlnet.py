@@ -18,9 +18,9 @@ from .tsam_sd import StableDiffusionTSAM, WindowedLoop
 
 
 class ControlledLoop(WindowedLoop):
-    """ControlNet's residuals are of a model input, so those of latents that moved are computed again.
+    """Recomputes ControlNet's residuals after moving the latents, because they depend on the model input.
 
-    controlled: what stock called the ControlNet with in this step, behind the model input.
+    controlled: stock's arguments to the ControlNet in this step, after the model input.
     """
 
     @contextmanager
@@ -38,7 +38,7 @@ class ControlledLoop(WindowedLoop):
         return self.controlnet(sample, *args, **kwargs)
 
     def network(self, sample, beside, *args, **kwargs):
-        rows = min(len(sample), len(self.controlled[1]["encoder_hidden_states"]))  # `guess_mode` has the last half only
+        rows = min(len(sample), len(self.controlled[1]["encoder_hidden_states"]))  # `guess_mode`: the last half only
         own_args, own = conditional_rows(self.controlled, rows)
         down, middle = self.controlnet(sample[-rows:], *own_args, **own)
         *down, middle = (F.pad(part, (0,) * 6 + (len(sample) - rows, 0)) for part in (*down, middle))
@@ -49,7 +49,7 @@ class ControlledLoop(WindowedLoop):
 class StableDiffusionControlNetTSAMPipeline(StableDiffusionTSAM, StableDiffusionControlNetPipeline):
     """`StableDiffusionControlNetPipeline` whose first denoising steps are aligned with the prompt's syntax.
 
-    An update also passes through the ControlNet, forward and back, and a guided step once more forward.
+    An update also runs the ControlNet forward and backward, and a guided step once more forward.
     """
 
     loop = ControlledLoop

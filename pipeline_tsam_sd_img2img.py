@@ -20,7 +20,7 @@ class StableDiffusionImg2ImgTSAMPipeline(StableDiffusionTSAM, StableDiffusionImg
     @extends(StableDiffusionImg2ImgPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
         """Change `image`, as `StableDiffusionImg2ImgPipeline.__call__` does, whose arguments these are up to
-        `tsam_steps`. Steps, and the presets' shares of them, are of those that `strength` leaves.
+        `tsam_steps`. Steps, and the presets' shares, count only the steps that `strength` leaves.
 
         Args:
             {arguments}

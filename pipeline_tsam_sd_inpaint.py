@@ -1,4 +1,4 @@
-"""Stable Diffusion's inpainting with T-SAM, by UNets of its own (9 channels) and of text to image (4).
+"""Stable Diffusion's inpainting with T-SAM, for inpainting UNets (9 channels) and text-to-image ones (4).
 
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236).
 """
@@ -17,15 +17,15 @@ from .tsam_sd import StableDiffusionTSAM
 class StableDiffusionInpaintTSAMPipeline(StableDiffusionTSAM, StableDiffusionInpaintPipeline):
     """`StableDiffusionInpaintPipeline` whose first denoising steps are aligned with the prompt's syntax.
 
-    The loss reads the maps of the whole picture, what is kept included: name what is there in the prompt, or a word may
-    be held against it. What the mask keeps is kept as stock keeps it: latents of 4-channel UNets are blended after
-    every step, and those of 9-channel ones may change outside the mask, as in stock.
+    The loss reads the maps of the whole picture, also of the part that the mask keeps. Name that part in the prompt,
+    because otherwise a word may be held against it. As in stock, latents of 4-channel UNets are blended after every
+    step, and those of 9-channel UNets may change outside the mask.
     """
 
     @extends(StableDiffusionInpaintPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
         """Fill `mask_image`, as `StableDiffusionInpaintPipeline.__call__` does, whose arguments these are up to
-        `tsam_steps`. Steps, and the presets' shares of them, are of those that `strength` leaves.
+        `tsam_steps`. Steps, and the presets' shares, count only the steps that `strength` leaves.
 
         Args:
             {arguments}

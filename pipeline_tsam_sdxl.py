@@ -1,7 +1,7 @@
 """Stable Diffusion XL with T-SAM: T is the mean over the layers of both text encoders.
 
-Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236). The paper does not know this
-model: what had to be chosen without it is marked "a choice" in `tsam_sd.py`.
+Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236). The paper does not cover this
+model; `tsam_sd.py` marks what had to be chosen "a choice".
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class StableDiffusionXLTSAMPipeline(TSAMPipelineMixin, StableDiffusionXLPipeline
 
     @property
     def text_encoders(self):
-        """Both, or the one that a refiner has."""
+        """Both, or a refiner's only one."""
         return [self.text_encoder_2] if self.text_encoder is None else [self.text_encoder, self.text_encoder_2]
 
     @property
@@ -48,13 +48,13 @@ class StableDiffusionXLTSAMPipeline(TSAMPipelineMixin, StableDiffusionXLPipeline
         return self.cross_attention_layers(settings.attention_resolution)
 
     def cross_attention_layers(self, attention_resolution: int | None = None) -> list:
-        """The cross-attention layers whose query grid has that many positions a side at the UNet's default size, None:
-        a quarter of the latent's side. ValueError where there are none."""
+        """The cross-attention layers with a query grid of that many positions a side at the UNet's default size. None:
+        a quarter of the latent's side. ValueError if there are none."""
         return unet_layers(self.unet, attention_resolution)
 
     @torch.no_grad()
     def get_text_self_attention(self, prompt: str | list[str], lora_scale: float | None = None) -> TextSelfAttention:
-        """T' of one or more prompts, to be passed as `text_self_attention` where only embeddings are at hand."""
+        """T' of one or more prompts. Pass it as `text_self_attention` when you pass only embeddings."""
         with record_self_attention(*self.text_encoders) as recordings:
             self.encode_prompt(prompt, None, self._execution_device, 1, False, lora_scale=lora_scale)
         return self.read_text_self_attention(recordings)

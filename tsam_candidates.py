@@ -1,4 +1,4 @@
-"""Chooses the start: draws several for each image and goes on from the one with maps that best agree with the text.
+"""Chooses the start: draws several for each image and goes on from that with maps closest to the text.
 
 The score is the contrast objective's loss, from forward passes alone. Ours, not the paper's.
 """
@@ -56,8 +56,8 @@ class Scouting:
 
 
 def scouted(pipe, stock, given, settings, states=None, encoding=None):
-    """Run a `Scouting` loop of one start per image, and return it. stock: the stock pipeline's call. encoding: the
-    prompts', from another of this call's loops."""
+    """Run and return a `Scouting` loop of one start per image. stock: the stock pipeline's call. encoding: the
+    prompts', from another loop of this call."""
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
     settings.chosen_after(loop.num_steps)  # refuses too many before a network runs
     loop.states, loop.encoding = states, encoding
@@ -97,7 +97,7 @@ def choose(pipe, stock, given, settings, images):
 
 
 def chosen_of(starts, chosen):
-    """Take each image's rows from its chosen start; starts are tensors or tuples of them."""
+    """Take each image's rows from its chosen start, a tensor or a tuple of them."""
     if isinstance(starts[0], tuple):
         return tuple(chosen_of(parts, chosen) for parts in zip(*starts))
     return torch.stack(starts)[chosen.to(starts[0].device), torch.arange(len(chosen), device=starts[0].device)]

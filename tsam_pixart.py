@@ -28,7 +28,7 @@ class PixArtAlphaTSAMPipelineOutput(ImagePipelineOutput):
 
 
 class PixArtLoop(GuidedLoop):
-    """Takes the prompt's length and cleaning from stock's arguments, and sets the state that stock does not."""
+    """Takes the prompt's length and cleaning from stock's arguments; sets state that stock lacks."""
 
     def __init__(self, pipe, given, settings, on_step_end=None):
         super().__init__(pipe, given, settings, on_step_end)

@@ -92,7 +92,7 @@ class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
 
 
 class WindowedLoop(GuidedLoop):
-    """A loop that can encode prompts in windows. windows: each prompt's texts, or None."""
+    """Can encode prompts in windows. windows: each prompt's texts, or None."""
 
     def __init__(self, pipe, given, settings, on_step_end=None):
         super().__init__(pipe, given, settings, on_step_end)
@@ -152,13 +152,13 @@ class StableDiffusionTSAM(TSAMPipelineMixin):
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(self, *args, **kwargs):
-        # Stock's `clip_skip` asks for `text_model`, which transformers 5 removed. Delete this method when
+        # Stock's `clip_skip` reads `text_model`, in transformers 5 the whole. Delete this method when
         # https://github.com/huggingface/diffusers/issues/14124 is resolved.
         encoder = self.text_encoder
         if kwargs.get("clip_skip") is None or encoder is None or hasattr(encoder, "text_model"):
             return super().encode_prompt(*args, **kwargs)
         with lock_of(encoder):
-            vars(encoder)["text_model"] = encoder  # because torch would register a submodule
+            vars(encoder)["text_model"] = encoder  # so that torch registers no submodule
             try:
                 return super().encode_prompt(*args, **kwargs)
             finally:
@@ -189,11 +189,11 @@ class StableDiffusionTSAM(TSAMPipelineMixin):
         max_sequence_length: int = 300,
         **kwargs,
     ) -> tuple:
-        """Like `encode_prompt`, for the windows of B prompts, as `windows_of` returns them, one after another.
+        """Like `encode_prompt`, for the consecutive windows of B prompts, from `windows_of`.
 
         Returns the embeddings (B, K·n, C) of the prompts and of the negative ones, K windows of n tokens, and their
-        mask (2B, K·n), the negative ones' first: it hides the empty windows that fill prompts of fewer than K. The mask
-        is None if it would hide none, and the negative embeddings are without guidance.
+        mask (2B, K·n), the negative ones first, which hides the empty windows of prompts with fewer than K. None
+        if there is nothing to mask, and for the negative ones without guidance.
         """
         both, batch = windows, len(windows)
         if do_classifier_free_guidance:
