@@ -1,12 +1,12 @@
-"""T-SAM for diffusers. Classes are imported when they are first asked for, so that the command's `--help` is quick."""
+"""T-SAM for diffusers. Imports classes when first asked for, so that the command's `--help` is quick."""
 
 import importlib
 from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """A kind of model that T-SAM guides. module, pipeline: ours; stock: the pipeline of diffusers that it extends;
-    denoiser: that one's component which is guided."""
+    """A kind of model that T-SAM guides. module, pipeline: ours; stock: the diffusers pipeline that ours extends;
+    denoiser: the guided component."""
 
     name: str
     module: str
@@ -31,7 +31,7 @@ FAMILIES = {
         "transformer",
     ),
 }
-# Variants of these models, and models of which nothing trained ships.
+# Variants of these models, and models without trained ones in this repository.
 VARIANTS = {
     kind: Family(name, f"pipeline_tsam_{kind}", f"{stock}TSAMPipeline", f"{stock}Pipeline", denoiser)
     for kind, name, stock, denoiser in (
@@ -45,7 +45,7 @@ VARIANTS = {
 
 
 class Blocks(NamedTuple):
-    """A kind of model that modular blocks of ours guide. blocks: their class; experimental: on no model of its size."""
+    """A kind of model that our modular blocks guide. blocks: their class; experimental: untested at its full size."""
 
     name: str
     blocks: str

@@ -1,4 +1,4 @@
-"""One prompt without and with T-SAM from one seed, and what was seen in both: for the command and the demo."""
+"""Draws one prompt without and with T-SAM from one seed, and keeps what it saw: for the command and the demo."""
 
 import functools
 import inspect
@@ -14,10 +14,10 @@ from .tsam_layout import check_regions, layout_of
 
 
 class Drawn(NamedTuple):
-    """A picture, and what was seen in its G denoising steps, when they predict the noise: after a guided one's updates.
+    """A picture, and what its G denoising steps saw when they predicted the noise: in guided ones, after the updates.
 
-    losses: G numbers. guided: which steps were. attentions: what `LatentAlignment.attentions` returns, of all steps,
-    and uncut, all tokens of the prompt; with regions also these, as `figures.figure` draws them.
+    losses: G numbers. guided: the guided steps. attentions: those of `LatentAlignment.attentions` for all steps, plus
+    uncut, all tokens of the prompt, and regions, if any, as `figures.figure` draws them.
     """
 
     picture: Any
@@ -27,18 +27,18 @@ class Drawn(NamedTuple):
 
 
 def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
-    """One prompt without and with T-SAM, from one seed: a pair of `Drawn`. settings: `Settings`, guided. arguments: of
-    the stock call.
+    """Draw one prompt without and with T-SAM, from one seed: a pair of `Drawn`. settings: `Settings`, guided.
+    arguments: stock's.
 
-    on_step: called as (pipe, "T-SAM" or "stock", step, latents, loss) after every step. None is returned where it sets
-    `pipe._interrupt`, which ends the drawing. ValueError for a picture that breaks.
+    on_step: called as (pipe, "T-SAM" or "stock", step, latents, loss) after every step. If it sets `pipe._interrupt`,
+    the drawing ends and None is returned. ValueError for a picture that breaks.
     """
     layers, model = pipe.layers_of(settings), getattr(pipe, pipe.denoiser)
     ours, usual = settings.given, inspect.signature(pipe.__call__).parameters
     given = {name: each.default for name, each in usual.items()} | arguments | ours | {"prompt": prompt}
 
     def named(method):
-        """`method` with the call's arguments of the same names."""
+        """`method`, given the call's arguments by name."""
         names = given.keys() & inspect.signature(method).parameters.keys()
         return functools.partial(method, **{name: given[name] for name in names})
 
@@ -68,7 +68,7 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
         pipe.set_progress_bar_config(desc=name)
         generator = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
         call = {**arguments, **ours, **changes, "generator": generator, "callback_on_step_end": keep}
-        # Another thread's call, which holds the lock, would draw through this one's recorder.
+        # Hold the lock, because another thread's call would draw through this recorder.
         with lock_of(model), record_cross_attention(layers, seen.num_tokens, graph=False) as recorded:
             output = pipe(prompt, **call)
         guided = list(dict.fromkeys(output.steps))
@@ -85,7 +85,7 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
 
 
 def draw(pipe, prompt, seed, settings, **arguments):
-    """`compare` at the last guided step: both pictures, both losses, how many steps were guided, and the attentions,
+    """`compare` at the last guided step: both pictures, both losses, the number of guided steps, and the attentions,
     with stock and T-SAM in place of the steps."""
     pair = compare(pipe, prompt, seed, settings, **arguments)
     guided = pair[1].guided

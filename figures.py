@@ -1,4 +1,4 @@
-"""Pictures of what T-SAM sees: where each word looks, and T beside S. The command and examples draw with it."""
+"""Draws what T-SAM sees: where each word looks, and T beside S. Used by the command and examples."""
 
 import math
 import textwrap
@@ -11,15 +11,15 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 
-OUTLINES = ("#00e5ff", "#ffe100", "#ff5fd2", "#7dff6a")  # of regions, in turn
+OUTLINES = ("#00e5ff", "#ffe100", "#ff5fd2", "#7dff6a")  # for regions, in turn
 INK, GREY, HEAT, TABLE = "#222222", "#777777", "inferno", "GnBu"
-MAX_WORDS, WORDS_A_LINE = 14, 7  # two lines of maps that can still be read
-WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: of all, a picture's side, the height of the tables
-COLUMN, LINE = 2.2, 0.3  # inches: of a sheet's columns, of a title's line
+MAX_WORDS, WORDS_A_LINE = 14, 7  # two readable lines of maps
+WIDTH, PICTURE, TABLES = 14, 3, 4.6  # inches: the figure, a picture's side, the tables' height
+COLUMN, LINE = 2.2, 0.3  # inches: a sheet's column, a title's line
 LONGEST = 200  # characters of a prompt
 DPI = 120
-OPACITY = 0.65  # of a map over its picture
-NEAREST = 128  # pixels up to which a picture is shown as squares
+OPACITY = 0.65  # a map's, over its picture
+NEAREST = 128  # pixels: smaller pictures are shown as squares
 TEXT = {"color": INK, "parse_math": False}  # a prompt's $ is no formula
 SMALL = TEXT | {"color": GREY}
 
@@ -28,8 +28,8 @@ def figure(prompt, words, rows, tables, footer="", regions=()):
     """Pictures with each word's cross-attention above tables of the words: a matplotlib `Figure`, for `save`.
 
     words: s strings. rows: (name, caption, PIL image, maps (s, H, W)); a word's maps share one scale. tables: (name,
-    lower triangular matrix (s, s)). footer: a line under everything. regions: (box (x0, y0, x1, y1) in fractions of the
-    picture or mask (h, w), indices of its words), outlined in the pictures and in these words' maps.
+    lower triangular matrix (s, s)). footer: a line below. regions: (box (x0, y0, x1, y1) in fractions of the picture or
+    mask (h, w), indices of its words), outlined in the pictures and in these words' maps.
     """
     outlines = [(outline, OUTLINES[k % len(OUTLINES)], own) for k, (outline, own) in enumerate(regions)]
     shown = words[:MAX_WORDS]
@@ -80,7 +80,7 @@ def sheet(prompt, columns, rows, footer=""):
 
 
 def blank(prompt, width, height):
-    """An empty figure, entitled; higher where the title takes several lines."""
+    """An empty figure with a title; higher if the title takes several lines."""
     title = " ".join(prompt.split())
     title = f"“{title}”" if len(title) <= LONGEST else f"“{title[:LONGEST]} …”"
     title = textwrap.fill(title, int((90 if prompt.isascii() else 45) * width / WIDTH))
@@ -98,7 +98,7 @@ def draw_picture(axes, picture, **look):
 
 
 def draw_map(axes, attention, scale, picture):
-    """Where a word looks, (H, W), as brightest at `scale`, over its picture in grey."""
+    """Draw a word's map (H, W) over its picture in grey; `scale` is the brightest."""
     extent = draw_picture(axes, picture.convert("L"), cmap="gray", vmin=0, vmax=255).get_extent()
     axes.imshow(
         np.asarray(attention), HEAT, vmin=0, vmax=scale or 1, alpha=OPACITY, extent=extent, interpolation="bilinear"
@@ -106,7 +106,7 @@ def draw_map(axes, attention, scale, picture):
 
 
 def draw_outline(axes, region, colour, picture):
-    """The border of a box or mask."""
+    """Draw a box's or mask's border."""
     width, height = picture.size
     if len(region) == 4 and np.ndim(region) == 1:
         x0, y0, x1, y1 = (at * side for at, side in zip(region, (width, height) * 2))
@@ -119,7 +119,7 @@ def draw_outline(axes, region, colour, picture):
 
 
 def enlarged(picture, side):
-    """A picture whose longer side has at least that many pixels; a small one is shown as squares."""
+    """Enlarge a picture until its longer side has that many pixels; a small one to squares."""
     factor = max(math.ceil(side / max(picture.size)), 1)
     look = Image.Resampling.NEAREST if max(picture.size) <= NEAREST else Image.Resampling.BICUBIC
     return picture.resize([factor * pixels for pixels in picture.size], look) if factor > 1 else picture
@@ -134,7 +134,7 @@ def overlaid(attention, scale, picture):
 
 
 def draw_table(axes, values, words):
-    """The lower triangle of T or S with its numbers, for as many words as are given: rows look at columns."""
+    """Draw the lower triangle of T or S with its numbers, for the given words: rows look at columns."""
     values, n = np.asarray(values), len(words)
     axes.imshow(np.ma.masked_array(values[:n, :n], ~np.tri(n, dtype=bool)), cmap=TABLE, vmin=0, vmax=1)
     axes.spines[:].set_visible(False)
@@ -149,7 +149,7 @@ def draw_table(axes, values, words):
 
 
 def save(fig, path):
-    """Write a figure as it is cropped to what is drawn; signs that the font lacks are boxes, without a warning each."""
+    """Write a figure, cropped to its content; signs that the font lacks become boxes, without warnings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")
         fig.savefig(path, bbox_inches="tight", pad_inches=0.2)

@@ -13,9 +13,8 @@ OBJECTIVE_NAMES = ("l1", "cosine", "attainable", "relation", "contrast", "layout
 
 
 class Preset(NamedTuple):
-    """What a call uses where the caller names nothing. `guided`, `refined` and `iterations` are in percent of the
-    number of denoising steps: how many of the first are guided, at which of them the latent gets more updates, and how
-    many more at each."""
+    """What a call uses for arguments that the caller leaves out. `guided`, `refined` and `iterations` are percentages
+    of the denoising steps: how many of the first are guided, which of them get more updates, and how many more each."""
 
     objective: str
     gamma: float
@@ -27,14 +26,14 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    # App. B.2: of 50 steps 25, and 20 more updates at 0, 10 and 20
+    # App. B.2: 25 of 50 steps, with 20 more updates at 0, 10 and 20
     "paper": Preset("l1", 2.0, 10.0, None, 50, (0, 20, 40), 40),
-    # Ours. Of 50 steps 10, and 10 more updates at 0, 4 and 8: less than 1.5 times a plain picture's operations
+    # Ours. 10 of 50 steps, 10 more updates at 0, 4 and 8: less than 1.5 times a plain picture's operations
     "fast": Preset("contrast", 4.0, None, 0.05, 20, (0, 8, 16), 20),
     # Ours, 1.1 times a plain picture's operations
     "light": Preset("contrast", 4.0, None, 0.05, 20, (), 0),
 }
-CHOSEN_AFTER = 20  # percent of the steps: as good as 40 on most models (benchmarks/RESULTS.md), for half of the cost
+CHOSEN_AFTER = 20  # percent of the steps: on most models as good as 40 (benchmarks/RESULTS.md) at half the cost
 
 T5_PRESETS = {
     "paper": PRESETS["paper"]._replace(gamma=4.0, alpha=15.0, iterations=20),  # App. B.2, PixArt-α
@@ -44,7 +43,7 @@ T5_PRESETS = {
 
 
 class Plan(NamedTuple):
-    """Which denoising steps are guided: the first `tsam_steps`, and at `refinement_steps` (a set) with
+    """Which denoising steps are guided: the first `tsam_steps`; those in `refinement_steps` (a set) get
     `refinement_iterations` more updates each."""
 
     tsam_steps: int
@@ -56,14 +55,14 @@ OFF = Plan(0, frozenset(), 0)
 
 
 def argument(default, help, choices=None):
-    """A field of `Settings`: its default, its line in every front's documentation, and its choices, if it has any."""
+    """A field of `Settings`: its default, its line in every front's documentation, and its choices, if any."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
 class Settings:
-    """T-SAM's arguments of one call, checked. What is None comes from the preset, but for what needs the number of
-    steps: see `plan`. With `tsam_steps=0` nothing else is looked at.
+    """T-SAM's arguments of one call, checked. The preset fills in None; `plan` does so for those that need the number
+    of steps. With `tsam_steps=0` nothing else is used.
 
     ValueError or TypeError for a wrong value, with the value, the limit and the remedy.
     """
@@ -157,7 +156,7 @@ class Settings:
 
     @property
     def given(self):
-        """The arguments of a call with these settings, which give them again."""
+        """The call arguments that give these settings again."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
@@ -192,7 +191,7 @@ class Settings:
                 check_integer("refinement_steps", step, 0, "Steps count from 0; pass () for no refinement.")
 
     def plan(self, num_steps):
-        """The `Plan` of `num_steps` denoising steps. ValueError for a step that is not there."""
+        """The `Plan` for `num_steps` denoising steps. ValueError for a step beyond them."""
         check_integer("num_inference_steps", num_steps, 1, "50 is usual.")
         if self.off:
             return OFF
@@ -218,7 +217,7 @@ class Settings:
         return Plan(tsam_steps, frozenset(self.refinement_steps), iterations)
 
     def chosen_after(self, num_steps):
-        """After how many of `num_steps` denoising steps the starts are compared. ValueError for more than there are."""
+        """After how many of `num_steps` denoising steps the starts are compared. ValueError if it is more."""
         steps = max(num_steps * CHOSEN_AFTER // 100, 1) if self.candidate_steps is None else self.candidate_steps
         if steps > num_steps:
             raise ValueError(
@@ -228,7 +227,7 @@ class Settings:
 
     @classmethod
     def documentation(cls):
-        """The lines of an `Args:` section, one argument a line, as in diffusers."""
+        """The lines of an `Args:` section, one per argument, as in diffusers."""
         lines = []
         for each in fields(cls):
             kind = (
@@ -241,7 +240,7 @@ class Settings:
 
 @dataclass
 class StableDiffusionSettings(Settings):
-    """`Settings`, and what Stable Diffusion alone takes."""
+    """`Settings`, plus Stable Diffusion's own."""
 
     attention_resolution: int = argument(
         16, "Side of the query grid, at the model's default size, whose cross-attention layers are read."
@@ -256,7 +255,7 @@ class StableDiffusionSettings(Settings):
 
 @dataclass
 class PixArtAlphaSettings(Settings):
-    """`Settings`, and what PixArt-α alone takes."""
+    """`Settings`, plus PixArt-α's own."""
 
     attention_layers: tuple[int, int] = argument(
         (10, 18),
@@ -268,21 +267,21 @@ class PixArtAlphaSettings(Settings):
 
 @dataclass
 class UNetSettings(Settings):
-    """`Settings`, and what SDXL's blocks alone take."""
+    """`Settings`, plus SDXL's own."""
 
     attention_resolution: int | None = argument(None, "Side of the grid that is read. None: the latent's quarter.")
 
 
 @dataclass
 class JointSettings(Settings):
-    """`Settings`, and what the blocks of SD3 and FLUX alone take."""
+    """`Settings`, plus those of SD3's and FLUX's blocks."""
 
     attention_layers: tuple[int, int] | None = argument(
         None, "First and last block that are read. None: those at 10/28 to 18/28."
     )
     attention_keys: str = argument("text", "'text': a softmax over the text's keys; 'all': over the image's, too.")
 
-    presets = T5_PRESETS  # the text is T5's, as PixArt-α's
+    presets = T5_PRESETS  # T5 reads, as in PixArt-α
 
     def _check(self):
         super()._check()
@@ -291,7 +290,7 @@ class JointSettings(Settings):
 
 
 def kind_of_field(each):
-    """The type that a field of `Settings` takes beside None: `int` of `int | None`, `tuple` of `tuple[int, int]`."""
+    """The type of a field of `Settings`, except None: `int` for `int | None`, `tuple` for `tuple[int, int]`."""
     kind = next((kind for kind in get_args(each.type) if kind is not type(None)), each.type)
     kind = each.type if get_origin(each.type) is tuple else kind
     return get_origin(kind) or kind
@@ -309,11 +308,11 @@ def check_integer(name, value, limit, remedy):
 
 
 def check_number(name, value, remedy, least=-sys.float_info.max, most=sys.float_info.max, above=None):
-    if getattr(value, "ndim", None) == 0:  # a tensor's or array's only number
+    if getattr(value, "ndim", None) == 0:  # one number in a tensor or array
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` has to be a number but is {value!r}. {remedy}")
-    if not abs(value) <= sys.float_info.max:  # too large an integer, too
+    if not abs(value) <= sys.float_info.max:  # also catches huge integers
         raise ValueError(f"`{name}` is {value}, but has to be finite. {remedy}")
     if above is not None and value <= above:
         raise ValueError(f"`{name}` is {value}, but has to be above {above}. {remedy}")
@@ -323,8 +322,8 @@ def check_number(name, value, remedy, least=-sys.float_info.max, most=sys.float_
 
 
 def check_text_self_attention(text, prompt, batch_size, num_tokens, window=None):
-    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `num_tokens` tokens, which may be windows of
-    `window` tokens each. Without one, the prompt has to be known."""
+    """Check the caller's `TextSelfAttention` for `batch_size` prompts of `num_tokens` tokens, possibly in windows of
+    `window` tokens each. If it is None, `prompt` must not be."""
     import torch
 
     if text is None:
@@ -345,7 +344,7 @@ def check_text_self_attention(text, prompt, batch_size, num_tokens, window=None)
     if batch_size is None:
         batch_size = len(texts)
     in_windows = window is not None and num_tokens % window == 0 and attention.shape[-1:] == (window,)
-    # Embeddings may be longer than T, padded to a longer negative prompt's, unless T's prompt may have been cut off.
+    # Padding to a longer negative prompt makes embeddings longer than T; refuse it if T's prompt may be cut off.
     whole = attention.dim() == 3 and content.dim() == 2 and content.sum(-1).max() < content.shape[1] - 2
     length = min(attention.shape[1], num_tokens) if whole else num_tokens
     expected = (batch_size, length, window if in_windows else length)

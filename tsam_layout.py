@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Layout(NamedTuple):
-    """Phrases of B images' prompts and where they are to be.
+    """Phrases of B images' prompts and the places for them.
 
-    phrases: a list of strings per image. regions: for each a box (x0, y0, x1, y1) in fractions of the picture or a mask
-    (h, w) of 0 to 1, a list per image. tokens: (B, R, N), a phrase's own tokens, each one divided by their number.
+    phrases: a list of strings per image. regions: a list per image, for each phrase a box (x0, y0, x1, y1) in fractions
+    of the picture or a mask (h, w) of 0 to 1. tokens: (B, R, N), 1/number at each of a phrase's tokens, else 0.
     """
 
     phrases: list
@@ -23,10 +23,10 @@ class Layout(NamedTuple):
 
 
 def layout_of(regions, text, words_of, num_images_per_prompt=1, device=None):
-    """The `Layout` of `regions`, which `check_regions` returned, for the prompts of `text`, a `TextSelfAttention`.
+    """The `Layout` of `regions`, from `check_regions`, for the prompts of `text`, a `TextSelfAttention`.
 
-    words_of(phrase): the texts of a phrase's tokens, to be found among those of `text`. None without regions.
-    ValueError for a phrase that the prompt does not have, or has twice.
+    words_of(phrase): the texts of a phrase's tokens, to find among those of `text`. None without regions.
+    ValueError for a phrase that the prompt lacks or has twice.
     """
     if regions is None:
         return None
@@ -42,7 +42,7 @@ def layout_of(regions, text, words_of, num_images_per_prompt=1, device=None):
 
 
 def _find(phrase, words, own):
-    """Where a phrase's tokens begin among the prompt's own, and how many they are."""
+    """The place of a phrase's first token among the prompt's own, and their number."""
     found = [k for k in range(len(own) - len(words) + 1) if words and own[k : k + len(words)] == words]
     if not found:
         raise ValueError(
@@ -58,7 +58,7 @@ def _find(phrase, words, own):
 
 
 def region_on(region, height, width):
-    """How much of each position lies in a box or mask, (H, W), 0 to 1: by area."""
+    """The share of each position's area in a box or mask, (H, W), 0 to 1."""
     if torch.is_tensor(region):
         return F.adaptive_avg_pool2d(region[None], (height, width))[0]
     x0, y0, x1, y1 = region
@@ -66,7 +66,7 @@ def region_on(region, height, width):
 
 
 def regions_on(regions, height, width):
-    """A list of boxes and masks per image -> (B, R, H, W), zero where an image has fewer."""
+    """A list of boxes and masks per image -> (B, R, H, W), zero if an image has fewer."""
     grids = [[region_on(region, height, width) for region in own] for own in regions]
     return pad_sequence([torch.stack(own) if own else torch.empty(0, height, width) for own in grids], True)
 
@@ -80,7 +80,7 @@ def _covered(start, end, side):
 def shares_inside(maps, regions, tokens):
     """The share of each phrase's attention inside its region: mean over its tokens of Σ_a A_a R_a / Σ_a A_a.
 
-    maps (B, N, H, W), regions (B, R, H, W), tokens (B, R, N) as a `Layout`'s -> (B, R), 0 where an image has fewer.
+    maps (B, N, H, W), regions (B, R, H, W), tokens (B, R, N) of a `Layout` -> (B, R), 0 if an image has fewer.
     """
     maps = maps.flatten(2)
     maps = maps / maps.sum(-1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
@@ -90,7 +90,7 @@ def shares_inside(maps, regions, tokens):
 def layout_loss(maps, regions, tokens):
     """The share of attention outside, mean over an image's phrases, (B,); 0 without any.
 
-    The idea of BoxDiff (Xie et al., ICCV 2023) and TokenCompose (Wang et al., CVPR 2024).
+    The idea is from BoxDiff (Xie et al., ICCV 2023) and TokenCompose (Wang et al., CVPR 2024).
     """
     own = tokens.sum(-1) > 0
     outside = (1 - shares_inside(maps, regions, tokens)).where(own, 0)
@@ -98,7 +98,7 @@ def layout_loss(maps, regions, tokens):
 
 
 def check_regions(regions, batch_size):
-    """`regions` as a dict {phrase: box or mask (h, w)} per prompt; None where there is none.
+    """Check `regions`: a dict {phrase: box or mask (h, w)} per prompt, or None without any.
 
     ValueError or TypeError naming the value, the limit and the remedy.
     """
@@ -120,7 +120,7 @@ def check_regions(regions, batch_size):
 
 
 def _region(phrase, region):
-    """A region, checked: a box as four floats, a mask as a float32 tensor (h, w)."""
+    """Check a region: returns a box as four floats, a mask as a float32 tensor (h, w)."""
     name = f"`regions[{phrase!r}]`"
     if not isinstance(phrase, str) or not phrase.strip():
         raise TypeError(f"`regions` has {phrase!r}, but a phrase has to be words of the prompt. Pass 'a red cube'.")
