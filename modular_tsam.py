@@ -298,8 +298,7 @@ class UNetLoop(AlignedLoop):
 class JointLoop(AlignedLoop):
     """SD3 and FLUX: image rows and text columns of joint attention. The keys and the blocks are a choice.
 
-    FLUX's single blocks count on from its double ones. The default reads double ones, because single ones cost three
-    times as much.
+    FLUX's single blocks count on from its double ones, but cost three times as much, so the default reads double ones.
     """
 
     settings = JointSettings
@@ -409,8 +408,8 @@ class TSAMBlocks:
 class StableDiffusionXLTSAMBlocks(TSAMBlocks, StableDiffusionXLAutoBlocks):
     """`StableDiffusionXLAutoBlocks` whose first denoising steps are aligned with the prompt's syntax.
 
-    `StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ID)` makes a pipeline that takes the fields
-    of `UNetSettings` but `UNSUPPORTED`. Wrong ones raise ValueError or TypeError before the UNet runs.
+    `StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ID)` makes a pipeline that takes
+    `inputs_of(UNetSettings)`. Wrong ones raise ValueError or TypeError before the UNet runs.
     """
 
     text_step, loop = SDXLTextStep, UNetLoop

@@ -1,4 +1,4 @@
-"""The paper's experiments as a tool: `python -m diffusers_tsam.evaluation generate | score | report | sweep`.
+"""Runs the paper's experiments: `python -m diffusers_tsam.evaluation generate | score | report | sweep`.
 
-Installed with the extra `[eval]`; the pipelines know nothing of it. docs/evaluation.md has a command for every table.
+The extra `[eval]` installs it; pipelines do not import it. docs/evaluation.md has a command for every table.
 """

@@ -113,7 +113,7 @@ def sweep(args):
 
 
 def said(*lines):
-    """Once, however many processes there are."""
+    """The lines, in the main process only."""
     from .runs import processes
 
     return lines if processes().is_main_process else ()

@@ -1,12 +1,12 @@
-"""Methods that are told which words belong together, as objectives over the same maps, for T-SAM's pipelines.
+"""Methods that need to be told which words belong together, as objectives over the same maps, for T-SAM's pipelines.
 
-Each loss is written from its paper's equations and is a pure function of the cross-attention maps; so that only the
-losses differ, how often and how far the latent moves is the pipelines' to say: `BASELINES` has what the papers say, as
-far as their arguments can. What these losses need and T-SAM does not is `things`: for each image a list of things, each
-a list of words, its noun last, each word a list of token positions, whose maps' mean is the word's.
+Each loss is written from its paper's equations as a pure function of the cross-attention maps. The pipelines decide how
+often and how far the latent moves, so that only losses differ; `BASELINES` has the papers' schedules, as far as the
+pipelines' arguments allow. Unlike T-SAM, these losses need `things`: for each image a list of things, each a list of
+words, noun last, each word a list of token positions; a word's map is the mean of theirs.
 
 Shapes: B images, N tokens, H x W positions; `content` (B, N) bool marks the prompt's own tokens, `maps` (B, N, H, W)
-are probabilities, not smoothed, averaged over heads and layers. Losses are (B,), 0 where there is nothing to bind.
+are probabilities, not smoothed, averaged over heads and layers. Losses are (B,), 0 if there is nothing to bind.
 """
 
 import functools
@@ -21,19 +21,19 @@ from ..tsam import smooth
 from .prompts import positions_of, things_of_template
 
 
-SHARPNESS = 100.0  # what the maps are multiplied by before the softmax over tokens; Attend-and-Excite's code
+SHARPNESS = 100.0  # factor on the maps before the softmax over tokens; from Attend-and-Excite's code
 TEMPERATURE = 0.5  # CONFORM's
-PEAKEDNESS = 3  # the power to which FOCUS raises its distributions
+PEAKEDNESS = 3  # FOCUS's power for its distributions
 TINY = 1e-12
 FOCUS_TINY = 1e-10  # FOCUS's
 
 
 def compete(maps, content, sharpness=SHARPNESS):
-    """Maps in which the prompt's tokens share each position among themselves, zero elsewhere, smoothed. (.., N, H, W).
+    """Maps (.., N, H, W) in which the prompt's tokens share each position; zero elsewhere, smoothed.
 
-    The shares are the softmax of `sharpness` x maps, as in Attend-and-Excite's and CONFORM's code, whose 100 suits maps
-    of a few percent; None: each token's part of the sum, for models whose maps are near one already, on which that
-    softmax has no gradient left.
+    The shares are the softmax of `sharpness` x maps, as in Attend-and-Excite's and CONFORM's code; their 100 suits maps
+    of a few percent. None: each token's part of the sum, for models with maps near one, because the softmax would have
+    no gradient there.
     """
     own = content[..., None, None]
     if sharpness is None:
@@ -43,12 +43,12 @@ def compete(maps, content, sharpness=SHARPNESS):
 
 
 def of_words(maps, words):
-    """Each word's map, the mean of its tokens': maps (N, H, W) -> (words, H x W)."""
+    """Each word's map, its tokens' mean: maps (N, H, W) -> (words, H x W)."""
     return torch.stack([maps[word].mean(0) for word in words]).flatten(1)
 
 
 def per_image(loss):
-    """A loss of one image's maps (N, H, W), content (N,) and things, as one of a batch: (B,)."""
+    """Turn a loss of one image's maps (N, H, W), content (N,) and things into a batch's: (B,)."""
 
     @functools.wraps(loss)
     def batched(maps, content, things, **settings):
@@ -60,10 +60,10 @@ def per_image(loss):
 
 @per_image
 def attend_and_excite_loss(maps, content, things, sharpness=SHARPNESS):
-    """max_k (1 - max_a A_ka) over the things' nouns k: the one that is least attended to.
+    """max_k (1 - max_a A_ka) over the things' nouns k: that of the least attended noun.
 
     Chefer, Alaluf, Vinker, Wolf, Cohen-Or, "Attend-and-Excite", SIGGRAPH 2023 (arXiv:2301.13826).
-    Left out: its thresholds, at which refinement stops early. It uses the nouns only.
+    Left out: its thresholds, which stop refinement early. It uses only nouns.
     """
     subjects = of_words(compete(maps, content, sharpness), [thing[-1] for thing in things])
     return (1 - subjects.amax(-1)).amax()
@@ -71,12 +71,12 @@ def attend_and_excite_loss(maps, content, things, sharpness=SHARPNESS):
 
 @per_image
 def conform_loss(maps, content, things, sharpness=SHARPNESS):
-    """InfoNCE: a word's map is to be nearer to those of its thing's words than to those of the other things' words.
+    """InfoNCE: pulls a word's map towards those of its thing's words, away from those of other things' words.
 
     Mean over the ordered pairs (j, p) of one thing's words of -log(e_jp / (e_jp + Σ_n e_jn)), e = exp(cosine / 0.5), n
-    over the words of the other things. Where no thing has two words: the mean cosine of different things' words, their
+    over the words of the other things. If no thing has two words: the mean cosine of different things' words, their
     code's `contrastive` loss. Meral, Simsar, Tombari, Yanardag, "CONFORM", CVPR 2024 (arXiv:2312.06059). Left out: the
-    previous step's maps, which its code adds as further positives and negatives.
+    previous step's maps, which its code adds as positives and negatives.
     """
     if len(things) < 2:
         return None
@@ -93,7 +93,7 @@ def conform_loss(maps, content, things, sharpness=SHARPNESS):
 
 
 def _distributions(maps):
-    """Each map divided by its sum."""
+    """Divide each map by its sum."""
     return maps / maps.sum(-1, keepdim=True).clamp(min=TINY)
 
 
@@ -107,9 +107,9 @@ def syngen_loss(maps, content, things):
     """Σ over pairs of a modifier m and its noun n of D(m, n) - mean over the prompt's other tokens u of (D(m, u) +
     D(n, u)) / 2, with D the symmetric Kullback-Leibler divergence of two maps, each divided by its sum.
 
-    Others are those of other things, and those of no thing. Rassin, Hirsch, Glickman, Ravfogel, Goldberg, Chechik,
-    "Linguistic Binding in Diffusion Models", NeurIPS 2023 (arXiv:2306.08877): the maps are not smoothed. Its code takes
-    the largest divergence of a word's tokens, here it is that of their mean.
+    Other tokens are those of other things and of no thing. Rassin, Hirsch, Glickman, Ravfogel, Goldberg, Chechik,
+    "Linguistic Binding in Diffusion Models", NeurIPS 2023 (arXiv:2306.08877): it does not smooth maps. Its code takes
+    the largest divergence of a word's tokens; this takes that of their mean.
     """
     tokens, total = _distributions(maps.flatten(1)), []
     for thing in things:
@@ -124,7 +124,7 @@ def syngen_loss(maps, content, things):
 
 
 def _jensen_shannon(maps):
-    """Of T maps (T, P), cubed and divided by their sums: 0 where they agree, 1 where they are disjoint."""
+    """Divergence of T maps (T, P), cubed and divided by their sums: 0 if equal, 1 if disjoint."""
     p = maps**PEAKEDNESS
     p = p / p.sum(-1, keepdim=True).clamp(min=FOCUS_TINY)
     to_mean = (p * ((p + FOCUS_TINY).log() - (p.mean(0) + FOCUS_TINY).log())).sum(-1)
@@ -133,11 +133,11 @@ def _jensen_shannon(maps):
 
 @per_image
 def focus_loss(maps, content, things):
-    """Half of: the mean over things of the Jensen-Shannon divergence of their words' maps, and 1 minus that of the
-    things' own, the means of their words'.
+    """Half the sum of the Jensen-Shannon divergence of a thing's words' maps, mean over things, and of 1 minus that of
+    the things' maps, each the mean of its words'.
 
-    Bill, Simsar, Hofmann, FOCUS (arXiv:2510.02315): smoothed here with T-SAM's kernel, there with one of σ = 1. Left
-    out: its control of a flow's velocity, in whose place stands the update of the latent.
+    Bill, Simsar, Hofmann, FOCUS (arXiv:2510.02315): this smooths with T-SAM's kernel, FOCUS with σ = 1. Left out: its
+    control of a flow's velocity; the update of the latent replaces it.
     """
     words = [of_words(smooth(maps), thing) for thing in things]
     near = [_jensen_shannon(own) for own in words if len(own) > 1]
@@ -146,14 +146,14 @@ def focus_loss(maps, content, things):
 
 
 def anywhere_loss(maps, content, things):
-    """A control: moves as far as the others, but to where chance says."""
+    """A control: moves as far as the others, but in a random direction."""
     noise = torch.randn(maps.shape[1:], generator=torch.Generator().manual_seed(0))
     return (maps * noise.to(maps)).sum((1, 2, 3))
 
 
 class Baseline(NamedTuple):
-    """loss: of (maps, content, things). arguments: the pipelines', from its paper and code. needs: what has to be given
-    from outside: "nouns" or "pairs" (nouns with modifiers), of which it leaves prompts without to stock, or "nothing".
+    """loss: of (maps, content, things). arguments: the pipelines', from its paper and code. needs: "nouns", "pairs"
+    (nouns with modifiers) or "nothing"; stock draws prompts without them.
     """
 
     loss: Callable
@@ -166,23 +166,23 @@ class Baseline(NamedTuple):
         return self.needs == "nothing" or bool(things)
 
 
-# Half of the steps, with α = 20, and 20 more updates at steps 0, 10 and 20 of 50: Attend-and-Excite's numbers, which
-# CONFORM took over. Both let α fall with the root of a line from 1 to 0.5 over all steps, to 0.87 of itself where
-# guidance ends; here it is constant. Attend-and-Excite refines only until its thresholds (0.05, 0.5, 0.8) are reached;
-# here it always does 20 times. The pipelines have no argument for either.
+# Half of the steps, with α = 20, and 20 more updates at steps 0, 10 and 20 of 50: Attend-and-Excite's numbers, also
+# CONFORM's. Both let α fall with the root of a line from 1 to 0.5 over all steps, to 0.87 of itself when guidance ends;
+# here it is constant. Attend-and-Excite stops refining at its thresholds (0.05, 0.5, 0.8); here it always makes 20
+# updates. The reason is that the pipelines have no argument for either.
 ATTEND = {"alpha": 20.0, "preset": "paper"}
 BASELINES = {
     "attend_and_excite": Baseline(attend_and_excite_loss, ATTEND, "nouns"),
     "conform": Baseline(conform_loss, ATTEND, "nouns"),
     "syngen": Baseline(syngen_loss, {"alpha": 20.0, "preset": "paper", "refinement_steps": ()}, "pairs"),
-    # its λ is of a velocity: no number of its paper is an α, and one update a step is what it has
+    # one update a step, as in its paper; its λ scales a velocity, so that the paper has no α
     "focus": Baseline(focus_loss, {"relative_step": 0.05, "preset": "paper", "refinement_steps": ()}, "nouns"),
     "anywhere": Baseline(anywhere_loss, {"relative_step": 0.05, "preset": "paper"}, "nothing"),
 }
 
 
 def unbound(methods, prompts):
-    """Which methods leave prompts to stock, a sentence each."""
+    """A sentence for each method that leaves prompts to stock."""
     for method in methods:
         name = method.partition(":")[0]
         left = [prompt.text for prompt in prompts if name in BASELINES and not BASELINES[name].binds(prompt.things)]
@@ -194,8 +194,8 @@ def unbound(methods, prompts):
 
 
 def told(loss, prompts=None, **settings):
-    """The pipelines' `objective` of a loss, which is told the things of `prompts`, a `Prompt` an image; without these
-    it finds them by the template in a prompt whose words are one token each."""
+    """Turn a loss into the pipelines' `objective`. Things come from `prompts`, a `Prompt` per image; without them, from
+    the template, if a prompt's words are one token each."""
 
     def objective(maps, text):
         things = []

@@ -1,4 +1,4 @@
-"""Pictures of prompts by methods from the same latents, on one process or many. A seed is every prompt's own latents.
+"""Draws prompts by methods from the same latents, on one process or many. A seed gives each prompt its own latents.
 
     accelerate launch -m diffusers_tsam.evaluation generate --model ID --methods stock,tsam,conform --prompts objects \\
         --seeds 64 --output runs/sd15
@@ -45,17 +45,17 @@ KINDS = {
     for settings in (StableDiffusionSettings, PixArtAlphaSettings, JointSettings)
     for each in fields(settings)
 }
-REPLACED = {  # what an argument of a method takes the place of: the other size of a step, or a peer's own schedule
+REPLACED = {  # what a method's argument replaces: the other size of a step, or a peer's schedule
     "alpha": ["relative_step"],
     "relative_step": ["alpha"],
     "preset": ["tsam_steps", "refinement_steps", "refinement_iterations"],
 }
-LOADED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")  # of the files in a component's folder
+LOADED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")  # files of a component's folder
 PACKAGES = ("diffusers", "transformers", "torch")
 
 
 def value_of(key, text):
-    """An argument's value: "none", a word, an integer, a number, or integers joined by "+"."""
+    """Parse an argument's value: "none", a word, an integer, a number, or integers with "+"."""
     if not text:
         raise ValueError("There is no value.")
     if text == "none":
@@ -67,11 +67,11 @@ def value_of(key, text):
 
 
 def parse_method(text, kind="sd"):
-    """Its arguments of the pipeline, and its `Baseline` or None.
+    """A method's arguments of the pipeline, and its `Baseline` or None.
 
     text: "stock", "tsam" (the paper's settings), "tuned" (the shipped model's), one of BASELINES, or any of these with
-    arguments changed, as "tsam:alpha=20:objective=attainable" or "conform:sharpness=none:refinement_steps=0+10". The
-    colon behind .py is of "tsam:objective=my.py:function".
+    changed arguments: "tsam:alpha=20:objective=attainable", "conform:sharpness=none:refinement_steps=0+10". A colon
+    after .py does not split: "tsam:objective=my.py:function".
     """
     name, *changes = re.split(r"(?<!\.py):", text)
     named = {"stock": STOCK, "tsam": {}, "tuned": TUNED[kind]}
@@ -91,11 +91,11 @@ def parse_method(text, kind="sd"):
     return arguments, BASELINES.get(name)
 
 
-objective = functools.cache(objective_of)  # so that all pictures of a run have one, whatever happens to its file
+objective = functools.cache(objective_of)  # so that a run's pictures share one, even if its file changes
 
 
 def kind_of(model):
-    """Its kind in TUNED or FAMILIES, the names that its calls take, and its class of `Settings`. Loads no weights."""
+    """A model's kind in TUNED or FAMILIES, its calls' argument names, and its `Settings` class. Loads no weights."""
     if model == "sd3":
         from .. import StableDiffusion3TSAMBlocks
 
@@ -107,7 +107,7 @@ def kind_of(model):
 
 
 def check_methods(methods, known, settings, steps, regions):
-    """Refuse arguments that are not `known` as the pipeline's, or not a loss's, and values that `settings` refuses.
+    """Refuse arguments that neither the pipeline (`known`) nor the loss has, and values that `settings` refuses.
     regions: whether prompts have any."""
     for name, (arguments, baseline) in methods.items():
         loss = inspect.signature(baseline.loss).parameters if baseline else ()
@@ -128,7 +128,7 @@ def check_methods(methods, known, settings, steps, regions):
 
 
 def recorded(arguments):
-    """A method's arguments as a run's settings have them: with what tells a file's objective from others."""
+    """A method's arguments for a run's settings, with a digest of its objective's file."""
     file, _, name = str(arguments.get("objective", "")).rpartition(":")
     if not file:
         return arguments
@@ -137,8 +137,8 @@ def recorded(arguments):
 
 
 def identity(model):
-    """What tells a model's files from others: a Hub repository's commit, or names and sizes of what is loaded of a
-    folder: its index and what lies in its components' folders."""
+    """Identify a model's files: by a Hub repository's commit, or by names and sizes of a folder's loaded files, which
+    are its index and those in its components' folders."""
     folder = Path(SHIPPED.get(model, model))
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
@@ -152,7 +152,7 @@ def identity(model):
 
 
 class JointPipeline:
-    """The small SD3 that ships, as modular blocks, with the call of our pipelines."""
+    """The shipped small SD3 as modular blocks, called like our pipelines."""
 
     def __init__(self, device, dtype, guidance_scale):
         from diffusers import ClassifierFreeGuidance
@@ -172,11 +172,11 @@ class JointPipeline:
         return SimpleNamespace(**{name: state.get(name) for name in ("images", "losses", "attentions")})
 
 
-SHIPPED = {**MODELS, "sink": MODELS["sd"], "sd3": JOINT_MODEL}  # where the models that ship lie
+SHIPPED = {**MODELS, "sink": MODELS["sd"], "sd3": JOINT_MODEL}  # the shipped models' folders
 
 
 def load(model, device, dtype=None, guidance_scale=None):
-    """A pipeline, its kind in TUNED or FAMILIES, and what its calls need. model: a folder, a Hub id, or of SHIPPED."""
+    """A pipeline, its kind in TUNED or FAMILIES, its calls' arguments. model: a folder, a Hub id, or one of SHIPPED."""
     if model == "sd3":
         dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
         scale = ARGUMENTS["sd"]["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -191,11 +191,11 @@ def load(model, device, dtype=None, guidance_scale=None):
 
 
 def plan(prompts, methods, seeds, batch):
-    """All batches, [(method, (arguments, baseline), jobs)], jobs being (prompt, seed); all methods in turn, so that
-    what is drawn first can be compared. They depend on nothing but this function's arguments: neither processes nor
+    """All batches, [(method, (arguments, baseline), jobs)], with jobs (prompt, seed). Methods take turns, so that the
+    first pictures can be compared. Batches depend only on this function's arguments, so that neither processes nor
     interruptions change a picture.
 
-    Prompts without anything to bind for a baseline are drawn as by stock.
+    Stock draws the prompts in which a baseline has nothing to bind.
     """
     jobs, rounds = [(prompt, seed) for seed in range(seeds) for prompt in range(len(prompts))], []
     for method, use in enumerate(methods.values()):
@@ -207,7 +207,7 @@ def plan(prompts, methods, seeds, batch):
 
 
 def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
-    """A call's output for `Prompt`s, each drawn from its own seed's latents, with its own regions."""
+    """A call's output for `Prompt`s, each with its own seed's latents and its own regions."""
     arguments = dict(arguments)
     if any(prompt.regions for prompt in prompts):
         arguments["regions"] = [prompt.regions for prompt in prompts]
@@ -249,10 +249,10 @@ def generate(
     keep=None,
     **more,
 ):
-    """Draw what of a run is not drawn yet; returns the `Run`.
+    """Draw a run's missing pictures; returns the `Run`.
 
-    keep: a function of the pipeline, a batch's `Prompt`s and its output: what is kept of each picture, a dict for its
-    line. more: arguments of every call.
+    keep: a function of the pipeline, a batch's `Prompt`s and its output that returns a dict for each picture's line.
+    more: arguments of every call.
     """
     for name, number in (("seeds", seeds), ("steps", steps), ("batch", batch)):
         check_integer(name, number, 1, "Leave it out, or pass more.")
@@ -270,7 +270,7 @@ def generate(
         pipe, _, given = load(model, state.device, dtype, guidance_scale)
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None  # whose black pictures would count against a method
+        pipe.safety_checker = None  # its black pictures would count against a method
     given |= {"num_inference_steps": steps, **more}
     if state.is_main_process:
         others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds}
@@ -282,7 +282,7 @@ def generate(
     batches = [(number[method], how, jobs) for method, how, jobs in plan(wanted, methods, seeds, batch)]
     done = run.done("drawn") & run.present()
     batches = [(method, how, jobs) for method, how, jobs in batches if not all(done[method][job] for job in jobs)]
-    state.wait_for_everyone()  # until all have read what is done
+    state.wait_for_everyone()  # because all have to read what is done
     with (
         state.split_between_processes(batches) as own,
         run.writer("drawn", state.process_index) as append,
@@ -295,7 +295,7 @@ def generate(
             seconds, rows = (time.perf_counter() - started) / len(jobs), []
             kept = keep(pipe, own_prompts, output) if keep else [{}] * len(jobs)
             for job, image, loss, others in zip(jobs, output.images, np.asarray(output.losses, dtype=float), kept):
-                if not done[method][job]:  # of a batch that may be half done
+                if not done[method][job]:  # a batch may be half done
                     save(image, run.picture(method, *job))
                     row = {"method": method, "prompt": job[0], "seed": job[1], "updates": len(loss)}
                     ends = [round(float(x), 4) for x in (loss[[0, -1]] if len(loss) else loss)]

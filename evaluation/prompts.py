@@ -1,7 +1,7 @@
-"""Sets of prompts, and which of a prompt's words belong together: what methods other than T-SAM have to be told.
+"""Sets of prompts, and which of a prompt's words belong together, because methods other than T-SAM need to be told.
 
-A thing is a noun with its modifiers, as spans (first character, one past the last) of its words in the prompt, the noun
-last. Structured prompts say their things by their template; for others a spaCy parser finds them.
+A thing is a noun with its modifiers: the spans (first character, one past the last) of its words in the prompt, noun
+last. Structured prompts show their things by their template; in others a spaCy parser finds them.
 """
 
 import csv
@@ -25,13 +25,13 @@ ANIMALS = "cat dog bird bear lion horse elephant monkey frog turtle rabbit mouse
 OBJECTS = "backpack glasses crown suitcase chair balloon bow car bowl bench clock apple".split()
 COLOURS = "red orange yellow green blue purple pink brown gray black white".split()
 SETS = ("objects", "animals-objects", "animals")
-COLOURED = 0.75  # share of coloured objects among those of "animals-objects"
+COLOURED = 0.75  # share of coloured objects in "animals-objects"
 SHAPES_SEED = 1
-FORMS = ("shapes", "quarters", "sentences", "filled")  # of prompts of the shapes world
+FORMS = ("shapes", "quarters", "sentences", "filled")  # prompts of the shapes world
 QUARTERS = [(x, y, x + 0.5, y + 0.5) for y in (0.0, 0.5) for x in (0.0, 0.5)]
-TEXT_KEYS = ("prompt", "caption", "prompts", "captions")  # of an entry's or a column's text, in any case
-PLAIN = ("", ".txt")  # how the name of a file ends that has a prompt a line
-FILLERS, FILLED = "and with the next to of a".split(), 11  # tokens, so that two sentences fit the small CLIP's window
+TEXT_KEYS = ("prompt", "caption", "prompts", "captions")  # names of an entry's or column's text, any case
+PLAIN = ("", ".txt")  # suffixes of files with one prompt per line
+FILLERS, FILLED = "and with the next to of a".split(), 11  # tokens: two sentences fit the small CLIP's window
 
 MODIFIERS = {"amod", "nmod", "compound", "npadvmod", "advmod", "acomp"}  # dependencies; Rassin et al. 2023
 NOUNS, VERBS = {"NOUN", "PROPN"}, {"AUX", "VERB"}
@@ -39,12 +39,12 @@ NOUNS, VERBS = {"NOUN", "PROPN"}, {"AUX", "VERB"}
 JOINT = re.compile(r"( and | with )", re.IGNORECASE)
 WORD = r"[^\W\d_][\w'-]*"
 PHRASE = re.compile(rf"(?:an?|the) (?:({WORD}) )?({WORD})\.?", re.IGNORECASE)
-MAX_SKIPPED = 4  # characters of a prompt that a tokenizer may write in its own way
+MAX_SKIPPED = 4  # characters of a prompt that a tokenizer may write differently
 
 
 class Prompt(NamedTuple):
-    """id: its name in its set, a string. things: a list of things, each a list of spans; empty where none are known.
-    regions: {phrase: box} of a call, where phrases are to be."""
+    """id: its name in its set, a string. things: a list of things, each a list of spans; empty if none are known.
+    regions: {phrase: box}, a call's places for phrases."""
 
     id: str
     text: str
@@ -53,9 +53,9 @@ class Prompt(NamedTuple):
 
 
 def structured(name, seed=0):
-    """The texts of one of SETS, every pair of words once, colours drawn from `seed`.
+    """The texts of one of SETS: every pair of words once, colours drawn from `seed`.
 
-    Attend-and-Excite drew its colours once; for its very prompts pass its file, one prompt a line.
+    Attend-and-Excite drew its colours once: for its exact prompts pass its file, a prompt a line.
     """
     rng = np.random.default_rng(seed)
 
@@ -78,8 +78,8 @@ def structured(name, seed=0):
 def of_shapes(form, solids, split, number):
     """(text, regions) of prompts of coloured solids, in one of FORMS.
 
-    quarters: each solid is asked for in another quarter of the picture. sentences: "a red cube , a blue sphere", since
-    the small models know no full stop. filled: behind each solid words of none, so that a prompt of two is long.
+    quarters: asks for each solid in another quarter of the picture. sentences: "a red cube , a blue sphere", because
+    the small models know no full stop. filled: adds filler words after each solid, so that two make a long prompt.
     """
     rng = np.random.default_rng(SHAPES_SEED)
     for text, wanted in scenes.prompts(solids, split, number, SHAPES_SEED):
@@ -93,12 +93,12 @@ def of_shapes(form, solids, split, number):
 
 
 def phrases(text):
-    """A prompt's parts, which are joined by "and" or "with"."""
+    """Split a prompt at "and" and "with"."""
     return JOINT.split(text)[::2]
 
 
 def things_of_template(text):
-    """The things of "a [colour] [object] and a [colour] [object]", for one phrase or more; none of another prompt."""
+    """The things of "a [colour] [object] and a [colour] [object]", with one phrase or more; none in other prompts."""
     things, start = [], 0
     for k, part in enumerate(JOINT.split(text.rstrip())):
         if k % 2 == 0:
@@ -111,10 +111,10 @@ def things_of_template(text):
 
 
 def things_of_doc(doc):
-    """Of a spaCy `Doc` (or span) every noun with its modifiers; nouns without any are left out.
+    """Every noun with its modifiers in a spaCy `Doc` (or span), but no noun without any.
 
-    As Rassin et al. 2023 find them: modifiers of modifiers and what is joined to these by "and" count too, and what is
-    said of the noun through a verb: "a dog that is red", "the dog is red".
+    As in Rassin et al. 2023, these also count: modifiers of modifiers, words joined to them by "and", and what a verb
+    says of the noun: "a dog that is red", "the dog is red".
     """
     things = []
     for noun in doc:
@@ -125,7 +125,7 @@ def things_of_doc(doc):
         if noun.dep_ in ("nsubj", "nsubjpass") and noun.head.pos_ == "AUX":
             verbs.append(noun.head)
         found += [child for verb in verbs for child in verb.children if child.dep_ in MODIFIERS]
-        for word in found:  # which grows
+        for word in found:  # it grows
             found += [c for c in word.children if c.dep_ in MODIFIERS | {"conj"} and c not in found]
         found = sorted((word for word in found if word.pos_ not in VERBS), key=lambda word: word.i)
         if found:
@@ -134,10 +134,10 @@ def things_of_doc(doc):
 
 
 def positions_of(things, text, tokens):
-    """Things as their words' token positions, counted from the prompt's first token of its own.
+    """Things as their words' token positions, counted from the prompt's first content token.
 
-    tokens: the texts of the content tokens, as a pipeline's `Syntax` has them. A word of several tokens is a list of
-    several positions; a thing that the encoder's window cuts off is left out.
+    tokens: the content tokens' texts, as in a pipeline's `Syntax`. A word of several tokens has several positions;
+    a thing that the encoder's window cuts off is left out.
     """
     text, end, owners = text.lower(), 0, {}
     for position, token in enumerate(tokens):
@@ -155,7 +155,7 @@ def positions_of(things, text, tokens):
 
 
 def text_of(path):
-    """A file's text, without a byte order mark. ValueError for another encoding."""
+    """A file's text without byte order mark. ValueError if it is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -166,7 +166,7 @@ def text_of(path):
 
 
 def json_of(path, text=None):
-    """What a JSON file has, or `text` of it. ValueError that names the file."""
+    """Parse a JSON file, or its `text`. ValueError that names the file."""
     try:
         return json.loads(text_of(path) if text is None else text)
     except json.JSONDecodeError as error:
@@ -174,13 +174,13 @@ def json_of(path, text=None):
 
 
 def lines_of(path):
-    """What each line of a JSON lines file has. ValueError that names the file and the line."""
+    """Parse each line of a JSON lines file. ValueError that names the file and the line."""
     lines = enumerate(text_of(path).split("\n"), 1)
     return [json_of(f"{path}, line {number}", line) for number, line in lines if line.strip()]
 
 
 def named(entries, path, of=""):
-    """(name, text, regions) of a file's entries, which are strings, or dicts with one of TEXT_KEYS."""
+    """(name, text, regions) of a file's entries: strings, or dicts with one of TEXT_KEYS."""
     for k, entry in enumerate(entries):
         entry = {"prompt": entry} if isinstance(entry, str) else entry
         keys = [key for key in entry if str(key).lower() in TEXT_KEYS] if isinstance(entry, dict) else []
@@ -194,7 +194,7 @@ def named(entries, path, of=""):
 
 
 def of_json(found, path, chosen):
-    """`named` of a JSON file: a list of entries, one entry, or a dictionary of lists, of which one may be `chosen`."""
+    """`named` for a JSON file: a list of entries, one entry, or a dictionary of lists, where one may be `chosen`."""
     if isinstance(found, dict) and any(isinstance(found.get(key), str) for key in TEXT_KEYS):
         found = [found]
     if isinstance(found, list) and not chosen:
@@ -208,7 +208,7 @@ def of_json(found, path, chosen):
 
 
 def of_file(path, chosen=""):
-    """(name, text, regions) of a file's prompts, by its name's end and, of a text file, by how it begins."""
+    """(name, text, regions) of a file's prompts. Its suffix and a text file's first character tell the format."""
     end, text = Path(path).suffix.lower(), text_of(path)
     if chosen and text.lstrip()[:1] != "{":
         raise ValueError(f"Prompts are '{path}:{chosen}', but {str(path)!r} is no dictionary of lists.")
@@ -231,10 +231,10 @@ def of_file(path, chosen=""):
 
 
 def load(spec, parser=None):
-    """The `Prompt`s that `spec` names, each once: one of SETS, "FORM:SOLIDS:SPLIT:NUMBER" with one of FORMS, or a file;
-    of one that is a dictionary of lists also "FILE:LIST".
+    """The `Prompt`s that `spec` names, each once: one of SETS, "FORM:SOLIDS:SPLIT:NUMBER" with one of FORMS, a file, or
+    "FILE:LIST" for one list of a file's dictionary.
 
-    parser: the name of a spaCy model, for prompts that no template fits.
+    parser: a spaCy model's name, for prompts that no template fits.
     """
     file, _, chosen = (spec, "", "") if Path(spec).is_file() else spec.rpartition(":")
     if spec in SETS:

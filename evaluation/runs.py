@@ -1,7 +1,7 @@
-"""A run is one folder: its settings, its prompts, its pictures, and JSON lines of what was drawn and scored.
+"""A run is one folder: its settings, prompts and pictures, and JSON lines of what was drawn and scored.
 
-Every process appends to a file of its own, so that lines never interleave; a picture is written beside its place and
-then moved there, and its line follows, so that what a killed process leaves half-written is never taken for done.
+Every process appends to a file of its own, so that lines never interleave. It writes a picture beside its place, moves
+it there and then writes its line, so that what a killed process leaves half-written never counts as done.
 """
 
 import json
@@ -19,17 +19,17 @@ from PIL import Image
 from .prompts import Prompt, json_of, lines_of
 
 
-ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a PNG and a JPEG
-PATIENCE = timedelta(days=7)  # for which processes that are done wait for the others
+ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # PNG's and JPEG's
+PATIENCE = timedelta(days=7)  # how long finished processes wait for others
 
 
 def processes():
-    """Those that share the work, as the launcher made them."""
+    """The launcher's processes, which share the work."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 class Run:
-    """settings: what all its pictures have in common, with `methods`, {name: arguments}, and `seeds`, how many."""
+    """settings: what its pictures have in common, `methods`, {name: arguments}, and the number of `seeds`."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -45,7 +45,7 @@ class Run:
 
     @classmethod
     def create(cls, folder, settings, prompts):
-        """The run with these settings, which may add methods and seeds to a folder, but change nothing else of it."""
+        """The run with these settings, which may add methods and seeds to a folder, but must change nothing else."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         prompts = json.loads(json.dumps([prompt._asdict() for prompt in prompts]))  # as they are read again
@@ -72,13 +72,13 @@ class Run:
         return cls(folder)
 
     def picture(self, method, prompt, seed):
-        """Where it is: method, prompt and seed are numbers."""
+        """A picture's path; method, prompt and seed are numbers."""
         name = re.sub(r"[^\w.=+-]", "_", self.methods[method])
         return self.folder / "pictures" / name / f"{prompt:05}" / f"{seed:03}.{self.settings['format']}"
 
     def rows(self, kind):
-        """The lines of every process, as dicts that number their method, prompt and seed; of those drawn with this
-        run's settings only. A last line that a killed process cut off is none."""
+        """The lines of every process, as dicts that number their method, prompt and seed. A last line that a killed
+        process cut off is skipped."""
         number = {name: k for k, name in enumerate(self.methods)}
         for path in sorted(self.folder.glob(f"{kind}-*.jsonl")):
             with path.open(encoding="utf-8") as file:
@@ -89,7 +89,7 @@ class Run:
                         yield row
 
     def table(self, kind, *keys):
-        """Their values, {key: float32 (methods, prompts, seeds)}, NaN where there is no line, or none in it."""
+        """The lines' values, {key: float32 (methods, prompts, seeds)}, NaN if a line or its value is missing."""
         tables = {key: np.full(self.shape, np.nan, dtype=np.float32) for key in keys}
         for row in self.rows(kind):
             at = row["method"], row["prompt"], row["seed"]
@@ -106,12 +106,12 @@ class Run:
         return done
 
     def present(self):
-        """Which pictures are there and whole, bool (methods, prompts, seeds)."""
+        """Which pictures exist and are whole, bool (methods, prompts, seeds)."""
         present, end = np.zeros(self.shape, dtype=bool), f".{self.settings['format']}"
         for method in range(len(self.methods)):
             above = self.picture(method, 0, 0).parent.parent
             for entry in os.scandir(above) if above.is_dir() else ():
-                if not entry.name.isdecimal() or int(entry.name) >= self.shape[1]:  # a file manager's, for one
+                if not entry.name.isdecimal() or int(entry.name) >= self.shape[1]:  # such as a file manager's
                     continue
                 for name in os.listdir(entry):
                     seed = name.removesuffix(end)
@@ -121,9 +121,9 @@ class Run:
 
     @contextmanager
     def writer(self, kind, process):
-        """A function that appends rows, with their method's name, and has them on the disk when it returns."""
+        """A function that appends rows, with their method's name, and writes them to the file before it returns."""
         path = self.folder / f"{kind}-{process}.jsonl"
-        if path.exists():  # cut off what a killed process left behind its last whole line
+        if path.exists():  # cut off a killed process's text after its last whole line
             with path.open("rb+") as file:
                 file.truncate(_whole(file))
         with path.open("a", encoding="utf-8") as file:
@@ -136,7 +136,7 @@ class Run:
 
 
 def whole(path):
-    """Whether a picture is there and ends as its format does: a crash may leave it empty, cut off or full of zeros."""
+    """Whether a picture exists and ends as its format does: a crash may leave it empty, cut off or full of zeros."""
     try:
         with open(path, "rb") as file:
             start, size = file.read(8), file.seek(0, os.SEEK_END)
@@ -144,13 +144,13 @@ def whole(path):
             end = file.read()
     except FileNotFoundError:
         return False
-    if start[:4] == b"RIFF":  # WebP, which says its size at the start
+    if start[:4] == b"RIFF":  # WebP states its size at the start
         return int.from_bytes(start[4:], "little") + 8 == size
     return end.endswith(ENDS)
 
 
 def opened(path):
-    """A picture. ValueError that names its file, if it is broken."""
+    """Open a picture. ValueError that names a broken one's file."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -162,7 +162,7 @@ def opened(path):
 
 
 def _whole(file, chunk=1 << 16):
-    """How many bytes of a file end in a line's end."""
+    """The bytes of a file up to its last newline."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(end - chunk, 0)
@@ -175,15 +175,15 @@ def _whole(file, chunk=1 << 16):
 
 
 def write(path, text):
-    """All of it or nothing."""
+    """Write all or nothing."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def save(picture, path):
-    """A PIL picture, all of it or nothing."""
+    """Save a PIL picture, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")  # whose suffix says the format
+    part = path.with_name(f".{path.name}")  # its suffix gives the format
     picture.save(part)
     os.replace(part, path)
