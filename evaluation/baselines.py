@@ -146,7 +146,7 @@ def focus_loss(maps, content, things):
 
 
 def anywhere_loss(maps, content, things):
-    """A control: moves as far as the others, but in a random direction."""
+    """A control: moves as far as the others, but to random places."""
     noise = torch.randn(maps.shape[1:], generator=torch.Generator().manual_seed(0))
     return (maps * noise.to(maps)).sum((1, 2, 3))
 

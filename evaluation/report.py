@@ -1,8 +1,8 @@
-"""What a run says: tables, charts, heat maps of a sweep and a sheet of pictures, as Markdown and as one HTML page.
+"""Reports a run: tables, charts, a sweep's heat maps and a sheet of pictures, as Markdown and as one HTML page.
 
     python -m diffusers_tsam.evaluation report runs/sd15
 
-Intervals are 95 %, with one cluster a prompt; differences are of pictures of the same prompt and seed.
+Intervals are 95 %, one cluster per prompt; differences are between pictures of the same prompt and seed.
 """
 
 import base64
@@ -24,11 +24,11 @@ BLUE, RED = "#1f6fb4", "#b4421f"
 MAP = "RdBu"
 MAX_COLUMNS = 7  # methods on a sheet
 SIDE = 256  # pixels of a sheet's pictures
-LABEL = 40  # characters of a line
+LABEL = 40  # characters per line
 
 
 class Column(NamedTuple):
-    """A number of a metric: its title, by what it is multiplied, its decimals, and whether more is better."""
+    """A number of a metric: its title, its factor, its decimals, and whether more is better."""
 
     metric: str
     title: str
@@ -48,7 +48,7 @@ COLUMNS = {
     "right": Column("judge", "every solid in its colour, %", 100, 1),
     "double": Column("judge", "right but for a double, %", 100, 1, False),
     "touching": Column("judge", "right but touching, %", 100, 1, False),
-    "objects": Column("judge", "every object, %", 100, 1),  # of runs scored when solids were not counted
+    "objects": Column("judge", "every object, %", 100, 1),  # runs scored before solids were counted
     "missing": Column("judge", "an object missing, %", 100, 1, False),
     "swap": Column("judge", "a swap, %", 100, 1, False),
     "placed": Column("judge", "solids where asked, %", 100, 1),
@@ -61,14 +61,14 @@ th{border-bottom:2px solid #222}img{max-width:100%;height:auto}p{color:#555}"""
 
 
 def interval(means):
-    """Mean of clusters' means, and half of its 95 % interval."""
+    """Mean of clusters' means, and half its 95 % interval."""
     means = np.asarray(means, dtype=float)
     half = 1.96 * means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
     return (means.mean() if len(means) else math.nan), half
 
 
 def ratio_interval(parts, wholes):
-    """Σ parts / Σ wholes of clusters, and half of its 95 % interval, linearised."""
+    """Σ parts / Σ wholes of clusters, and half its linearised 95 % interval."""
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
     ratio, n = parts.sum() / wholes.sum(), len(parts)
     residual = ((parts - ratio * wholes) ** 2).sum() * n / max(n - 1, 1)
@@ -76,7 +76,7 @@ def ratio_interval(parts, wholes):
 
 
 def per_prompt(values, clusters):
-    """Mean of values (prompts, seeds) over seeds, and over prompts of one text, which are one cluster."""
+    """Mean of values (prompts, seeds) over a cluster: all seeds and prompts of one text."""
     there = np.isfinite(values)
     numbers = np.bincount(clusters, there.sum(-1))
     sums = np.bincount(clusters, np.where(there, values, 0).sum(-1, dtype=float))
@@ -84,7 +84,7 @@ def per_prompt(values, clusters):
 
 
 def in_words(mean, half, column=NUMBER, sign="", missing=""):
-    """A number with its interval, which one prompt alone has none of; `missing` where there is no number."""
+    """A number with its interval, if there are two prompts; `missing` if there is no number."""
     factor, digits = column.factor, column.decimals
     if not math.isfinite(mean):
         return missing
@@ -93,7 +93,7 @@ def in_words(mean, half, column=NUMBER, sign="", missing=""):
 
 
 class Scores:
-    """All numbers of a run: `values`, {key of COLUMNS: (methods, prompts, seeds)}, of what has been scored."""
+    """All scored numbers of a run: `values`, {key of COLUMNS: (methods, prompts, seeds)}."""
 
     def __init__(self, run):
         self.run, self.values = run, {}
@@ -106,16 +106,16 @@ class Scores:
         self.stock = run.methods.index("stock") if "stock" in run.methods else None
 
     def of(self, method, key):
-        """Mean and half of its interval."""
+        """Mean and half its interval."""
         return interval(per_prompt(self.values[key][method], self.run.clusters))
 
     def gain(self, method, key):
-        """Difference from stock and half of its interval, of pictures that both have."""
+        """Difference from stock and half its interval, over pictures that both have."""
         return interval(per_prompt(self.values[key][method] - self.values[key][self.stock], self.run.clusters))
 
 
 def table_of(scores):
-    """(head, rows): every method's means, and their differences from stock."""
+    """(head, rows): all methods' means, and their differences from stock."""
     run, counts = scores.run, np.isfinite(next(iter(scores.values.values()))).sum((1, 2))
     drawn = run.done("drawn").any((1, 2))
     compared = scores.stock is not None and len(run.methods) > 1
@@ -134,7 +134,7 @@ def table_of(scores):
 
 
 def type_rates(run):
-    """{question type: [(accuracy, half) a method]} of TIFA's answers, and the number of questions. Fig. 7."""
+    """{question type: [(accuracy, half its interval) per method]} of TIFA's answers. Fig. 7."""
     counts = {}
     for row in run.rows("score-tifa"):
         for name, both in row["types"].items():
@@ -147,7 +147,7 @@ def type_rates(run):
 
 
 def types_figure(run, rates):
-    """Accuracy by question type, a bar a method. Fig. 7."""
+    """Accuracy by question type, a bar per method. Fig. 7."""
     fig = Figure((max(8, 1.3 * len(rates)), 4), dpi=120, layout="constrained")
     axes, width = fig.subplots(), 0.8 / len(run.methods)
     for method, name in enumerate(run.methods):
@@ -162,7 +162,7 @@ def types_figure(run, rates):
 
 
 def gains_figure(scores):
-    """Differences from stock with their intervals, a panel a number."""
+    """Differences from stock with intervals, a panel per number."""
     names = [name for k, name in enumerate(scores.run.methods) if k != scores.stock]
     panels = len(scores.values)
     fig = Figure((3 + 2.6 * panels, 1.2 + 0.35 * len(names)), dpi=120, layout="constrained")
@@ -182,7 +182,7 @@ def gains_figure(scores):
 
 
 def grids(run):
-    """{all other arguments in words: {(alpha, gamma): method}} of the methods that form a sweep."""
+    """{all other arguments in words: {(alpha, gamma): method}} for methods in a sweep."""
     found = {}
     for method, arguments in enumerate(run.settings["methods"].values()):
         if {"alpha", "gamma"} <= set(arguments):
@@ -193,7 +193,7 @@ def grids(run):
 
 
 def sweep_figure(scores, key):
-    """What each alpha and gamma gains over stock: a heat map for all other arguments, in one scale. Tables B and C."""
+    """Gains over stock by alpha and gamma: heat maps by all other arguments, in one scale. Tables B and C."""
     column, found = COLUMNS[key], grids(scores.run)
     gains = {
         words: {at: [column.factor * x for x in scores.gain(method, key)] for at, method in grid.items()}
@@ -219,7 +219,7 @@ def sweep_figure(scores, key):
 
 
 def sheet_figure(run, prompts=3, seeds=2):
-    """The first prompts' pictures, methods in columns, seeds in rows; not chosen by what they show."""
+    """The first prompts' pictures, not selected: methods in columns, seeds in rows."""
     methods = range(min(len(run.methods), MAX_COLUMNS))
     rows = [(prompt, seed) for prompt in range(min(prompts, run.shape[1])) for seed in range(min(seeds, run.shape[2]))]
     fig = Figure((1.7 * len(methods) + 0.6, 1.75 * len(rows) + 0.8), dpi=120, layout="constrained", facecolor="white")

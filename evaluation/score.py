@@ -1,11 +1,11 @@
-"""What a run's pictures are worth: one line a picture and metric, resumable.
+"""Scores a run's pictures: a line per picture and metric, resumable.
 
     python -m diffusers_tsam.evaluation score runs/sd15 --metrics clip,caption,tifa --questions tifa_questions.json
 
-clip: CLIP-I, the picture against the full prompt and against its parts, the lowest of which is the minimum object.
-caption: CLIP-T, a BLIP caption of it against the prompt. Both as Attend-and-Excite does (Chefer et al. 2023, and its
+clip: CLIP-I, the picture against the full prompt and against its parts; the lowest part is the minimum object.
+caption: CLIP-T, its BLIP caption against the prompt. Both as in Attend-and-Excite (Chefer et al. 2023, and its
 metrics/ folder). tifa: TIFA (Hu et al., ICCV 2023, arXiv:2303.11897) and soft TIFA (GenEval 2, arXiv:2512.16853).
-judge: that of the shapes world.
+judge: the shapes world's.
 """
 
 import json
@@ -26,7 +26,7 @@ from .prompts import json_of, phrases
 from .runs import Run, opened, processes, write
 
 
-# The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021), which Attend-and-Excite averages over
+# The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021); Attend-and-Excite averages over them
 _OF_BOTH_ARTICLES = {
     "a {} photo of {} {{}}.": "bad, low resolution, cropped, bright, dark, close-up, black and white, pixelated,"
     " blurry, jpeg corrupted, good",
@@ -42,19 +42,19 @@ TEMPLATES = [
     for word, article in product(words.split(", "), ("a", "the"))
 ]
 TEMPLATES += ["a photo of many {}.", "a photo of one {}.", "a photo of my {}.", "itap of my {}."]
-CAPTION = {"num_beams": 3, "min_length": 10, "max_length": 30}  # LAVIS's, with which Attend-and-Excite captioned
+CAPTION = {"num_beams": 3, "min_length": 10, "max_length": 30}  # LAVIS's, as in Attend-and-Excite
 MAX_ANSWER = 50  # tokens; TIFA's
 READERS = 8  # threads that open pictures
 
 
 def in_template(template, prompt):
-    """The prompt in the place of a template's noun; of "a photo of the a red car" the first article goes."""
+    """Put the prompt in place of a template's noun; "a photo of the a red car" loses the first article."""
     own = r"(?:(?:an?|the) )?\{\}" if re.match(r"(an?|the) ", prompt) else r"\{\}"
     return re.sub(own, lambda _: prompt, template)
 
 
 class Clip:
-    """CLIP-I: cosine similarity of the picture and the prompt, whose feature is the mean over TEMPLATES."""
+    """CLIP-I: cosine similarity of the picture and the prompt's mean feature over TEMPLATES."""
 
     keys = ("clip_full", "clip_min")
 
@@ -88,7 +88,7 @@ class Clip:
 
 
 class Caption:
-    """CLIP-T: cosine similarity of a caption of the picture and the prompt, as CLIP reads both."""
+    """CLIP-T: cosine similarity of the picture's caption and the prompt, both read by CLIP."""
 
     keys = ("clip_text",)
 
@@ -105,16 +105,16 @@ class Caption:
 
 
 class BlipAnswers:
-    """A `BlipForQuestionAnswering`'s free answers, and how probable it finds given ones.
+    """A `BlipForQuestionAnswering`'s free answers, and its probabilities of given ones.
 
-    transformers lets BLIP's answers look at the padding of shorter questions, so those of one length go together.
+    Batches have questions of one length, because transformers lets BLIP's answers attend to padding.
     """
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
 
     def __call__(self, images, questions, answers):
-        """Of n images, questions and expected answers: n free answers, and n probabilities of the expected ones."""
+        """n free answers and n probabilities of the expected ones, for n images, questions and expected answers."""
         distinct = {id(image): image for image in images}
         number = {name: k for k, name in enumerate(distinct)}
         pixels = self.processor.image_processor(images=list(distinct.values()), return_tensors="pt").pixel_values
@@ -132,7 +132,7 @@ class BlipAnswers:
         return free, likely
 
     def answered(self, seen, asked, answers):
-        """Free answers and probabilities of the expected ones, of images' features and questions' tokens."""
+        """Free answers and probabilities of the expected ones, from images' features and questions' tokens."""
         config, decoder = self.model.config.text_config, self.model.text_decoder
         state = self.model.text_encoder(input_ids=asked, encoder_hidden_states=seen)[0]
         ids = decoder.generate(
@@ -154,7 +154,7 @@ class BlipAnswers:
 
 
 class Nearest:
-    """Which choice a free answer means: the one that it is, or that a sentence encoder finds nearest, as in TIFA."""
+    """The choice that a free answer means: the same one, or a sentence encoder's nearest, as in TIFA."""
 
     def __init__(self, model=None, tokenizer=None):
         self.model, self.tokenizer = model and model.eval(), tokenizer
@@ -174,7 +174,7 @@ class Nearest:
 
 
 class Tifa:
-    """Share of a prompt's questions that are answered as expected, and the mean probability of the expected answers.
+    """Share of a prompt's questions answered as expected, and the mean probability of the expected answers.
 
     questions: entries of TIFA's question file, {"caption", "question", "choices", "answer", "element_type"}.
     """
@@ -212,7 +212,7 @@ class Tifa:
 
 
 class Shapes:
-    """The judge of the shapes world: `verdict`, where "right" is that every solid is there in its colour."""
+    """The shapes world's judge: `verdict`, where "right" means that every solid is there in its colour."""
 
     keys = ("counted", "right", "double", "touching", "missing", "swap")
 
@@ -235,7 +235,7 @@ class Shapes:
 
     @staticmethod
     def placed(regions, places):
-        """The share of the solids that are seen inside their boxes, and whether all are; a phrase ends in a solid."""
+        """The share of solids seen inside their boxes, and whether all are; a phrase ends with a solid."""
         found = []
         for phrase, (x0, y0, x1, y1) in regions.items():
             x, y = places.get(tuple(phrase.split()[-2:]), (-1, -1))
@@ -256,7 +256,7 @@ METRICS = {"clip": Clip.keys, "caption": Caption.keys, "tifa": Tifa.keys, "judge
 
 
 def check(metrics, questions, batch):
-    """Refuse at once what would only fail later."""
+    """Refuse now what would fail later."""
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"A metric is {metric!r}, but has to be one of {', '.join(METRICS)}.")
@@ -268,7 +268,7 @@ def check(metrics, questions, batch):
 
 
 def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
-    """A metric's function of (images, prompts), and what its numbers depend on."""
+    """A metric's function of (images, prompts), and its numbers' settings."""
     if metric == "clip":
         return Clip(*pretrained("CLIPModel", clip, device)), {"clip": clip}
     if metric == "caption":
@@ -294,7 +294,7 @@ def score(
     questions=None,
     score_batch=32,
 ):
-    """Score what of a run is drawn and not scored yet; returns the `Run`."""
+    """Score a run's drawn but unscored pictures; returns the `Run`."""
     check(metrics, questions, score_batch)
     state, run = processes(), Run(folder)
     drawn, present = run.done("drawn"), run.present()

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 
-MODELS = {name: Path(__file__).parent / name for name in ("sd", "pixart")}  # what ships, a folder a pipeline
+MODELS = {name: Path(__file__).parent / name for name in ("sd", "pixart")}  # shipped, a folder per pipeline
 JOINT_MODEL = Path(__file__).parent / "sd3"  # a small SD3, for the modular blocks' benchmark
-SD3_TOKENS = 13  # of CLIP and of T5: SD3 attends to padding, so that the number has to be the same in every call
-ARGUMENTS = {  # what a call for them needs, guided or not
+SD3_TOKENS = 13  # for CLIP and T5, the same in every call, because SD3 attends to padding
+ARGUMENTS = {  # of their calls, guided or not
     "sd": {"guidance_scale": 4.0},
     "pixart": {"guidance_scale": 4.0, "use_resolution_binning": False, "clean_caption": False},
 }
-# T-SAM's settings for the models that ship; "sink" is `sd` with the weights of sink.py. The paper's were chosen for
-# large models and overshoot on these, because their maps are sharper.
+# T-SAM's settings for the shipped models; "sink" is `sd` with sink.py's weights. The paper's settings, chosen for large
+# models, overshoot on these, because their maps are sharper.
 TUNED = {name: {"preset": "fast"} for name in ("sd", "pixart", "sink", "sd3")}
 SOLIDS = ("cube", "sphere", "cone", "cylinder", "ring", "star")
 COLOURS = {
@@ -24,10 +24,10 @@ COLOURS = {
     "black": (35, 35, 38),
     "white": (240, 240, 240),
 }
-WORDS = (*COLOURS, *SOLIDS, "a", "an", "and", "with")  # of the captions that the models were trained on
+WORDS = (*COLOURS, *SOLIDS, "a", "an", "and", "with")  # of the models' training captions
 
 
 def unknown_words(prompt):
-    """The words of a prompt that the models that ship were not trained on, each once; most are spelled in letters."""
+    """The words of a prompt that the shipped models did not train on, each once; most are spelled in letters."""
     words = (word.strip(".,;:!?-–—\"'()") for word in prompt.split())
     return [word for word in dict.fromkeys(words) if word and word.lower() not in WORDS]

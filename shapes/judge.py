@@ -14,22 +14,22 @@ from .scenes import COLOURS, PAIRS, faces
 
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
-FRAGMENT = 200  # pixels: what has fewer is no solid; the smallest that is drawn has 481
-NECK = 2  # pixels eroded from every side: what hangs together by no more is two
-WIDE_NECK, LARGE = 5, 500  # the same where each part has one colour and so many pixels, more than a misread face has
-SQUARE = np.ones((3, 3))  # with its diagonals
-CELL = 16  # pixels of the side of what a logit of the judge stands for
+FRAGMENT = 200  # pixels: a solid has at least so many; the smallest drawn has 481
+NECK = 2  # pixels eroded from every side, to split solids that touch
+WIDE_NECK, LARGE = 5, 500  # the same if each part has one colour and more pixels than a misread face
+SQUARE = np.ones((3, 3))  # includes diagonals
+CELL = 16  # pixels: the side of the area that a judge's logit reads
 
 
 class Component(NamedTuple):
-    """What hangs together in a picture: its number of pixels, and its box (x0, y0, x1, y1), the ends not included."""
+    """A connected part of a picture: its number of pixels, and its box (x0, y0, x1, y1), the ends excluded."""
 
     pixels: int
     box: tuple
 
 
 def parts(mask, neck):
-    """The connected parts of a mask (H, W), a mask each, cut where it is no more than 2 * neck pixels wide."""
+    """The connected parts of a mask (H, W), a mask each, cut at necks of at most 2 * neck pixels."""
     cores, number = ndimage.label(ndimage.binary_erosion(mask, SQUARE, neck), SQUARE)
     whole = np.where(cores, cores, ndimage.grey_dilation(cores, (2 * neck + 1,) * 2) * mask)  # no core loses a pixel
     return [whole == k for k in range(1, number + 1)]
@@ -38,8 +38,8 @@ def parts(mask, neck):
 def components(picture):
     """The `Component`s of a picture (PIL or (H, W, 3) uint8), solids and fragments.
 
-    A pixel belongs to the nearest of the background, which is the border's median, and the colours' faces. Solids
-    that touch are told apart by their colours and by necks.
+    A pixel belongs to the nearest of the background (the border's median) and the colours' faces. Colours and necks
+    separate solids that touch.
     """
     pixels = np.asarray(picture, dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -78,7 +78,7 @@ class Judge(nn.Module):
         return self.logits(images).amax((2, 3))
 
     def logits(self, images):
-        """The same at every place, (B, 48, H / CELL, W / CELL)."""
+        """Logits at every place, (B, 48, H / CELL, W / CELL)."""
         return self.head(self.body(F.avg_pool2d(images, 2)))
 
     def look(self, images):
@@ -99,7 +99,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def locate(self, images):
-        """As `read`, {(colour, solid): (x, y)}: where it is seen most surely, in fractions of the picture."""
+        """Like `read`, {(colour, solid): (x, y)}: its most certain place, in fractions of the picture."""
         logits = self.look(images)
         height, width = logits.shape[2:]
         highest, place = logits.flatten(2).max(-1)
@@ -111,9 +111,9 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def solids(self, images):
-        """As `read`, [(colour, solid, (x, y))], each as often as there are components that look most like it.
+        """Like `read`, [(colour, solid, (x, y))], each once for every component that looks most like it.
 
-        Its place is the component's middle, or that of `locate` where a solid that is seen has none of its own.
+        The place is the component's middle, or that of `locate` for a seen solid without a component.
         """
         found = []
         for image, logits, places in zip(images, self.look(images), self.locate(images)):
@@ -131,10 +131,10 @@ class Judge(nn.Module):
 def verdict(wanted, seen, count=None):
     """How a picture answers its prompt. wanted, seen: iterables of (colour, solid); count: how many solids it shows.
 
-    correct: every solid is there in its colour and nothing else is; objects: every solid is there, whatever its colour,
-    and missing: one is not; swap: some wanted solid appears in a colour that the prompt gives to another solid, and not
-    in its own. With a count, counted: correct, and there are as many solids as asked; double: correct, but for more;
-    touching: correct, but for fewer, since some hang together.
+    correct: every solid is there in its colour and nothing else is; objects: every solid is there in any colour;
+    missing: one is not; swap: some wanted solid appears in a colour that the prompt gives to another solid, and not
+    in its own. With a count, counted: correct, with as many solids as asked; double: correct, but more; touching:
+    correct, but fewer, because some touch.
     """
     wanted, seen = set(wanted), set(seen)
     colours = {colour for colour, _ in wanted}

@@ -1,7 +1,7 @@
 """Scenes of one to three shaded solids on a grey background, with their captions.
 
-A scene is drawn from sprites that are rendered once, so tens of thousands take seconds. Every colour is seen on every
-solid in training; which *pairs* of coloured solids are never seen together is fixed by `split_of`.
+Sprites are rendered once, so that tens of thousands of scenes take seconds. Training shows every colour on every solid;
+`split_of` fixes which *pairs* of coloured solids it never shows together.
 """
 
 import functools
@@ -21,7 +21,7 @@ GRID = 16  # latent positions of a picture's side
 SUPERSAMPLING = 4  # sprites are drawn this much larger, then reduced
 SPRITE_SIZES = (40, 46, 52)  # pixels
 MAX_SOLIDS = 3
-MAX_TRIES = 100_000  # to find different prompts in
+MAX_TRIES = 100_000  # to find different prompts
 PAIRS = tuple(product(COLOURS, SOLIDS))  # every coloured solid, in the order of the judge's outputs
 FACES = (0.25, 0.0, -0.25)  # how much lighter than its colour a solid's light, plain and dark faces are
 BACKGROUNDS = (115, 155)  # darkest and lightest grey: every face of black and of white stands out
@@ -47,9 +47,9 @@ def caption_of(solids, joiner="and"):
 
 
 def split_of(solids):
-    """'train', 'tune' or 'test'. A fifth of all pairs of coloured solids never meet in a training scene: half of these
-    are for tuning, half for reporting. Three solids belong to a held-out split if any two of them do and none belongs
-    to the other."""
+    """'train', 'tune' or 'test'. A fifth of all pairs of coloured solids never meet in a training scene: half of them
+    are for tuning, half for reporting. Three solids belong to a held-out split if a pair of them does and none belongs
+    to the other; with pairs in both: 'none'."""
     buckets = set()
     for pair in combinations(sorted(solids), 2):
         bucket = zlib.crc32(repr(pair).encode()) % 10
@@ -73,7 +73,7 @@ def random_solids(rng, count, split="train"):
 def prompts(count, split, number, seed=0):
     """`number` different prompts of `count` solids from a split: list of (caption, solids).
 
-    ValueError where there are not so many: the held-out splits of two solids have about 80 each.
+    ValueError if there are fewer: the held-out splits of two solids have about 80 each.
     """
     rng = np.random.default_rng(seed)
     found = {}
@@ -86,7 +86,7 @@ def prompts(count, split, number, seed=0):
 
 
 def faces(colour):
-    """A colour's light, plain and dark faces, RGB 0 to 255: it goes towards white or black."""
+    """A colour's light, plain and dark faces, RGB 0 to 255: mixed with white or black."""
     return [
         tuple(round(c + ((255 if factor > 0 else 0) - c) * abs(factor)) for c in COLOURS[colour]) for factor in FACES
     ]

@@ -2,8 +2,8 @@
 
     python -m diffusers_tsam.shapes.sink FOLDER
 
-`sink.safetensors` holds what `train.py --stages sink` changed of `sd`: the text encoder's queries and keys, biases and
-embeddings, and the transformer blocks of the UNet.
+`sink.safetensors` holds the weights of `sd` that `train.py --stages sink` changed: the text encoder's queries, keys,
+biases and embeddings, and the UNet's transformer blocks.
 """
 
 import argparse
@@ -21,7 +21,7 @@ CHANGED = ("text_encoder", "unet")
 
 
 def changes_of(pipe):
-    """{name: float16 tensor} of the weights that are others than the small Stable Diffusion's."""
+    """{name: float16 tensor} of the weights that differ from the small Stable Diffusion's."""
     before, found = StableDiffusionPipeline.from_pretrained(MODELS["sd"], dtype=torch.float32), {}
     for part in CHANGED:
         old = getattr(before, part).state_dict()
