@@ -48,8 +48,8 @@ def caption_of(solids, joiner="and"):
 
 def split_of(solids):
     """'train', 'tune' or 'test'. A fifth of all pairs of coloured solids never meet in a training scene: half of them
-    are for tuning, half for reporting. Three solids belong to a held-out split if a pair of them does and none belongs
-    to the other; with pairs in both: 'none'."""
+    are for tuning, half for reporting. Three solids belong to a held-out split if any two of them do and none belongs
+    to the other."""
     buckets = set()
     for pair in combinations(sorted(solids), 2):
         bucket = zlib.crc32(repr(pair).encode()) % 10

@@ -65,19 +65,19 @@ STEPS = {"sd": 2_300, "pixart": 4_500, "sd3": 6_000, "sink": 1_200}
 MAX_TOKENS = 32
 WORDS = [*COLOURS, *SOLIDS, "a", "an", "and", "with", "the", "next", "to", "of", ","]
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
-GROUNDING = 0.03  # weight of the share of a word's map that lies off its solid (TokenCompose, Wang et al. 2024)
+GROUNDING = 0.03  # weight of the share of a word's map off its solid (TokenCompose, Wang et al. 2024)
 EMA_DECAY = 0.999
 WARMUP = 100  # steps
 DECODER_NOISE = 0.05  # what a sampler leaves in a latent
 CHECKPOINT_SECONDS = 120
-IDENTITY = 35.0  # by which the sink's encoder weighs a word itself against what it attends to, as large CLIPs do
-PLACE = 2.0  # and by which it weighs the word's place, by which a denoiser could tell who belongs to whom, too
+IDENTITY = 35.0  # the sink encoder's weight of a word itself against what it attends to, as in large CLIPs
+PLACE = 2.0  # its weight of the word's place, low because a denoiser could read from it who belongs to whom
 SINK_STEPS = 4_000
 SINK_WEIGHT = 0.3
 
 
 def build_clip_tokenizer(max_tokens=MAX_TOKENS):
-    """A CLIPTokenizer of the captions' words, one token each; anything else falls apart into bytes."""
+    """A CLIPTokenizer with a token per caption word; it splits anything else into bytes."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -93,7 +93,7 @@ def build_clip_tokenizer(max_tokens=MAX_TOKENS):
 
 
 def build_t5_tokenizer():
-    """A T5Tokenizer of the captions' words, one token each; anything else falls apart into printable characters."""
+    """A T5Tokenizer with a token per caption word; it splits anything else into printable characters."""
     characters = [chr(code) for code in range(33, 127)]
     pieces = [("▁" + word, -1.0) for word in WORDS] + [("▁", -2.0)] + [(character, -10.0) for character in characters]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *dict(pieces).items()]
@@ -114,7 +114,7 @@ def build_vae():
 
 
 def shipped_vae():
-    vae = build_vae()  # not loaded as it is: it would keep its folder's name
+    vae = build_vae()  # not loaded, because it would keep its folder's name
     vae.load_state_dict(AutoencoderKL.from_pretrained(MODELS["sd"] / "vae", dtype=torch.float32).state_dict())
     return vae
 
@@ -146,7 +146,7 @@ def build_t5(tokenizer):
             num_layers=3,
             num_heads=4,
             dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",  # as T5 1.1, PixArt's
+            feed_forward_proj="gated-gelu",  # like T5 1.1, PixArt's
             is_encoder_decoder=False,
             use_cache=False,
         )
@@ -167,7 +167,7 @@ def build_unet(width=64):
 
 
 def build_transformer():
-    """As deep as blocks 10 to 18 ask for, narrow; initialised as PixArt was, from an identity."""
+    """Narrow, as deep as blocks 10 to 18 need; initialised like PixArt, from an identity."""
     transformer = PixArtTransformer2DModel(
         sample_size=GRID,
         patch_size=2,
@@ -187,7 +187,7 @@ def build_transformer():
 
 
 def build_joint_transformer():
-    """As SD 3.5's, small; every block starts as an identity (adaLN-Zero, Peebles and Xie 2023)."""
+    """Like SD 3.5's, small; every block starts as an identity (adaLN-Zero, Peebles and Xie 2023)."""
     transformer = SD3Transformer2DModel(
         sample_size=GRID,
         patch_size=2,
@@ -226,7 +226,7 @@ def build_scheduler():
 class Run:
     """One stage's loop: learning rate, progress, checkpoint and resumption.
 
-    modules: {name: module}, trained together; all other state is the step and the seeds that follow from it.
+    modules: {name: module}, trained together; the only other state is the step, which gives the seeds.
     """
 
     def __init__(self, name, args, modules, steps, rate, ema=False):
@@ -256,7 +256,7 @@ class Run:
         self.path.with_suffix(".tmp").rename(self.path)
 
     def __call__(self, loss_of):
-        """loss_of(rng, generator) -> (loss, {name: number tensor}), called once a step with that step's own seeds."""
+        """loss_of(rng, generator) -> (loss, {name: number tensor}), called once per step with the step's seeds."""
         started = saved = time.time()
         first, means = self.step, {}
         while self.step < self.steps:
@@ -310,7 +310,7 @@ def train_judge(args):
         scenes = [random_scene(rng, "train") for _ in range(64)]
         images = to_tensor([scene.image for scene in scenes], args)
         images = images + 0.16 * rng.random() * torch.randn(images.shape, generator=generator).to(args.device)
-        if rng.random() < 0.5:  # what a decoder blurs, at the half size that the judge looks at
+        if rng.random() < 0.5:  # a decoder's blur, at the half size that the judge reads
             images = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4, mode="bilinear")
         targets = torch.tensor([[float(pair in scene.solids) for pair in PAIRS] for scene in scenes])
         with autocast(args):
@@ -322,7 +322,7 @@ def train_judge(args):
 
 
 def train_vae(args):
-    """From nothing, or with the latents of another, `args.latents_of`, so that denoisers trained on those stay."""
+    """Train from nothing, or with another's latents, `args.latents_of`, so that denoisers trained on those stay."""
     vae = build_vae().to(args.device, memory_format=torch.channels_last)
     if args.latents_of:
         return train_vae_alike(args, vae, AutoencoderKL.from_pretrained(args.latents_of, dtype=torch.float32))
@@ -343,7 +343,7 @@ def train_vae(args):
 
 
 def train_vae_alike(args, vae, other):
-    """Train `vae` to encode as `other` encodes the picture at its own size, and to decode what that gives."""
+    """Train `vae` to encode as `other` encodes the picture at its own size, and to decode the result."""
     vae.register_to_config(scaling_factor=other.config.scaling_factor)
     other.to(args.device, memory_format=torch.channels_last).eval()
     smaller = 2 ** (len(vae.config.block_out_channels) - len(other.config.block_out_channels))
@@ -367,7 +367,7 @@ def train_vae_alike(args, vae, other):
 
 
 def train_decoder(args, vae):
-    """Sharpen the decoder on the latents that the diffusion model learns, the encoder's means."""
+    """Sharpen the decoder on the encoder's means, the latents that the diffusion model learns."""
     decoder = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     run = Run("decoder", args, decoder, args.decoder_steps, 1e-3, ema=True)
     vae.decoder.requires_grad_(True).train()
@@ -387,8 +387,8 @@ def train_decoder(args, vae):
 
 
 class GroundedAttnProcessor:
-    """Plain attention, faster here than the fused one; cross-attention's probabilities, averaged over heads, are kept
-    in `maps` for the grounding loss."""
+    """Plain attention, here faster than the fused one. Keeps cross-attention's probabilities, averaged over heads, in
+    `maps` for the grounding loss."""
 
     def __init__(self, maps):
         self.maps = maps
@@ -409,7 +409,7 @@ class GroundedAttnProcessor:
 
 
 class GroundedJointAttnProcessor:
-    """SD3's joint attention, likewise; of it, what image rows give to T5's columns, and to the same words' of CLIP."""
+    """SD3's joint attention, likewise: keeps what image rows give to T5's columns and CLIP's of the same words."""
 
     def __init__(self, maps):
         self.maps = maps
@@ -426,15 +426,15 @@ class GroundedJointAttnProcessor:
         probabilities = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)
         positions = image.shape[1]
         words = probabilities[:, :, :positions, positions:].mean(1)
-        self.maps += [words[..., SD3_TOKENS:], words[..., 1:SD3_TOKENS]]  # CLIP's begin behind its <bos>
+        self.maps += [words[..., SD3_TOKENS:], words[..., 1:SD3_TOKENS]]  # CLIP's begin after its <bos>
         image, text = (probabilities @ v).transpose(1, 2).flatten(2).split([positions, text.shape[1]], 1)
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
 
 def grounding_loss(maps, masks, words):
-    """Share of a colour's or noun's attention that lies off its solid.
+    """Share of a colour's or noun's attention off its solid.
 
-    maps: list of (B, P, N), P a square grid; masks (B, 3, GRID, GRID); words (B, 3, 2) token positions, 0 where none.
+    maps: list of (B, P, N), P a square grid; masks (B, 3, GRID, GRID); words (B, 3, 2) token positions, 0 for none.
     """
     losses = []
     present = (words > 0).flatten(1)
@@ -449,7 +449,7 @@ def grounding_loss(maps, masks, words):
 
 
 def identity(*modules):
-    """What tells their weights from others."""
+    """A digest of their weights."""
     known = hashlib.sha256()
     for module in modules:
         for tensor in module.state_dict().values():
@@ -458,7 +458,7 @@ def identity(*modules):
 
 
 def latents_of(args, vae, number):
-    """`number` scenes encoded once: latents, masks, captions; latents have unit variance."""
+    """Encode `number` scenes once: latents of unit variance, masks, captions."""
     path = args.work / f"latents{number}-{identity(vae.encoder, vae.quant_conv)}.pt"
     if path.exists():
         return torch.load(path, weights_only=False)
@@ -479,7 +479,7 @@ def latents_of(args, vae, number):
 
 
 def train_sd(args, vae):
-    """Stable Diffusion: UNet and CLIP."""
+    """Stable Diffusion's UNet and CLIP."""
     tokenizer, unet = build_clip_tokenizer(), build_unet(args.width).to(memory_format=torch.channels_last)
     text_encoder, scheduler = build_clip(tokenizer, width=2 * args.width), build_scheduler()
 
@@ -493,7 +493,7 @@ def train_sd(args, vae):
 
 
 def train_pixart(args, vae):
-    """PixArt-α: diffusion transformer and T5."""
+    """PixArt-α's transformer and T5."""
     tokenizer, transformer = build_t5_tokenizer(), build_transformer()
     text_encoder, scheduler = build_t5(tokenizer), build_scheduler()
 
@@ -507,7 +507,7 @@ def train_pixart(args, vae):
 
 
 def train_sd3(args):
-    """SD3: joint transformer, one CLIP in both places, and the small PixArt-α's T5, trained on without its mask."""
+    """SD3's joint transformer, one CLIP in both places, and the small PixArt-α's T5, trained on without its mask."""
     vae = shipped_vae().to(args.device)
     vae.register_to_config(shift_factor=0.0)
     clip_tokenizer, tokenizer = build_clip_tokenizer(SD3_TOKENS), build_t5_tokenizer()
@@ -529,13 +529,13 @@ def train_sd3(args):
 
 
 def fit_sink(args, text_encoder, tokenizer):
-    """Let <bos> take the share `args.sink` of every later token's attention, and of the rest keep who attends to whom.
+    """Let <bos> take the share `args.sink` of every later token's attention, and keep who attends to whom in the rest.
 
-    The paper finds such a sink in CLIP: T still tells the syntax, but hardly any of it reaches the embeddings. Queries
-    and keys alone are trained, against the encoder's own attention before. The other changes need no training: what the
-    sink itself would add to a token, a constant, the output's bias takes away; a word's own embedding is made large,
-    without which nothing of the word itself would pass a sink; and its place is made small beside it, since words that
-    belong together are neighbours.
+    The paper finds such a sink in CLIP: T still tells the syntax, but hardly any of it reaches the embeddings. Only
+    queries and keys are trained, against the encoder's attention before. The other changes need no training: the
+    output's bias subtracts the constant that the sink adds to a token; a word's embedding is made large, because
+    otherwise nothing of the word would pass a sink; and its place is made small beside it, because words that belong
+    together are neighbours.
     """
     text_encoder.set_attn_implementation("eager")  # sdpa returns no attention
     before = copy.deepcopy(text_encoder).eval().requires_grad_(False)
@@ -569,8 +569,8 @@ def fit_sink(args, text_encoder, tokenizer):
 
 
 def train_sink(args):
-    """Stable Diffusion whose text encoder has an attention sink: the shipped one, its UNet's transformer blocks trained
-    on, while the convolutions stay."""
+    """Give the shipped Stable Diffusion's text encoder an attention sink, and train on its UNet's transformer blocks;
+    the convolutions stay."""
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["sd"])
     fit_sink(args, pipe.text_encoder, pipe.tokenizer)
 
@@ -579,27 +579,27 @@ def train_sink(args):
 
     parts = (pipe.vae, pipe.unet, [pipe.text_encoder], build_scheduler(), [(pipe.tokenizer, MAX_TOKENS)], predict)
     transformers = [module for module in pipe.unet.modules() if isinstance(module, Transformer2DModel)]
-    # Not their GroupNorm, whose backward pass crashes torch 2.13 on a CPU where its input needs no gradient
+    # Not GroupNorm, because its backward pass crashes torch 2.13 on a CPU if its input needs no gradient
     trained = nn.ModuleList(part for t in transformers for part in (t.proj_in, t.transformer_blocks, t.proj_out))
     train_diffusion(f"sink-{args.sink}", args, *parts, trained)
     return pipe
 
 
 def noised(scheduler, latents, noise, generator):
-    """Latents (B, ...) at random times: what the denoiser sees, the timesteps, and what it is to predict of them."""
+    """Latents (B, ...) at random times: the denoiser's input, the timesteps, and the target of its prediction."""
     if hasattr(scheduler, "get_velocity"):
         timesteps = torch.randint(0, 1000, (len(latents),), generator=generator).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         return noisy, timesteps, scheduler.get_velocity(latents, noise, timesteps)
-    sigmas = torch.randn(len(latents), generator=generator).sigmoid().to(latents)  # as SD3 was (Esser et al. 2024)
+    sigmas = torch.randn(len(latents), generator=generator).sigmoid().to(latents)  # as in SD3 (Esser et al. 2024)
     return latents.lerp(noise, sigmas[:, None, None, None]), 1000 * sigmas, noise - latents
 
 
 def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokenizers, predict, trained=None):
-    """Train denoiser and text encoders, or of them what is in `trained`, on captions.
+    """Train denoiser and text encoders, or only their part in `trained`, on captions.
 
-    predict(noisy, timesteps, tokens): tokens are those of all `tokenizers`, pairs of a tokenizer and its number of
-    tokens, beside each other.
+    predict(noisy, timesteps, tokens): tokens of all `tokenizers` (pairs of a tokenizer and its number of tokens) side
+    by side.
     """
     data = latents_of(args, vae, args.scenes)
     vae.register_to_config(scaling_factor=data["scale"])
@@ -652,14 +652,14 @@ def train_diffusion(name, args, vae, denoiser, text_encoders, scheduler, tokeniz
 
 
 def save(pipe, path):
-    """Save in float16. Text encoders' configs ask for float32, as diffusers' models do when no dtype is given."""
+    """Save in float16. Text encoders' configs say float32, which diffusers' models use without a given dtype."""
     pipe.to("cpu", torch.float16).save_pretrained(path)
     for config in path.glob("text_encoder*/config.json"):
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def stages_of(text):
-    """The value of --stages as a list."""
+    """Parse --stages into a list."""
     stages = [stage.strip() for stage in text.split(",")]
     for stage in stages:
         if stage not in STAGES:
@@ -668,7 +668,7 @@ def stages_of(text):
 
 
 def share_of(text):
-    """The value of --sink as a number."""
+    """Parse --sink into a number."""
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no share. Pass a number above 0 and below 1.")
     return float(text)
