@@ -406,7 +406,7 @@ class TSAMBlocks:
 
 
 class StableDiffusionXLTSAMBlocks(TSAMBlocks, StableDiffusionXLAutoBlocks):
-    """`StableDiffusionXLAutoBlocks` whose first denoising steps are aligned with the prompt's syntax.
+    """`StableDiffusionXLAutoBlocks` that aligns its first denoising steps with the prompt's syntax.
 
     `StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ID)` makes a pipeline that takes
     `inputs_of(UNetSettings)`. Wrong ones raise ValueError or TypeError before the UNet runs.

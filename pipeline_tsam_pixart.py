@@ -16,13 +16,13 @@ from .tsam_pixart import PixArtAlphaTSAMPipelineOutput, PixArtTSAM  # noqa: F401
 
 
 class PixArtAlphaTSAMPipeline(PixArtTSAM, PixArtAlphaPipeline):
-    """`PixArtAlphaPipeline` whose first denoising steps are aligned with the prompt's syntax; same components."""
+    """`PixArtAlphaPipeline` that aligns its first denoising steps with the prompt's syntax; same components."""
 
     @extends(PixArtAlphaPipeline, PixArtAlphaSettings, deprecated=("mask_feature",))
     def __call__(
         self, given, settings, *, callback_on_step_end=None, callback_on_step_end_tensor_inputs: list[str] = ["latents"]
     ):
-        """Generate, as `PixArtAlphaPipeline.__call__` does, whose arguments these are up to `callback_on_step_end`.
+        """Generate like `PixArtAlphaPipeline.__call__`; the arguments before `callback_on_step_end` are stock's.
 
         Args:
             callback_on_step_end (`Callable`, *optional*): Called after every denoising step as

@@ -15,7 +15,7 @@ from .tsam_pixart import PixArtTSAM
 
 
 class PixArtSigmaTSAMPipeline(PixArtTSAM, PixArtSigmaPipeline):
-    """`PixArtSigmaPipeline` whose first denoising steps are aligned with the prompt's syntax; same components.
+    """`PixArtSigmaPipeline` that aligns its first denoising steps with the prompt's syntax; same components.
 
     alpha, gamma and the layers read are PixArt-α's, because the paper has no settings for this model.
     """
@@ -24,7 +24,7 @@ class PixArtSigmaTSAMPipeline(PixArtTSAM, PixArtSigmaPipeline):
     def __call__(
         self, given, settings, *, callback_on_step_end=None, callback_on_step_end_tensor_inputs: list[str] = ["latents"]
     ):
-        """Generate, as `PixArtSigmaPipeline.__call__` does, whose arguments these are up to `callback_on_step_end`.
+        """Generate like `PixArtSigmaPipeline.__call__`; the arguments before `callback_on_step_end` are stock's.
 
         Args:
             callback_on_step_end, callback_on_step_end_tensor_inputs: As in `PixArtAlphaTSAMPipeline`.

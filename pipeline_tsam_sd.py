@@ -16,11 +16,11 @@ from .tsam_sd import StableDiffusionTSAM, StableDiffusionTSAMPipelineOutput  # n
 
 
 class StableDiffusionTSAMPipeline(StableDiffusionTSAM, StableDiffusionPipeline):
-    """`StableDiffusionPipeline` whose first denoising steps are aligned with the prompt's syntax; same components."""
+    """`StableDiffusionPipeline` that aligns its first denoising steps with the prompt's syntax; same components."""
 
     @extends(StableDiffusionPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
-        """Generate, as `StableDiffusionPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
+        """Generate like `StableDiffusionPipeline.__call__`; the arguments before `tsam_steps` are stock's.
 
         Args:
             {arguments}

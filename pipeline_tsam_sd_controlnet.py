@@ -47,7 +47,7 @@ class ControlledLoop(WindowedLoop):
 
 
 class StableDiffusionControlNetTSAMPipeline(StableDiffusionTSAM, StableDiffusionControlNetPipeline):
-    """`StableDiffusionControlNetPipeline` whose first denoising steps are aligned with the prompt's syntax.
+    """`StableDiffusionControlNetPipeline` that aligns its first denoising steps with the prompt's syntax.
 
     An update also runs the ControlNet forward and backward, and a guided step once more forward.
     """
@@ -56,7 +56,7 @@ class StableDiffusionControlNetTSAMPipeline(StableDiffusionTSAM, StableDiffusion
 
     @extends(StableDiffusionControlNetPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
-        """Generate, as `StableDiffusionControlNetPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
+        """Generate like `StableDiffusionControlNetPipeline.__call__`; the arguments before `tsam_steps` are stock's.
 
         Args:
             {arguments}

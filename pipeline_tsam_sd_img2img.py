@@ -15,12 +15,12 @@ from .tsam_sd import StableDiffusionTSAM
 
 
 class StableDiffusionImg2ImgTSAMPipeline(StableDiffusionTSAM, StableDiffusionImg2ImgPipeline):
-    """`StableDiffusionImg2ImgPipeline` whose first denoising steps are aligned with the prompt's syntax."""
+    """`StableDiffusionImg2ImgPipeline` that aligns its first denoising steps with the prompt's syntax."""
 
     @extends(StableDiffusionImg2ImgPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
-        """Change `image`, as `StableDiffusionImg2ImgPipeline.__call__` does, whose arguments these are up to
-        `tsam_steps`. Steps, and the presets' shares, count only the steps that `strength` leaves.
+        """Change `image` like `StableDiffusionImg2ImgPipeline.__call__`; the arguments before
+        `tsam_steps` are stock's. Steps, and the presets' shares, count only the steps that `strength` leaves.
 
         Args:
             {arguments}

@@ -15,7 +15,7 @@ from .tsam_sd import StableDiffusionTSAM
 
 
 class StableDiffusionInpaintTSAMPipeline(StableDiffusionTSAM, StableDiffusionInpaintPipeline):
-    """`StableDiffusionInpaintPipeline` whose first denoising steps are aligned with the prompt's syntax.
+    """`StableDiffusionInpaintPipeline` that aligns its first denoising steps with the prompt's syntax.
 
     The loss reads the maps of the whole picture, also of the part that the mask keeps. Name that part in the prompt,
     because otherwise a word may be held against it. As in stock, latents of 4-channel UNets are blended after every
@@ -24,8 +24,8 @@ class StableDiffusionInpaintTSAMPipeline(StableDiffusionTSAM, StableDiffusionInp
 
     @extends(StableDiffusionInpaintPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
-        """Fill `mask_image`, as `StableDiffusionInpaintPipeline.__call__` does, whose arguments these are up to
-        `tsam_steps`. Steps, and the presets' shares, count only the steps that `strength` leaves.
+        """Fill `mask_image` like `StableDiffusionInpaintPipeline.__call__`; the arguments before
+        `tsam_steps` are stock's. Steps, and the presets' shares, count only the steps that `strength` leaves.
 
         Args:
             {arguments}

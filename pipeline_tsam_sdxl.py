@@ -31,7 +31,7 @@ class StableDiffusionXLTSAMPipelineOutput(StableDiffusionXLPipelineOutput):
 
 
 class StableDiffusionXLTSAMPipeline(TSAMPipelineMixin, StableDiffusionXLPipeline):
-    """`StableDiffusionXLPipeline` whose first denoising steps are aligned with the prompt's syntax; same components."""
+    """`StableDiffusionXLPipeline` that aligns its first denoising steps with the prompt's syntax; same components."""
 
     denoiser, settings, output = "unet", UNetSettings, StableDiffusionXLTSAMPipelineOutput
 
@@ -69,7 +69,7 @@ class StableDiffusionXLTSAMPipeline(TSAMPipelineMixin, StableDiffusionXLPipeline
 
     @extends(StableDiffusionXLPipeline, UNetSettings, deprecated=("callback", "callback_steps"))
     def __call__(self, given, settings):
-        """Generate, as `StableDiffusionXLPipeline.__call__` does, whose arguments these are up to `tsam_steps`.
+        """Generate like `StableDiffusionXLPipeline.__call__`; the arguments before `tsam_steps` are stock's.
 
         Args:
             {arguments}
