@@ -152,13 +152,13 @@ class StableDiffusionTSAM(TSAMPipelineMixin):
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(self, *args, **kwargs):
-        # Stock's `clip_skip` reads `text_model`, in transformers 5 the whole. Delete this method when
+        # Stock's `clip_skip` reads `text_model`, in transformers 5 the encoder. Delete this method when
         # https://github.com/huggingface/diffusers/issues/14124 is resolved.
         encoder = self.text_encoder
         if kwargs.get("clip_skip") is None or encoder is None or hasattr(encoder, "text_model"):
             return super().encode_prompt(*args, **kwargs)
         with lock_of(encoder):
-            vars(encoder)["text_model"] = encoder  # so that torch registers no submodule
+            vars(encoder)["text_model"] = encoder  # torch must not register it
             try:
                 return super().encode_prompt(*args, **kwargs)
             finally:
