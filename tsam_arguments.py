@@ -84,8 +84,8 @@ class Settings:
     refinement_iterations: int | None = argument(None, "How many more updates at each of these.")
     preset: str = argument(
         "paper",
-        "Gives every setting that is left out. 'paper': the paper's. 'fast': ours, at most 1.5 times a plain picture's"
-        " operations. 'light': ours, 1.1 times.",
+        "Gives every setting that is left out. 'paper': the paper's. 'fast': ours, 1.3 to 1.7 times a plain picture's"
+        " operations. 'light': ours, 1.1 to 1.2 times.",
         tuple(PRESETS),
     )
     objective: str | Callable | None = argument(

@@ -142,27 +142,25 @@ def counted_tables(solids):
     return "\n\n".join(tables) or "Not drawn yet."
 
 
-def counted_figure(solids=2):
-    """The headline as a picture: dots with 95 % intervals, by model."""
-    runs = counted_runs(solids)
-    fig = Figure((9, 4), dpi=120, layout="constrained", facecolor="white")
-    axes, shown = (
-        fig.subplots(),
-        {"stock": GREY, "tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE, "peer": "#c8553d"},
-    )
-    labels = {"stock": "stock", "peer": "the best peer, told the words"} | {
-        n: t.replace("`", "") for n, t in OURS.items()
-    }
-    for offset, (name, colour) in enumerate(shown.items()):
-        for x, scores in enumerate(runs.values()):
-            method = best_peer(scores) if name == "peer" else name
-            found = counted_right(scores, method)
-            if found is not None:
-                at, label = x + (offset - 1.5) * 0.14, labels.pop(name, None)  # once
-                axes.errorbar(at, *found, fmt="o", capsize=3, color=colour, label=label)
-    axes.set_xticks(range(len(runs)), [f"the small {SMALL[name]}" for name in runs])
-    axes.set(ylabel="counted right, %", ylim=(0, 102))
-    axes.spines[["top", "right"]].set_visible(False)
+def counted_figure():
+    """The headline as a picture: dots with 95 % intervals, by model, of two and of three solids."""
+    shown = {"stock": GREY, "tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE, "peer": "#c8553d"}
+    labels = {"stock": "stock", "peer": "the best peer of these pictures, told the words"}
+    labels |= {name: words.replace("`", "") for name, words in OURS.items()}
+    fig = Figure((11, 4), dpi=120, layout="constrained", facecolor="white")
+    for axes, (words, solids) in zip(fig.subplots(1, 2, sharey=True), (("two solids", 2), ("three solids", 3))):
+        runs = counted_runs(solids)
+        for offset, (name, colour) in enumerate(shown.items()):
+            for x, scores in enumerate(runs.values()):
+                method = best_peer(scores) if name == "peer" else name
+                found = counted_right(scores, method)
+                if found is not None:
+                    at, label = x + (offset - 1.5) * 0.14, labels.pop(name, None)  # once
+                    axes.errorbar(at, *found, fmt="o", capsize=3, color=colour, label=label)
+        axes.set_xticks(range(len(runs)), [SMALL[name] for name in runs])
+        axes.set(title=words, ylim=(0, 108), yticks=range(0, 101, 20))
+        axes.spines[["top", "right"]].set_visible(False)
+    fig.axes[0].set_ylabel("counted right, %")
     fig.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return fig
 

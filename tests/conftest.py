@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core already; more threads only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tsam-modules-")  # read when diffusers is imported
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "benchmarks")]
 
