@@ -17,7 +17,20 @@ import mechanism
 import numpy as np
 import starts
 from matplotlib.figure import Figure
-from rows import COMPARED, RESULTS, compared, interval, load, of_run, paired, points, settings_of, share, solids_of
+from rows import (
+    COMPARED,
+    RESULTS,
+    SMALL,
+    compared,
+    interval,
+    load,
+    of_run,
+    paired,
+    points,
+    settings_of,
+    share,
+    solids_of,
+)
 
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import BLUE, Scores, markdown, table_of
@@ -29,7 +42,6 @@ from diffusers_tsam.tsam_arguments import PRESETS, T5_PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder apart"}
-SMALL = {"sink": "SD with a sink", "sd": "SD", "pixart": "PixArt-α", "sd3": "SD 3"}  # the small models, in order
 PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen": "SynGen", "focus": "FOCUS"}
 OURS = {f"tsam:preset={name}": f'T-SAM, `preset="{name}"`' for name in ("fast", "light")}
 OURS["tsam"] = 'T-SAM, `preset="paper"`'

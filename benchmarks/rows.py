@@ -15,6 +15,7 @@ from diffusers_tsam.shapes.scenes import words_of_solids
 
 
 RESULTS = Path(__file__).parent / "results"
+SMALL = {"sink": "SD with a sink", "sd": "SD", "pixart": "PixArt-α", "sd3": "SD 3"}  # the small models, in order
 
 
 def solids_of(caption):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import RESULTS, interval, of_run
+from rows import RESULTS, SMALL, interval, of_run
 
 from diffusers_tsam.evaluation.baselines import BASELINES, told
 from diffusers_tsam.evaluation.generate import generate
@@ -158,8 +158,7 @@ def main():
             print(draw(model, args.solids, args.prompts, args.seeds))
     elif args.command == "keep":
         for folder in args.what:
-            run = Run(folder)
-            found[run.settings["model"] + "-" + run.settings["prompt_set"].split(":")[1]] = keep(folder)
+            found[SMALL[Run(folder).settings["model"]]] = keep(folder)
         FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
     else:
         print(tables(found))
