@@ -73,8 +73,7 @@ RAW = {"use_resolution_binning": False, "clean_caption": False, "height": 32, "w
 SHALLOW = RAW | {"attention_layers": (1, 2)}  # of 4 blocks, which take a fifth of the time of the default's 20
 shallow_pixart = functools.partial(tiny_pixart_components, blocks=4)
 KINDS = {
-    kind.name: kind
-    for kind in (Kind("sd", tiny_components, 20.0, {}), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
+    kind.name: kind for kind in (Kind("sd", tiny_components, 20.0, {}), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
 }
 assert KINDS.keys() == FAMILIES.keys()
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
