@@ -12,7 +12,7 @@ returns them. (attention_processors.py has the means of Eq. (2) and (6).)
 import functools
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -350,7 +350,8 @@ class LatentAlignment:
         self.relative_step = None if settings.relative_step is None else float(settings.relative_step)
         self.alpha: float | torch.Tensor = 0.0 if settings.alpha is None else float(settings.alpha)
         self.keep_maps = settings.output_attentions
-        self.losses, self.maps, self.moved, self.loss_scale, self.lost = [], [], None, None, None
+        self.losses, self.maps, self.moved, self.lost = [], [], None, None
+        self.loss_scale: Any = None  # (B,), in float16
         if not self.possible:
             logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
 
