@@ -351,7 +351,7 @@ class LatentAlignment:
         self.alpha: float | torch.Tensor = 0.0 if settings.alpha is None else float(settings.alpha)
         self.keep_maps = settings.output_attentions
         self.losses, self.maps, self.moved, self.lost = [], [], None, None
-        self.loss_scale: Any = None  # (B,), in float16
+        self.loss_scale = torch.empty(0)  # (B,) from the first update in float16 on
         if not self.possible:
             logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
 
@@ -426,7 +426,7 @@ class LatentAlignment:
         RuntimeError if no gradient comes back.
         """
         half = latents.dtype == torch.float16
-        if self.loss_scale is None and half:
+        if half and not len(self.loss_scale):
             self.loss_scale = torch.full((len(latents),), FP16_LOSS_SCALE, device=latents.device)
         for _ in range(FP16_ATTEMPTS if half else 1):
             with torch.enable_grad():
@@ -434,7 +434,7 @@ class LatentAlignment:
                 maps = maps_at(model_input.to(latents.dtype))
                 seen = maps.detach().clone() if self.keep_maps else None  # because an objective may write into them
                 loss = self.loss_of(maps)
-                gradient = None
+                gradient: Any = None
                 if loss.requires_grad:
                     total = (loss * self.loss_scale if half else loss).sum()
                     (gradient,) = torch.autograd.grad(total, model_input, allow_unused=True)
