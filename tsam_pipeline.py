@@ -521,12 +521,14 @@ class TSAMPipelineMixin:
         `pipe(prompt, generator=torch.Generator().manual_seed(seed))` draws from such a start. arguments: the call's,
         including `candidate_steps`. Compare losses between seeds of one prompt, not between models.
         """
-        losses = []
+        losses, encoding = [], None
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
             with lock_of(self.components[self.denoiser]):
-                losses.append((seed, scouted(self, super().__call__, given, settings).loss.mean().item()))
+                loop = scouted(self, super().__call__, given, settings, encoding=encoding)
+            encoding = loop.encoding
+            losses.append((seed, loop.loss.mean().item()))
         return sorted(losses, key=lambda ranked: (ranked[1] != ranked[1], ranked[1]))  # non-finite losses last
 
     @classmethod

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from matplotlib.figure import Figure
+from rows import auc
 
 from diffusers_tsam import PixArtAlphaTSAMPipeline
 from diffusers_tsam.comparing import compare
@@ -28,12 +29,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "contrast.json"
 CALL = ARGUMENTS["pixart"] | {"num_inference_steps": 25}
 CURVES = {"right": "#1f6fb4", "wrong": "#b4421f"}
 OBJECTIVES = ("relation", "contrast")
-
-
-def auc(right, wrong):
-    """The probability that a wrong picture's loss is above a right one's, ties half: the area under the ROC curve."""
-    above = np.subtract.outer(wrong, right)
-    return float(((above > 0) + 0.5 * (above == 0)).mean())
 
 
 def measure(pipe, number):

@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import rounded
+from rows import auc, rounded
 
 from diffusers_tsam.evaluation.generate import generate
 from diffusers_tsam.evaluation.score import score
@@ -69,8 +69,7 @@ def kept(pipe, prompts, output):
 def separable(pairs, key):
     """How well `key` tells bound from unbound pairs: the area under the curve, 0.5 for not at all, 1 for always."""
     bound, unbound = (np.array([pair[key] for pair in pairs if pair["kind"] == kind]) for kind in ("bound", "unbound"))
-    above = bound[:, None] - unbound
-    return ((above > 0) + 0.5 * (above == 0)).mean()
+    return auc(unbound, bound)
 
 
 def correlation(pairs, moment):

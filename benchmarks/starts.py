@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import RESULTS, SMALL, interval, of_run
+from rows import RESULTS, SMALL, auc, interval, of_run
 
 from diffusers_tsam.evaluation.baselines import BASELINES, told
 from diffusers_tsam.evaluation.generate import generate
+from diffusers_tsam.evaluation.report import markdown
 from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.evaluation.score import score
 from diffusers_tsam.figures import GREY, INK, save
@@ -64,19 +65,13 @@ def draw(model, solids, prompts, seeds):
 
 
 def keep(folder):
-    """Of a run, a list a prompt: for each seed what was right, and the losses; and what fast costs in seconds."""
+    """Of a run, a list a prompt: for each seed what was right, and the losses."""
     rows, prompts = of_run(Run(folder)), {}
     for row in rows:
         own = prompts.setdefault(row["caption"], {}).setdefault(row["seed"], {})
         own["fast" if row["setting"] == FAST else "stock"] = bool(row["right"])
         own |= row.get("starts", {})
     return [[own[seed] for seed in sorted(own)] for own in prompts.values()]
-
-
-def auc(right, losses):
-    """The probability that a wrong picture's loss is above a right one's, ties half."""
-    above = np.subtract.outer(losses[~right], losses[right])
-    return float(((above > 0) + 0.5 * (above == 0)).mean()) if above.size else np.nan
 
 
 def best_of(number, order, right):
@@ -100,20 +95,19 @@ def chosen(prompts, number, by, step, drawn="stock"):
 
 def tables(found):
     """The area under the ROC curve of every loss and step, and who is right by what, as Markdown."""
-    lines = ["| area under the ROC curve, after 1, 5, 10 of 25 steps | " + " | ".join(found) + " |"]
-    lines.append("|---" * (1 + len(found)) + "|")
+    head, rows = ["area under the ROC curve, after 1, 5, 10 of 25 steps", *found], []
     for loss in LOSSES:
         cells = []
         for prompts in found.values():
             right = np.array([start["stock"] for starts in prompts for start in starts])
-            own = np.array([start[loss] for starts in prompts for start in starts])
-            cells.append(", ".join(f"{auc(right, own[:, k]):.2f}" for k in range(len(STEPS))))
-        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    lines += ["", "| counted right, % | cost | " + " | ".join(found) + " |", "|---" * (2 + len(found)) + "|"]
+            own = np.array([start[loss] for starts in prompts for start in starts]).T
+            cells.append(", ".join(f"{auc(of_step[right], of_step[~right]):.2f}" for of_step in own))
+        rows.append([loss, *cells])
+    areas, rows = markdown(head, rows), []
 
     def row(name, cost, *how):
         cells = ("{:.1f} ± {:.1f}".format(*chosen(prompts, *how)) for prompts in found.values())
-        lines.append(f"| {name} | {cost:.1f}x | " + " | ".join(cells) + " |")
+        rows.append([name, f"{cost:.1f}x", *cells])
 
     row("stock", 1, 1, "chance", 5)
     row("guidance alone, `fast`", COST_OF_FAST, 1, "chance", 5, "fast")
@@ -124,7 +118,7 @@ def tables(found):
             row(f"by {peer}'s, words given, after 5", 1 + number * 5 / OF, number, peer, 5)
         row(f"best of {number} after 5, then `fast`", COST_OF_FAST + number * 5 / OF, number, "contrast", 5, "fast")
         row(f"best of {number} drawn to the end, chosen by the judge: the bound", number, number, "judge", 5)
-    return "\n".join(lines)
+    return f"{areas}\n\n{markdown(['counted right, %', 'cost', *found], rows)}"
 
 
 def figure(found):

@@ -183,4 +183,5 @@ def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
     prompts = [[{"stock": r, "fast": True, "contrast": [loss] * 3} for r, loss in zip(right, losses)]] * 2
     assert starts.chosen(prompts, 2, "judge", 5)[0] == pytest.approx(100 * (1 - 3 / 10))
     assert starts.chosen(prompts, 2, "contrast", 5, "fast") == (100, 0)
-    assert starts.auc(np.array(right), np.array(losses)) == pytest.approx(4 / 6)
+    right, losses = np.array(right), np.array(losses)
+    assert starts.auc(losses[right], losses[~right]) == pytest.approx(4 / 6)
