@@ -15,19 +15,13 @@ from .tsam import TextSelfAttention
 from .tsam_arguments import UNetSettings
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import TSAMPipelineMixin, extends, register
+from .tsam_pipeline import TSAMOutput, TSAMPipelineMixin, extends, register
 from .tsam_sd import text_of_clips, unet_layers, words_of
 
 
 @dataclass
-class StableDiffusionXLTSAMPipelineOutput(StableDiffusionXLPipelineOutput):
-    """The stock output, and what T-SAM saw: see `StableDiffusionTSAMPipelineOutput`."""
-
-    losses: torch.Tensor | None = None
-    steps: list[int] | None = None
-    attentions: list[dict] | None = None
-    candidate_losses: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
+class StableDiffusionXLTSAMPipelineOutput(TSAMOutput, StableDiffusionXLPipelineOutput):
+    """The stock output, and what T-SAM saw: see `TSAMOutput`."""
 
 
 class StableDiffusionXLTSAMPipeline(TSAMPipelineMixin, StableDiffusionXLPipeline):

@@ -8,7 +8,7 @@ import inspect
 import json
 import textwrap
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from threading import get_ident
 
 import torch
@@ -454,6 +454,22 @@ def extends(stock, settings_class, deprecated=()):
         return flat
 
     return decorate
+
+
+@dataclass
+class TSAMOutput:
+    """What T-SAM saw, behind the fields of a stock output.
+
+    losses: (images, updates) float32, each taken before its update; no columns if nothing was guided. steps: each
+    column's denoising step, counted as in callbacks. attentions: with `output_attentions`, a dict per image, see
+    `LatentAlignment.attentions`. candidate_losses (images, candidates), chosen (images,): with more than one candidate.
+    """
+
+    losses: torch.Tensor | None = None
+    steps: list[int] | None = None
+    attentions: list[dict] | None = None
+    candidate_losses: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
 
 
 class TSAMPipelineMixin:

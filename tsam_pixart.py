@@ -8,23 +8,12 @@ from diffusers import ImagePipelineOutput
 from .attention_processors import mean_self_attention, record_self_attention
 from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
 from .tsam_arguments import PixArtAlphaSettings, check_integer
-from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin
+from .tsam_pipeline import GuidedLoop, TSAMOutput, TSAMPipelineMixin
 
 
 @dataclass
-class PixArtAlphaTSAMPipelineOutput(ImagePipelineOutput):
-    """The stock output, and what T-SAM saw.
-
-    losses: (images, updates) float32, each taken before its update; no columns if nothing was guided. steps: each
-    column's denoising step, counted as in callbacks. attentions: with `output_attentions`, a dict per image, see
-    `LatentAlignment.attentions`. candidate_losses (images, candidates), chosen (images,): with more than one candidate.
-    """
-
-    losses: torch.Tensor | None = None
-    steps: list[int] | None = None
-    attentions: list[dict] | None = None
-    candidate_losses: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
+class PixArtAlphaTSAMPipelineOutput(TSAMOutput, ImagePipelineOutput):
+    """The stock output, and what T-SAM saw: see `TSAMOutput`."""
 
 
 class PixArtLoop(GuidedLoop):

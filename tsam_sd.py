@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusion
 from .attention_processors import lock_of, mean_self_attention, record_self_attention, unet_cross_attention_layers
 from .tsam import TextSelfAttention, content_of, join_windows, logger, text_of, texts_of
 from .tsam_arguments import StableDiffusionSettings, check_integer
-from .tsam_pipeline import GuidedLoop, TSAMPipelineMixin
+from .tsam_pipeline import GuidedLoop, TSAMOutput, TSAMPipelineMixin
 
 
 def unet_layers(unet, side=None):
@@ -76,19 +76,8 @@ def split_prompt(prompt, numbers_of, room, limit):
 
 
 @dataclass
-class StableDiffusionTSAMPipelineOutput(StableDiffusionPipelineOutput):
-    """The stock output, and what T-SAM saw.
-
-    losses: (images, updates) float32, each taken before its update; no columns if nothing was guided. steps: each
-    column's denoising step, counted as in callbacks. attentions: with `output_attentions`, a dict per image, see
-    `LatentAlignment.attentions`. candidate_losses (images, candidates), chosen (images,): with more than one candidate.
-    """
-
-    losses: torch.Tensor | None = None
-    steps: list[int] | None = None
-    attentions: list[dict] | None = None
-    candidate_losses: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
+class StableDiffusionTSAMPipelineOutput(TSAMOutput, StableDiffusionPipelineOutput):
+    """The stock output, and what T-SAM saw: see `TSAMOutput`."""
 
 
 class WindowedLoop(GuidedLoop):
