@@ -3,10 +3,10 @@
 "Eq. (n)" is Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236); "the release" is
 the authors' code at https://github.com/t-sam-diffusion/code.
 
-Shapes: B images, N tokens, maps of H x W positions. `content` (B, N) marks the prompt's own tokens: not <bos>, nothing
-from the first <eos> on, no padding. A prompt encoded in K windows of n tokens has N = K·n; comparisons treat each
-window as a row of its own, (B·K, n). This module does not read maps from networks: a function `maps_at(model_input)`
-returns them. (attention_processors.py has the means of Eq. (2) and (6).)
+Shapes: B images, N tokens, maps of H x W positions, of a video (B, N, F, H, W) with F frames. `content` (B, N) marks
+the prompt's own tokens: not <bos>, nothing from the first <eos> on, no padding. A prompt encoded in K windows of n
+tokens has N = K·n; comparisons treat each window as a row of its own, (B·K, n). This module does not read maps from
+networks: a function `maps_at(model_input)` returns them. (attention_processors.py has the means of Eq. (2) and (6).)
 """
 
 import functools
@@ -148,7 +148,7 @@ def _blur(side, dtype, device):
 def cosine_similarity(maps):
     """C: cosine similarity between every two tokens' maps. maps (B, N, P) -> (B, N, N). Eq. (7)."""
     maps = F.normalize(maps, dim=-1)
-    return maps @ maps.mT
+    return torch.bmm(maps, maps.mT)
 
 
 def normalize_similarity(similarity, content):
@@ -243,69 +243,70 @@ def relation_of(attention, content):
     return lift / torch.where(largest > 0, largest, 1)
 
 
-def weight_of(maps):
+def weight_of(maps, content):
     """How localised each word's map is, w = (1 - mean/max)², without a gradient: (B, N, H, W) -> (B, N), 0 to 1.
 
-    A spread-out map, such as a function word's, does not say where its word is. Ours.
+    A spread-out map, such as a function word's, does not say where its word is. 0 outside `content` (B, N), and for a
+    word that is alone. Ours.
     """
-    maps = maps.detach().flatten(2)
-    largest = maps.amax(-1)
-    localised = 1 - maps.mean(-1) / largest.clamp(min=TINY)
-    return localised.where((largest > 0) & (localised > ROUNDING), 0) ** 2  # the blur's error on a flat map
+    maps, words = maps.detach().flatten(2), content & (content.sum(-1, keepdim=True) > 1)
+    localised = 1 - (maps.mean(-1) / maps.amax(-1)).nan_to_num(1.0)  # a map of zeros is flat
+    return F.threshold(localised, ROUNDING, 0) ** 2 * words  # the blur's error on a flat map
 
 
-def relation_loss(relation, similarity, weight, content):
+def relation_loss(relation, similarity, weight):
     """How much unrelated words overlap, plus λ times how far related ones are apart, each 0 to 1: (B,). Ours.
 
     Σ w_i w_j (1 - R_ij) C_ij / Σ w_i w_j (1 - R_ij) + λ Σ w_i w_j R_ij (1 - C_ij) / Σ w_i w_j R_ij over j < i;
     R, C (B, N, N), w (B, N).
     """
-    both = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).where(_pairs(content).tril(-1), 0)
-    apart, together = both * (1 - relation), both * relation
-    return _mean(similarity, apart) + RELATED_WEIGHT * _mean(1 - similarity, together)
+    both = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).tril(-1)
+    apart, together = _shares(both * (1 - relation)), RELATED_WEIGHT * _shares(both * relation)
+    return ((apart - together) * similarity + together).sum((-2, -1))
 
 
-def _mean(values, weights):
-    """Weighted mean over all but the batch; 0 if all weights are. (B, ...) -> (B,)."""
-    weights, values = weights.flatten(1), values.flatten(1)
-    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=TINY)
+def _shares(weights):
+    """Divide by the sum over all but the batch; zeros stay. (B, ...) -> (B, ...)."""
+    return weights / weights.sum([*range(1, weights.dim())], keepdim=True).clamp(min=TINY)
 
 
 def spread_of(maps):
     """Each map's variance over places, after subtracting its minimum: (B, N, H, W) -> (B, N). Ours.
 
-    v = 6 (Var x + Var y), with places from 0 to 1 across the picture, so that a uniform map has 1.
+    v = 6 (Var x + Var y), with places from 0 to 1 across the picture, so that a uniform map has 1. Of a video the mean
+    over its frames, because things move.
     """
     height, width = maps.shape[-2:]
-    maps = maps.flatten(2)
-    maps = maps - maps.amin(-1, keepdim=True)
-    y, x, square = (_normalize_rows(maps) @ _places(height, width, maps.dtype, maps.device)).unbind(-1)
-    return 6 * (square - y**2 - x**2)
+    maps = maps.reshape(*maps.shape[:2], -1, height * width)
+    moments = (maps - maps.amin(-1, keepdim=True)) @ _places(height, width, maps.dtype, maps.device)
+    total, square, y, x = moments.unbind(-1)
+    total = total.clamp(min=TINY)
+    return 6 * (square / total - (y / total) ** 2 - (x / total) ** 2).mean(-1)
 
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _places(height, width, dtype, device):
-    """y, x and y² + x² of each position's middle, from -0.5 to 0.5 around the picture's: (H·W, 3)."""
+    """1, y² + x², y and x of each position's middle, from -0.5 to 0.5 around the picture's: (H·W, 4)."""
     y, x = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (height, width))
     y, x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([y, x, y**2 + x**2], -1).flatten(0, 1).to(device, dtype)
+    return torch.stack([torch.ones_like(y), y**2 + x**2, y, x], -1).flatten(0, 1).to(device, dtype)
 
 
 def relation(maps, text):
     """Unrelated words apart, related ones together: `contrast` without the place term, for words that mean several
     things ("two cats"). Ours."""
     blurred = smooth(maps)
-    return relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight_of(blurred), text.content)
+    return relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight_of(blurred, text.content))
 
 
 def contrast(maps, text):
     """`relation`, plus one place per word: μ Σ w_i v_i / Σ w_i. Without it two blobs of one colour satisfy the other
     terms, because the colour's map has two as well. Assumes that a word means one thing. Ours."""
-    blurred, content = smooth(maps), text.content
-    weight = weight_of(blurred).where(content & (content.sum(-1, keepdim=True) > 1), 0)  # skips a lone word
-    loss = relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight, content)
-    return loss + PLACE_WEIGHT * _mean(spread_of(blurred), weight)
+    blurred = smooth(maps)
+    weight = weight_of(blurred, text.content)
+    places = PLACE_WEIGHT * _shares(weight) * spread_of(blurred)
+    return relation_loss(text.relation, cosine_similarity(blurred.flatten(2)), weight) + places.sum(-1)
 
 
 OBJECTIVES = {
@@ -398,11 +399,13 @@ class LatentAlignment:
             gradient, loss, maps = self.gradient(latents, input_scale, maps_at)
             if self.relative_step is not None:
                 # An image's first update with a gradient sets its α for good; before, it is 0.
-                first = self.alpha_of_first(input_scale * _precise(latents), gradient)
+                first = input_scale * self.alpha_of_first(_precise(latents), gradient)
                 kept = self.alpha if isinstance(self.alpha, torch.Tensor) else first
                 self.alpha = kept.where(kept > 0, first)
             moved = (_precise(latents) - self.alpha / input_scale * gradient).to(latents.dtype)
-            latents = moved.where(_like(moved, moved.isfinite().flatten(1).all(1)), latents)
+            finite = _size(moved, torch.inf) < torch.inf
+            latents = moved.where(finite, latents)
+            self.lost = ~finite if self.lost is None else self.lost | ~finite
             self.losses.append(loss)
             if self.keep_maps and iteration == 0:
                 self.maps.append(maps)
@@ -410,18 +413,17 @@ class LatentAlignment:
         return latents
 
     def alpha_of_first(self, model_input, gradient):
-        """α (B, 1, ...) that gives α ∇ loss `relative_step` times the norm of each model input. Not in the paper.
+        """α (B, 1, ...) that gives α ∇ loss `relative_step` times the norm of each model input, or 0. Not in the paper.
 
         Gradients are large or small because a model's maps are sharp or flat; only their direction counts. α stays
         constant from then on, so that updates shrink with the loss.
         """
-        norm, slope = (x.flatten(1).norm(dim=1) for x in (model_input, gradient))
-        return _like(gradient, torch.where(slope > 0, self.relative_step * norm / slope, 0))
+        return (self.relative_step * _size(model_input) / _size(gradient)).nan_to_num(0, 0, 0)
 
     def gradient(self, latents, input_scale, maps_at):
         """∇_{z_in} loss in float32, the loss (B,), and with `keep_maps` its maps.
 
-        Each image's loss is scaled before the backward pass, because half-precision gradients can underflow. An image
+        In float16, each image's loss is scaled before the backward pass, because gradients can underflow. An image
         with an overflowing gradient is retried at a smaller loss scale; it is not moved if every attempt overflows.
         RuntimeError if no gradient comes back.
         """
@@ -436,28 +438,29 @@ class LatentAlignment:
                 loss = self.loss_of(maps)
                 gradient: Any = None
                 if loss.requires_grad:
-                    total = (loss * self.loss_scale if half else loss).sum()
-                    (gradient,) = torch.autograd.grad(total, model_input, allow_unused=True)
+                    scale = self.loss_scale if half else torch.ones_like(loss)
+                    (gradient,) = torch.autograd.grad(loss, model_input, scale.to(loss.dtype), allow_unused=True)
                 if gradient is None:
                     raise RuntimeError(
                         "No gradient comes back to the latents. Quantised activations let none through: quantise the"
                         " weights alone, or pass `tsam_steps=0`. An `objective` of yours has to depend on the maps."
                     )
+            if not half:
+                break
             finite = gradient.isfinite().flatten(1).all(1)
-            if not half or finite.all():
+            if finite.all():
                 break
             self.loss_scale = self.loss_scale.where(finite, self.loss_scale * FP16_LOSS_SCALE_BACKOFF)
         else:
             logger.warning("A gradient is not finite in float16, and its image stays as it is. Try bfloat16.")
             self.loss_scale = self.loss_scale.where(finite, FP16_LOSS_SCALE)  # for the next step
-        self.lost = ~finite if self.lost is None else self.lost | ~finite
         gradient = gradient / _like(gradient, self.loss_scale) if half else gradient
-        return gradient.where(_like(gradient, finite), 0), loss.detach().float(), seen
+        return gradient, loss.detach().float(), seen
 
     def loss_of(self, maps):
         """The loss per image (B,) of maps (B, N, H, W): the objective's, shape checked, plus the layout's."""
         with full_precision(maps.device.type):
-            layout = 0 if self.layout is None else self.region_weight * layout_loss(*self.laid_out(maps))
+            layout = None if self.layout is None else self.region_weight * layout_loss(*self.laid_out(maps))
             if self.objective is None:  # the layout's alone
                 return layout
             windows = self.split(maps)
@@ -467,12 +470,14 @@ class LatentAlignment:
                 raise ValueError(
                     f"`objective` returned {found}, but has to return a loss per image, ({len(windows)},)."
                 )
-            return loss.unflatten(0, (-1, self.windows)).sum(1) + layout
+            loss = loss if self.windows == 1 else loss.unflatten(0, (-1, self.windows)).sum(1)
+            return loss if layout is None else loss + layout
 
     def laid_out(self, maps):
         """Arguments of `shares_inside` and `layout_loss`, with the regions on the maps' grid."""
         if self.regions is None or self.regions.shape[-2:] != maps.shape[-2:]:
             self.regions = regions_on(self.layout.regions, *maps.shape[-2:]).to(maps)
+        maps = maps.reshape(*maps.shape[:2], -1, *maps.shape[-2:]).sum(2)  # a region holds in all frames of a video
         return maps, self.regions, self.layout.tokens[..., : self.num_tokens].to(maps)
 
     def losses_per_image(self):
@@ -523,7 +528,12 @@ class LatentAlignment:
 
 def _precise(latents):
     """Cast to float32; float64 stays."""
-    return latents.to(torch.promote_types(latents.dtype, torch.float32))
+    return latents if latents.dtype == torch.float64 else latents.float()
+
+
+def _size(latents, order=2):
+    """Each image's norm, (B, 1, ...)."""
+    return torch.linalg.vector_norm(latents, order, [*range(1, latents.dim())], keepdim=True)
 
 
 def _like(latents, per_image):
