@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import oracle
 from diffusers_tsam import TextSelfAttention
+from diffusers_tsam.tsam import OBJECTIVES
 from diffusers_tsam.tsam_sd import split_prompt
 from kinds import KINDS, OF_T, PROMPT, aligned, alignment_of, calls_of, generators, make, refused, run
 from tiny import WORDS, tiny_components
@@ -97,20 +98,25 @@ def windowed():
     return TextSelfAttention(attention, content, [["word"] * sum(of_image) for of_image in LENGTHS]), maps
 
 
-@pytest.mark.parametrize("objective", OF_T)
+def compared(objective, text, image, window):
+    """What the oracle holds a window's maps against, R or T, and the window's columns."""
+    own = range(window * N, window * N + LENGTHS[image][window])
+    attention, words = text.attention[image, own].tolist(), range(len(own))
+    of_t = objective in OF_T
+    return (oracle.text_attention(attention, words, GAMMA) if of_t else oracle.relation(attention, words)), own
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_is_the_sum_of_every_windows(objective):
     text, maps = windowed()
     product = alignment_of(text, 1.0, GAMMA, objective).loss_of(maps)
-    for image, of_image in enumerate(LENGTHS):
-        expected = 0.0
-        for window, length in enumerate(of_image):
-            own = slice(window * N, window * N + length)
-            target = oracle.text_attention(text.attention[image, own].tolist(), range(length), GAMMA)
-            expected += oracle.loss(target, maps[image, own].tolist(), objective)
+    for image in range(len(LENGTHS)):
+        windows = [compared(objective, text, image, window) for window in range(K)]
+        expected = sum(oracle.loss(matrix, maps[image, own].tolist(), objective) for matrix, own in windows)
         assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", OF_T)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_words_of_different_windows_neither_attract_nor_repel_each_other(objective):
     """The gradient on the first window's maps is the same to the bit whatever the others look at."""
     text, maps = windowed()
@@ -123,12 +129,12 @@ def test_words_of_different_windows_neither_attract_nor_repel_each_other(objecti
     assert not gradients[0][2].any() or objective == "cosine"  # a window of one word has nothing to be compared with
 
 
-def test_one_window_is_the_prompt_as_it_was():
-    text, maps = windowed()
-    one = TextSelfAttention(text.attention[:, :N], text.content[:, :N], text.tokens)
-    padded = alignment_of(text._replace(content=text.content & (torch.arange(K * N) < N)), 1.0, GAMMA)
-    alignment = alignment_of(one, 1.0, GAMMA)
-    torch.testing.assert_close(alignment.loss_of(maps[:, : alignment.num_tokens]), padded.loss_of(maps))
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_prompt_of_one_word_in_each_window_is_said_to_have_nothing_to_align(objective, warnings_seen):
+    text, _ = windowed()
+    assert alignment_of(text, 1.0, GAMMA, objective).possible and not warnings_seen.text
+    one = TextSelfAttention(text.attention[2:], text.content[2:], text.tokens[2:])
+    assert not alignment_of(one, 1.0, GAMMA, objective).possible and "no prompt has two" in warnings_seen.text
 
 
 def test_an_objective_of_ones_own_gets_every_window_as_a_row():
@@ -171,9 +177,10 @@ def test_memory_grows_with_the_number_of_windows_and_not_with_its_square(objecti
     assert largest == [2 * length**2, 8 * length**2]
 
 
-def test_attentions_are_of_all_windows_and_zero_between_them():
+@pytest.mark.parametrize("objective", ["l1", "contrast"])
+def test_attentions_are_of_all_windows_and_zero_between_them(objective):
     text, maps = windowed()
-    alignment = alignment_of(text, 1.0, GAMMA, keep_maps=True)
+    alignment = alignment_of(text, 1.0, GAMMA, objective, keep_maps=True)
     alignment.maps = [maps]
     for image, (seen, of_image) in enumerate(zip(alignment.attentions([0]), LENGTHS)):
         number, first = sum(of_image), of_image[0]
@@ -182,6 +189,9 @@ def test_attentions_are_of_all_windows_and_zero_between_them():
         for matrix in (seen["text_attention"], seen["similarity"][0]):
             assert matrix.shape == (number, number) and not matrix[first:, :first].any()
             torch.testing.assert_close(matrix.sum(-1), torch.ones(number))
+        related = [compared("relation", text, image, window)[0] for window in range(K)]
+        blocks = [torch.tensor([row + [0.0] * (len(rows) - len(row)) for row in rows]) for rows in related if rows]
+        torch.testing.assert_close(seen["relation"], torch.block_diag(*blocks))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
