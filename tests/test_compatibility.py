@@ -27,16 +27,16 @@ from kinds import (
     every,
     generators,
     kind_of,
+    layers_of,
     make,
     models_of,
     run,
     state_of,
 )
 from test_loading import custom
-from tiny import tiny_pixart_components
 
 
-SD, PIXART = KINDS["sd"], KINDS["pixart"]
+SD = KINDS["sd"]
 THING = "a red <thing> and a blue sphere"
 CPU = torch.device("cpu")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -45,18 +45,10 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 VISION |= {"image_size": 16, "patch_size": 8, "projection_dim": 12}
 
 
-PIXARTS = "pixart", "pixart_sigma"
-
-
-def build(kind):
-    """New components; of PixArt with four blocks alone, which draw sooner."""
-    return tiny_pixart_components(blocks=4) if kind.name in PIXARTS else kind.build()
-
-
 @pytest.fixture
-def pipe(kind):
+def pipe(own):
     """What is added to its components stays with it."""
-    return make(kind.tsam, build(kind))
+    return own
 
 
 @pytest.fixture
@@ -72,21 +64,15 @@ def components_of(pipe):
 
 def plain(pipe, prompt=PROMPT, stock=None, **options):
     """What stock draws with the same components."""
-    stock = stock or make(kind_of(pipe).stock, components_of(pipe))
-    return run(stock, prompt, **{**STEPS, **options})
+    return run(stock or make(kind_of(pipe).stock, components_of(pipe)), prompt, **STEPS | options)
 
 
 def off(pipe, prompt=PROMPT, **options):
-    return run(pipe, prompt, **{**STEPS, "tsam_steps": 0, **options})
-
-
-def settings_of(kind):
-    """The size of an update, and of PixArt the blocks whose maps are read."""
-    return {"alpha": kind.alpha} | ({"attention_layers": (1, 2)} if kind.name in PIXARTS else {})
+    return run(pipe, prompt, **STEPS | {"tsam_steps": 0} | options)
 
 
 def guided(pipe, prompt=PROMPT, **options):
-    return run(pipe, prompt, **{**STEPS, **settings_of(kind_of(pipe)), **options})
+    return run(pipe, prompt, **STEPS | {"alpha": kind_of(pipe).alpha} | options)
 
 
 def holds(pipe, without=None, prompt=PROMPT, stock=None, **options):
@@ -168,31 +154,29 @@ class TestLora:
         pipe.fuse_lora(lora_scale=0.5)
         torch.testing.assert_close(pipe.get_text_self_attention(PROMPT).attention, texts[0.5].attention)
 
-    def test_pixarts_is_pefts_own(self):
+    @pytest.mark.parametrize("kind", ["pixart"], indirect=True)
+    def test_pixarts_is_pefts_own(self, own):
         peft = pytest.importorskip("peft")
-        pipe = make(PIXART.tsam, build(PIXART))
-        plain = guided(pipe)
+        plain = guided(own)
         config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-        pipe.transformer = peft.get_peft_model(pipe.transformer, config)
-        unfused = holds(pipe, plain)
-        pipe.transformer.merge_adapter()
-        same(holds(pipe), unfused)
+        own.transformer = peft.get_peft_model(own.transformer, config)
+        unfused = holds(own, plain)
+        own.transformer.merge_adapter()
+        same(holds(own), unfused)
 
-    @pytest.mark.parametrize("change", ["load", "unload", "fuse"])
+    @pytest.mark.parametrize("change", ["load_lora_weights", "unload_lora_weights", "fuse_lora"])
     def test_a_lora_may_come_and_go_in_a_callback(self, of_sd, change):
         pytest.importorskip("peft")
-        weights = lora_of(of_sd)
-        if change != "load":
-            of_sd.load_lora_weights(weights)
-        changes = {"load": lambda: of_sd.load_lora_weights(weights), "unload": of_sd.unload_lora_weights}
-        changes["fuse"] = of_sd.fuse_lora
+        weights = [lora_of(of_sd)]
+        if change != "load_lora_weights":
+            of_sd.load_lora_weights(weights.pop())
 
         def flags():
             return {name: parameter.requires_grad for name, parameter in of_sd.unet.named_parameters()}
 
         def callback(pipe, step, t, tensors):
             if step == 1:
-                changes[change]()
+                getattr(pipe, change)(*weights)
             return tensors
 
         before = flags()
@@ -217,9 +201,8 @@ def ip_adapter_of(unet):
     weights, width = {}, unet.config.cross_attention_dim
     layers = [layer for name, layer in unet.named_modules() if name.endswith("attn2")]
     for place, layer in enumerate(layers):
-        for which in ("k", "v"):
-            weight = getattr(layer, f"to_{which}").weight
-            weights[f"{2 * place + 1}.to_{which}_ip.weight"] = torch.randn_like(weight)
+        weights[f"{2 * place + 1}.to_k_ip.weight"] = torch.randn_like(layer.to_k.weight)
+        weights[f"{2 * place + 1}.to_v_ip.weight"] = torch.randn_like(layer.to_v.weight)
     projection = {"proj.weight": torch.randn(4 * width, 12), "proj.bias": torch.zeros(4 * width)}
     projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     return {"image_proj": projection, "ip_adapter": weights}
@@ -362,7 +345,7 @@ def offload_groups(offload_type, disk=False, **options):
         given = {"offload_type": offload_type, "num_blocks_per_group": 1, "onload_device": device, **options}
         denoiser_of(pipe).enable_group_offload(**given, offload_to_disk_path=str(folder) if disk else None)
         if not disk:
-            pipe.enable_group_offload(exclude_modules=[SD.denoiser, PIXART.denoiser], **given)
+            pipe.enable_group_offload(exclude_modules=["unet", "transformer"], **given)
 
     return enable
 
@@ -406,7 +389,7 @@ class TestOffload:
 
 class TestLayerwiseCasting:
     def test_it_guides_as_the_rounded_weights_do_with_gradient_checkpointing_too(self, kind, pipe):
-        without, denoiser, rounded = guided(pipe), denoiser_of(pipe), make(kind.tsam, build(kind))
+        without, denoiser, rounded = guided(pipe), denoiser_of(pipe), make(kind.tsam, kind.build())
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
         weights = {name: weight.float() for name, weight in denoiser.state_dict().items()}
         denoiser_of(rounded).load_state_dict(weights)
@@ -520,7 +503,7 @@ def of_another_file(kind, pipe, folder):
     assert type(other) is not kind.tsam
     other.register_modules(**{kind.denoiser: denoiser_of(pipe), "text_encoder": pipe.text_encoder})
     other.set_progress_bar_config(disable=True)
-    options = {**STEPS, "output_type": "latent", "refinement_iterations": 2, **settings_of(kind), **kind.call}
+    options = {"output_type": "latent", "refinement_iterations": 2, "alpha": kind.alpha, **kind.call, **STEPS}
     return lambda: other(SHORT, generator=generators(1), **options).images
 
 
@@ -534,7 +517,7 @@ SECOND = {
     "the same pipeline": lambda kind, pipe, folder: second_of(pipe),
     "the same denoiser": lambda kind, pipe, folder: second_of(make(kind.tsam, components_of(pipe))),
     "the same text encoder": lambda kind, pipe, folder: second_of(
-        make(kind.tsam, {**build(kind), "text_encoder": pipe.text_encoder})
+        make(kind.tsam, {**kind.build(), "text_encoder": pipe.text_encoder})
     ),
     "the custom pipeline": of_another_file,
     "stock": of_stock,
@@ -572,8 +555,7 @@ class TestThreads:
 
     def test_a_layer_that_another_thread_runs_is_neither_recorded_nor_stopped(self, kind, pipe):
         latents, t = torch.randn(2, 4, 32, 32), torch.ones(2)
-        layers = pipe.layers_of(pipe.settings(**settings_of(kind)))
-        conditions = conditions_of(pipe, PROMPT)
+        layers, conditions = layers_of(pipe), conditions_of(pipe, PROMPT)
 
         @torch.no_grad()
         def predict():
@@ -588,7 +570,7 @@ class TestThreads:
             assert len(maps) == len(layers)
 
     def test_two_models_at_once_leave_compilation_on(self, kind):
-        pipes = [make(kind.tsam, build(kind)) for _ in range(2)]
+        pipes = [make(kind.tsam, kind.build()) for _ in range(2)]
         at_once(*(lambda pipe=pipe: guided(pipe, num_inference_steps=4, tsam_steps=4) for pipe in pipes))
         counter = CompileCounterWithBackend("eager")
         torch.compile(lambda x: x + 1, backend=counter)(torch.ones(1))
