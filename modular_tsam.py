@@ -10,7 +10,7 @@ The paper covers none of these models. "A choice" marks what had to be chosen.
 import functools
 import inspect
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +24,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
     BlockState,
     LoopSequentialPipelineBlocks,
     ModularPipelineBlocks,
+    PipelineState,
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_3.encoders import StableDiffusion3TextEncoderStep
@@ -38,18 +39,19 @@ from .attention_processors import (
     record_joint_attention,
     record_self_attention,
     run_to_last_map,
+    shadowed,
 )
 from .tsam import LatentAlignment, logger, symmetrize, text_of
 from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
-from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
-from .tsam_layout import Layout  # noqa: F401
+from .tsam_candidates import Scouted, chosen_of, generators_of, given_starts, least, restore, score
+from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_pipeline import TESTED, StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
 from .tsam_sd import text_of_clips, unet_layers
 
 
 CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
 CODE += [f"tsam_{name}.py" for name in ("arguments", "candidates", "layout", "pipeline", "sd")]
-UNSUPPORTED = ("regions", "region_weight", "candidates", "candidate_steps")  # pipelines have them
+UNSUPPORTED = ("regions", "region_weight")  # pipelines have them
 
 
 def inputs_of(settings):
@@ -61,12 +63,14 @@ def inputs_of(settings):
     ]
 
 
-TSAM_STEPS = next(each for each in inputs_of(Settings) if each.name == "tsam_steps")
+TSAM_STEPS, CANDIDATES = (each for each in inputs_of(Settings) if each.name in ("tsam_steps", "candidates"))
 TEXT_SELF_ATTENTION = OutputParam("text_self_attention", description="`TextSelfAttention` of the prompts.")
 TSAM_OUTPUTS = [
     OutputParam("losses", description="(images, updates) float32, each taken before its update."),
     OutputParam("steps", description="The denoising step of each column of `losses`."),
     OutputParam("attentions", description="With `output_attentions` a dict per image: `LatentAlignment.attentions`."),
+    OutputParam("candidate_losses", description="(images, candidates), with more than one candidate."),
+    OutputParam("chosen", description="Which start each image was drawn from, (images,)."),
 ]
 
 
@@ -84,7 +88,7 @@ class TextStep:
 
     @property
     def inputs(self):
-        return [*super().inputs, TSAM_STEPS]
+        return [*super().inputs, TSAM_STEPS, CANDIDATES]
 
     @property
     def intermediate_outputs(self):
@@ -97,7 +101,7 @@ class TextStep:
 
     def __call__(self, components, state):
         remind(components)
-        if state.get("tsam_steps") == 0:
+        if state.get("tsam_steps") == 0 and state.get("candidates") in (None, 1):
             return super().__call__(components, state)
         names = self.encoders(components)
         with record_self_attention(*dict.fromkeys(getattr(components, f"text_{name}") for name in names)) as recordings:
@@ -139,6 +143,47 @@ class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
         others = length - text.content.shape[1]
         columns = (others, 0) if t5 else (0, others)
         return text._replace(attention=F.pad(text.attention, columns * 2), content=F.pad(text.content, columns))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Candidates: steps that prepare latents
+
+
+def copy_of(state, values):
+    """A state to change, with other `values` but the same generators."""
+    return PipelineState(state.values | values, deepcopy(state.kwargs_mapping))
+
+
+class StartsStep:
+    """Mixed into a stock step that prepares latents: does so for each candidate, one after another.
+
+    Sets `starts`, which the loop takes: a pair for each, the values that differ and the generators' states after it.
+    The state goes on from the first.
+    """
+
+    @property
+    def inputs(self):
+        return [*super().inputs, CANDIDATES]
+
+    def __call__(self, components, state):
+        given = self.get_block_state(state)
+        number = Settings(tsam_steps=1, candidates=given.candidates).candidates  # checked
+        if number == 1:
+            return super().__call__(components, state)
+        starts = state.get("starts")
+        if starts is None:  # else another such step has run: image to image has two
+            images = state.get("batch_size") * given.num_images_per_prompt
+            starts = [({"latents": own}, []) for own in given_starts(state.get("latents"), images, number)]
+        generators, prepared = generators_of(state.values), []
+        for values, states in starts:
+            restore(generators, states)
+            own = copy_of(state, values)
+            super().__call__(components, own)
+            changed = {name: value for name, value in own.values.items() if value is not state.get(name)}
+            prepared.append((values | changed, [generator.get_state() for generator in generators]))
+        restore(generators, prepared[0][1])
+        state.values |= prepared[0][0] | {"starts": prepared}
+        return components, state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +235,9 @@ class AlignedLoop:
         return block_state.latents.shape[-2:]
 
     def __call__(self, components, state):
+        remind(components)
         model = getattr(components, self.denoiser)
+        self.choose(components, state)
         if state.get("tsam_steps") == 0:
             return super().__call__(components, state)
         with lock_of(model), frozen(model) as state.saving:  # once a loop, because it walks over all weights
@@ -199,14 +246,58 @@ class AlignedLoop:
             finally:
                 del state.saving
 
+    def choose(self, components, state):
+        """Let the loop go on from each image's best start, and keep their losses and which was chosen."""
+        given, starts = self.get_block_state(state), state.values.pop("starts", None)
+        state.values |= {"candidate_losses": None, "chosen": None}
+        if given.candidates == 1:
+            return
+        if starts is None:
+            raise ValueError(
+                f"`candidates` is {given.candidates}, but no step of T-SAM prepared the latents. Run one in the same"
+                " pipeline, or pass `candidates=1`."
+            )
+        steps, stock = self.settings_of(given).chosen_after(given.num_inference_steps), self.progress_bar
+        generators, losses = generators_of(state.values), []
+
+        def progress_bar(*args, **kwargs):
+            bar = stock(total=steps)
+            bar.set_description("choosing")
+            return bar
+
+        for values, states in starts:
+            restore(generators, states)
+            scout = copy_of(state, values)
+            scout.scored_at = (steps - 1) * components.scheduler.order
+            scouting = StandIn(components, scheduler=deepcopy(components.scheduler))
+            with lock_of(getattr(components, self.denoiser)), shadowed(self, "progress_bar", progress_bar):
+                try:
+                    super().__call__(scouting, scout)
+                except Scouted as scouted:
+                    losses.append(scouted.loss)
+        restore(generators, starts[0][1])
+        losses = torch.stack(losses, 1)
+        state.values |= chosen_of([values for values, _ in starts], least(losses))
+        state.values |= {"candidate_losses": losses, "chosen": least(losses)}
+
     def get_block_state(self, state):
         block_state = super().get_block_state(state)
         block_state.saving = getattr(state, "saving", nullcontext)
+        block_state.scored_at = getattr(state, "scored_at", None)  # where a start's loss is taken and the loop ends
+        block_state.candidate_losses, block_state.chosen = state.get("candidate_losses"), state.get("chosen")
         return block_state
+
+    def settings_of(self, block_state):
+        names = [each.name for each in fields(self.settings) if each.name not in UNSUPPORTED]
+        return self.settings(**{name: getattr(block_state, name) for name in names})
 
     def loop_step(self, components, block_state, i, t):
         if i == 0:
             self.begin(components, block_state)
+        if i == block_state.scored_at:
+            with self.maps_of(components, block_state, i, t) as maps_at:
+                scale = input_scale(components.scheduler, t)
+                raise Scouted(block_state.alignment.loss_of(maps_at(scale * block_state.latents)))
         moved = None
         if block_state.updates[i] > 0:
             self.align(components, block_state, i, t)
@@ -216,13 +307,11 @@ class AlignedLoop:
 
     def begin(self, components, block_state):
         """Check the arguments, and plan the updates."""
-        remind(components)
         given, scheduler, timesteps = block_state, components.scheduler, block_state.timesteps
         block_state.alignment, block_state.updates = None, [0] * len(timesteps)
-        names = [each.name for each in fields(self.settings) if each.name not in UNSUPPORTED]
-        block_state.given = settings = self.settings(**{name: getattr(given, name) for name in names})
-        plan = settings.plan(given.num_inference_steps)
-        if plan.tsam_steps == 0:
+        block_state.given = settings = self.settings_of(given)
+        plan, scouting = settings.plan(given.num_inference_steps), given.scored_at is not None
+        if plan.tsam_steps == 0 and not scouting:
             return
         model = getattr(components, self.denoiser)
         block_state.layers = self.layers(model, settings)
@@ -230,12 +319,12 @@ class AlignedLoop:
         if text is None:
             raise ValueError(
                 "T is not known, since no text step of T-SAM ran with `tsam_steps` above 0. Pass the"
-                " `text_self_attention` that it returns for the same prompts, or `tsam_steps=0`."
+                " `text_self_attention` that it returns for the same prompts, or `tsam_steps=0` and no `candidates`."
             )
         check_text_self_attention(text, None, None, given.prompt_embeds.shape[1])
         images = max(len(latents) // len(text.tokens), 1)
-        block_state.alignment = LatentAlignment(text, settings, images, latents.device)
-        if block_state.alignment.possible:
+        block_state.alignment = LatentAlignment(text, score() if scouting else settings, images, latents.device)
+        if block_state.alignment.possible and not scouting:
             steps = given.num_inference_steps
             block_state.updates = updates_per_timestep(scheduler, steps, *plan, len(timesteps))
 
@@ -255,20 +344,27 @@ class AlignedLoop:
     @torch.no_grad()
     def align(self, components, block_state, i, t):
         """Move the latents before the prediction at timestep `t`."""
-        model, latents = getattr(components, self.denoiser), usable(block_state.latents)
+        latents, iterations = usable(block_state.latents), block_state.updates[i]
+        with block_state.saving(), self.maps_of(components, block_state, i, t) as maps_at:
+            scale = input_scale(components.scheduler, t)
+            block_state.latents = block_state.alignment.update(latents, scale, maps_at, iterations)
+
+    @contextmanager
+    def maps_of(self, components, block_state, i, t):
+        """Yield the function that returns the maps of a model input at timestep `t`."""
+        model = getattr(components, self.denoiser)
         args, kwargs = self.conditional_call(components, block_state, i, t)
         sample, *args = args or [kwargs.pop("hidden_states")]
-        beside = sample[:, latents.shape[1] :]  # an inpainting model's mask and picture
+        beside = sample[:, block_state.latents.shape[1] :]  # an inpainting model's mask and picture
         kwargs.pop("return_dict", None)
-        with block_state.saving(), self.recording(block_state) as maps:
+        with self.recording(block_state) as maps:
 
             def maps_at(model_input):
                 model_input = torch.cat([model_input.to(sample.dtype), beside], 1)
                 run_to_last_map(model, model_input, *args, **usable(kwargs))
                 return mean_maps(maps, *self.grid(block_state))
 
-            scale, iterations = input_scale(components.scheduler, t), block_state.updates[i]
-            block_state.latents = block_state.alignment.update(latents, scale, maps_at, iterations)
+            yield maps_at
 
     def set_block_state(self, state, block_state):
         alignment = getattr(block_state, "alignment", None)
@@ -378,6 +474,8 @@ class TSAMBlocks:
                 if list(inspect.signature(type(block).loop_step).parameters)[:2] == ["self", "components"]:
                     blocks[name] = type(f"TSAM{type(block).__name__}", (self.loop, type(block)), {})()
                     loops += 1
+            elif type(block).__name__.endswith("PrepareLatentsStep"):
+                blocks[name] = type(f"TSAM{type(block).__name__}", (StartsStep, type(block)), {})()
             else:
                 loops += self._replace(block.sub_blocks)
         return loops

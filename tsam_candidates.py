@@ -3,8 +3,6 @@
 The score is the contrast objective's loss, from forward passes alone. Ours, not the paper's.
 """
 
-from contextlib import suppress
-
 import torch
 
 from .attention_processors import mean_maps, record_cross_attention, run_to_last_map
@@ -13,7 +11,15 @@ from .tsam_arguments import Settings
 
 
 class Scouted(Exception):
-    """Ends a call, because the rest would not change its starts' loss."""
+    """Ends a call, because the rest would not change its starts' loss: (images,)."""
+
+    def __init__(self, loss):
+        self.loss = loss.float().cpu()
+
+
+def score():
+    """The settings of the loss that starts are compared by."""
+    return Settings(preset="fast", objective="contrast")
 
 
 class Scouting:
@@ -34,8 +40,7 @@ class Scouting:
 
     def prepare_latents(self, stock, *args, **kwargs):
         generators = generators_of(self.given)
-        for generator, state in zip(generators, self.states or []):
-            generator.set_state(state)
+        restore(generators, self.states or [])
         prepared = stock(*args, **kwargs)
         self.start = prepared, [generator.get_state() for generator in generators]
         return prepared
@@ -44,15 +49,13 @@ class Scouting:
         kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
         if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
             return self.model(sample, *args, **kwargs)
-        score = Settings(preset="fast", objective="contrast")
-        alignment = LatentAlignment(self.text, score, self.given["num_images_per_prompt"], self.latents.device)
+        alignment = LatentAlignment(self.text, score(), self.given["num_images_per_prompt"], self.latents.device)
         layers = self.pipe.layers_of(self.settings)
         kwargs.pop("return_dict", None)
         with record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
             run_to_last_map(self.model, sample, *args, **kwargs)
-        maps = mean_maps(maps, *self.latents.shape[-2:], len(layers))[-len(self.latents) :]
-        self.loss = alignment.loss_of(maps).float().cpu()
-        raise Scouted
+        maps = mean_maps(maps, *self.latents.shape[-2:], len(layers), self.latents.shape[2:-2])[-len(self.latents) :]
+        raise Scouted(alignment.loss_of(maps))
 
 
 def scouted(pipe, stock, given, settings, states=None, encoding=None):
@@ -62,8 +65,11 @@ def scouted(pipe, stock, given, settings, states=None, encoding=None):
     settings.chosen_after(loop.num_steps)  # refuses too many before a network runs
     loop.states, loop.encoding = states, encoding
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
-    with suppress(Scouted), loop.open():
-        stock(**given | silent | {"output_type": "latent", "return_dict": False})
+    try:
+        with loop.open():
+            stock(**given | silent | {"output_type": "latent", "return_dict": False})
+    except Scouted as scouted:
+        loop.loss = scouted.loss
     return loop
 
 
@@ -75,32 +81,53 @@ def choose(pipe, stock, given, settings, images):
     `latents` if it holds more. They run one after another, so that the call needs no more memory. An interrupted call
     skips those that are left.
     """
-    own = [] if given.get("latents") is None else list(given["latents"].split(images))
-    number = settings.candidates
-    if own and (len(own) > number or len(own[-1]) != images):
-        raise ValueError(
-            f"`latents` hold {len(given['latents'])} starts, but {images} images with `candidates` {number} take"
-            f" {images} to {images * number}, a multiple of {images}. Pass as many."
-        )
+    own = given_starts(given.get("latents"), images, settings.candidates)
     loops, states, encoding = [], None, None
-    for candidate in range(number):
-        latents = {"latents": own[candidate] if candidate < len(own) else None} if "latents" in given else {}
+    for latents in own:
+        latents = {"latents": latents} if "latents" in given else {}
         loops.append(scouted(pipe, stock, given | latents, settings, states, encoding))
         states, encoding = loops[-1].start[1], loops[0].encoding
         if pipe.interrupt:
             break
     losses = [loop.loss for loop in loops if loop.loss is not None]
     losses = torch.stack(losses, 1) if losses else torch.empty(images, 0)
-    chosen = losses.argmin(1) if losses.numel() else torch.zeros(images, dtype=torch.long)
+    chosen = least(losses) if losses.numel() else torch.zeros(images, dtype=torch.long)
     first = loops[0]
     return first, (chosen_of([loop.start[0] for loop in loops], chosen), first.start[1]), losses, chosen
 
 
+def given_starts(latents, images, number):
+    """The starts that `latents` hold, and None for each of the `number` that is to be drawn."""
+    own = [] if latents is None else list(latents.split(images))
+    if own and (len(own) > number or len(own[-1]) != images):
+        raise ValueError(
+            f"`latents` hold {len(latents)} starts, but {images} images with `candidates` {number} take"
+            f" {images} to {images * number}, a multiple of {images}. Pass as many."
+        )
+    return own + [None] * (number - len(own))
+
+
+def least(losses):
+    """Each image's start of least loss: (images, k) -> (images,). One that is not a number is never chosen."""
+    return losses.nan_to_num(torch.inf).argmin(1)
+
+
 def chosen_of(starts, chosen):
-    """Take each image's rows from its chosen start, a tensor or a tuple of them."""
-    if isinstance(starts[0], tuple):
+    """Take each image's rows from its chosen start, a tensor or a tuple or dict of them; the first's of all else."""
+    first = starts[0]
+    if isinstance(first, tuple):
         return tuple(chosen_of(parts, chosen) for parts in zip(*starts))
-    return torch.stack(starts)[chosen.to(starts[0].device), torch.arange(len(chosen), device=starts[0].device)]
+    if isinstance(first, dict):
+        return {name: chosen_of([start[name] for start in starts], chosen) for name in first}
+    if not torch.is_tensor(first) or first.shape[:1] != chosen.shape:
+        return first
+    return torch.stack(starts)[chosen.to(first.device), torch.arange(len(chosen), device=first.device)]
+
+
+def restore(generators, states):
+    """Set the generators to their `states`, none or one each."""
+    for generator, state in zip(generators, states):
+        generator.set_state(state)
 
 
 def generators_of(given):

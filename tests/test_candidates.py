@@ -2,32 +2,44 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import ControlNetModel, DDIMScheduler, EulerDiscreteScheduler, FluxPipeline
 
-from diffusers_tsam import tsam_candidates
+from diffusers_tsam import modular_tsam, tsam_candidates
 from kinds import (
+    BLOCKS,
+    FLUX,
+    IMAGE,
+    KINDS,
+    MASK,
     PROMPT,
     SCHEDULERS,
+    SD3,
+    SDXL,
     SHORT,
     calls_of,
     denoiser_of,
-    every_pipeline,
+    every,
     generators,
     kind_of,
+    make,
     refused,
     run,
     state_of,
     use,
 )
+from tiny import tiny_sdxl_components
 
 
+in_both_fronts = pytest.mark.parametrize("kind", [*KINDS, *BLOCKS], indirect=True)
 K = {"candidates": 3, "candidate_steps": 2}
 
 
 def starts(pipe, number, images=1):
     """The latents that a call's one generator draws for candidates."""
     generator, side = torch.Generator().manual_seed(0), kind_of(pipe).call.get("height", 64) // 2
-    return [torch.randn(images, 4, side, side, generator=generator) for _ in range(number)]
+    drawn = [torch.randn(images, 4, side, side, generator=generator) for _ in range(number)]
+    packed = kind_of(pipe) is FLUX
+    return [FluxPipeline._pack_latents(each, images, 4, side, side) for each in drawn] if packed else drawn
 
 
 def watched(pipe, latents, **arguments):
@@ -36,11 +48,11 @@ def watched(pipe, latents, **arguments):
     return run(pipe, latents=latents, **given).losses[:, 1]
 
 
-@every_pipeline
+@every
 @pytest.mark.parametrize("guided", [{}, {"tsam_steps": 0}], ids=["guided", "off"])
 def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_draw(kind, pipe, guided):
     chosen = set()
-    for seed in range(3):
+    for seed in range(4):
         output, alone = run(pipe, seed=seed, **K, **guided), run(pipe, seed=seed, **guided)
         assert output.candidate_losses.shape == (1, 3) and output.chosen.shape == (1,)
         assert output.chosen == output.candidate_losses.argmin(1)
@@ -50,9 +62,11 @@ def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_
     assert len(chosen) > 1  # or the test would show one half alone
 
 
-def test_losses_and_pictures_are_those_of_the_starts_drawn_one_by_one(pipe):
+@in_both_fronts
+def test_losses_and_pictures_are_those_of_the_starts_drawn_one_by_one(kind, pipe):
     for scheduler in (DDIMScheduler, EulerDiscreteScheduler):
-        use(scheduler, pipe)
+        if kind not in (SD3, FLUX):  # which are of flows
+            use(scheduler, pipe)
         output, own = run(pipe, [PROMPT, SHORT], **K), starts(pipe, 3, 2)
         expected = torch.stack([watched(pipe, latents, prompt=[PROMPT, SHORT]) for latents in own], 1)
         torch.testing.assert_close(output.candidate_losses, expected, rtol=1e-4, atol=1e-5)
@@ -60,24 +74,75 @@ def test_losses_and_pictures_are_those_of_the_starts_drawn_one_by_one(pipe):
         assert torch.equal(output.images, run(pipe, [PROMPT, SHORT], latents=drawn).images)
 
 
+def choosing(starts, monkeypatch):
+    """Let these starts be chosen, one an image."""
+    for module in (tsam_candidates, modular_tsam):
+        monkeypatch.setattr(module, "least", lambda losses: torch.tensor(starts))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sdxl"], indirect=True)
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.__name__)
-def test_the_chosen_start_meets_every_scheduler_as_new(pipe, scheduler, monkeypatch):
+def test_the_chosen_start_meets_every_scheduler_as_new(kind, pipe, scheduler, monkeypatch):
     use(scheduler, pipe)
-    expected = run(pipe, eta=0.5).images
-    monkeypatch.setattr(torch.Tensor, "argmin", lambda losses, dim: torch.zeros(len(losses), dtype=torch.long))
-    assert torch.equal(run(pipe, eta=0.5, candidates=2, candidate_steps=3).images, expected)
+    options = {"eta": 0.5, "tsam_steps": 0 if kind is SDXL else None}
+    new = make(kind.tsam, kind.components)  # a guider keeps its step between calls of stock, which then may fail
+    use(scheduler, new)
+    expected = run(new, **options).images
+    choosing([0], monkeypatch)
+    assert torch.equal(run(pipe, **options, candidates=2, candidate_steps=3).images, expected)
 
 
-def test_an_image_of_a_batch_is_chosen_as_alone(pipe):
-    together = run(pipe, [PROMPT, SHORT], num_images_per_prompt=2, generator=generators(4), **K)
-    for image, prompt in enumerate([PROMPT, PROMPT, SHORT, SHORT]):
+WORKFLOWS = [
+    *((kind, "image2image", {"strength": 0.9, "num_inference_steps": 5}) for kind in (SDXL, SD3, FLUX)),
+    (SDXL, "inpainting", {"strength": 0.9, "num_inference_steps": 5}),
+    (SDXL, "inpainting", {"strength": 1.0, "in_channels": 9}),
+    (SDXL, "controlnet_text2image", {}),
+]
+
+
+@pytest.mark.parametrize("kind, workflow, options", WORKFLOWS, ids=str)
+def test_a_picture_made_of_an_image_begins_as_its_candidate_did(kind, workflow, options, monkeypatch):
+    """Latents, mask and noise: what the denoiser gets in the steps of the choice."""
+    components, options = kind.components, dict(options)
+    if "in_channels" in options:
+        components = tiny_sdxl_components(in_channels=options.pop("in_channels"))
+    if "controlnet" in workflow:
+        controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8)).eval()
+        components, image = components | {"controlnet": controlnet}, {"control_image": IMAGE}
+    else:
+        image = {"image": IMAGE if kind is SDXL else IMAGE[..., :32, :32]}
+        image |= {"mask_image": MASK} if workflow == "inpainting" else {}
+    pipe = make(kind.tsam, components, workflow)
+    one = run(pipe, tsam_steps=0, num_images_per_prompt=2, **image, **options)
+    choosing([2, 1], monkeypatch)
+    with calls_of(denoiser_of(pipe)) as calls:
+        several = run(pipe, tsam_steps=0, num_images_per_prompt=2, **image, **options, **K)
+    inputs = [args[0] if args else kwargs["hidden_states"] for args, kwargs in calls]
+    a_step = 1 if kind is FLUX else 2  # calls: guided by none or both halves
+    a_start = a_step + 1
+    for step in (0, 1):
+        own = [inputs[start * a_start + step * a_step] for start in range(3)]
+        assert not torch.equal(own[0], own[1]) and not torch.equal(own[1], own[2])
+        expected = torch.stack([own[2][0], own[1][1]])  # of other batches, whose rounding differs
+        torch.testing.assert_close(inputs[3 * a_start + step * a_step], expected, rtol=1e-4, atol=1e-4)
+    choosing([0, 0], monkeypatch)
+    first = run(pipe, tsam_steps=0, num_images_per_prompt=2, **image, **options, **K)
+    assert torch.equal(first.images, one.images) and not torch.equal(several.images, one.images)
+
+
+@in_both_fronts
+def test_an_image_of_a_batch_is_chosen_as_alone(kind, pipe):
+    number = 1 if kind is SDXL else 2  # stock's blocks give the second picture the other prompt's pooled embedding
+    together = run(pipe, [PROMPT, SHORT], num_images_per_prompt=number, generator=generators(2 * number), **K)
+    for image, prompt in enumerate([PROMPT] * number + [SHORT] * number):
         alone = run(pipe, prompt, seed=image, **K)
         torch.testing.assert_close(together.candidate_losses[image], alone.candidate_losses[0], rtol=1e-4, atol=1e-5)
         assert together.chosen[image] == alone.chosen[0]
         torch.testing.assert_close(together.images[image], alone.images[0], rtol=1e-3, atol=1e-3)
 
 
-def test_latents_may_hold_the_starts_and_what_they_lack_is_drawn(pipe):
+@in_both_fronts
+def test_latents_may_hold_the_starts_and_what_they_lack_is_drawn(kind, pipe):
     own = starts(pipe, 3)
     whole = run(pipe, latents=torch.cat(own), **K)
     assert torch.equal(whole.candidate_losses, run(pipe, **K).candidate_losses)
@@ -112,15 +177,18 @@ def test_callbacks_and_what_is_left_behind_are_of_the_drawn_picture_alone(pipe, 
     assert capfd.readouterr().err.count("choosing") >= 3
 
 
-def test_the_text_encoder_runs_no_more_often_and_the_denoiser_as_often_as_it_says(pipe):
+@in_both_fronts
+def test_the_text_encoder_runs_no_more_often_and_the_denoiser_as_often_as_it_says(kind, pipe):
     with calls_of(pipe.text_encoder) as encoded, calls_of(denoiser_of(pipe)) as denoised:
         run(pipe, tsam_steps=0)
         one = len(encoded), len(denoised)
         run(pipe, tsam_steps=0, **K)
-    assert (len(encoded), len(denoised)) == (2 * one[0], 2 * one[1] + 3 * 2)
+    a_step = one[1] // 4  # blocks call once for each half of guidance, and for the loss only for one
+    assert (len(encoded), len(denoised)) == (2 * one[0], 2 * one[1] + 3 * (a_step + 1))
 
 
-def test_no_gradient_is_taken(pipe, monkeypatch):
+@in_both_fronts
+def test_no_gradient_is_taken(kind, pipe, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", None)
     with torch.inference_mode():
         output = run(pipe, tsam_steps=0, **K)
@@ -159,3 +227,20 @@ def test_chosen_starts_are_rows_of_tensors_and_of_tuples_of_them():
     one, two = torch.zeros(2, 3), torch.ones(2, 3)
     first, second = tsam_candidates.chosen_of([(one, one), (two, two)], torch.tensor([1, 0]))
     assert torch.equal(first, torch.tensor([[1.0] * 3, [0.0] * 3])) and torch.equal(first, second)
+
+
+def test_a_start_whose_loss_is_no_number_is_chosen_only_if_all_are():
+    losses = torch.tensor([[torch.nan, 2.0, 1.0], [0.5, torch.nan, 3.0], [torch.nan] * 3])
+    assert tsam_candidates.least(losses).tolist() == [2, 0, 0]
+
+
+@pytest.mark.parametrize("kind", BLOCKS, indirect=True)
+def test_blocks_whose_latents_no_step_of_ours_prepared_say_so(kind):
+    blocks = kind.tsam().get_workflow("text2image")
+    name, step = next(named for named in blocks.sub_blocks.items() if isinstance(named[1], modular_tsam.StartsStep))
+    blocks.sub_blocks[name] = type(step).__mro__[2]()
+    pipe = blocks.init_pipeline()
+    pipe.update_components(**kind.components)
+    with calls_of(denoiser_of(pipe)) as calls, pytest.raises(ValueError, match="`candidates` is 3, but no step of T-S"):
+        run(pipe, **K)
+    assert not calls

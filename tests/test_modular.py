@@ -56,6 +56,9 @@ def test_a_relative_step_moves_the_input_by_its_share(pipe):
         ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps"),
         ({"gamma": "x"}, TypeError, "`gamma` has to be a number but is 'x'"),
         ({"preset": "quick"}, ValueError, "`preset` is 'quick', but has to be one of 'paper'"),
+        ({"candidates": 0}, ValueError, "`candidates` is 0, but has to be at least 1"),
+        ({"candidates": 2, "candidate_steps": 5}, ValueError, "`candidate_steps` is 5, but there are only 4 denoising"),
+        ({"candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, ValueError, "`latents` hold 3 starts, .* 1 to 2"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_denoiser_runs(pipe, options, error, message):
