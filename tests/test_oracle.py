@@ -4,7 +4,6 @@ code with the product."""
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 
 import oracle
 from diffusers_tsam import TextSelfAttention
@@ -46,10 +45,6 @@ def self_attention(pipe, input_ids, attention_mask=None):
             both_ways = oracle.t5_self_attention(pipe.text_encoder, ids, attention_mask[image])
             found.append(torch.tensor(oracle.symmetrized(both_ways.tolist()), dtype=torch.float64))
     return torch.stack(found)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading the text encoder
 
 
 def test_special_tokens_written_in_the_prompt_are_not_content_and_an_end_ends_it(pipe):
@@ -128,28 +123,6 @@ def test_two_encoders_are_recorded_apart_and_each_until_its_own_forward_ends():
     torch.testing.assert_close(mean_self_attention(recordings).double(), sum(alone) / 2, **CLOSE)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading the denoiser
-
-
-@pytest.mark.parametrize("resolution", [8, 16])
-def test_layers_are_those_with_that_many_queries_at_the_default_size(resolution):
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    pipe = make(KINDS["sd"].tsam, {**KINDS["sd"].components, "unet": unet})
-    names = {layer: name for name, layer in unet.named_modules()}
-    found = [names[layer] for layer in pipe.cross_attention_layers(resolution)]
-    assert found == oracle.layers_at(unet, resolution)
-
-
 def test_the_maps_grid_follows_from_their_number_of_positions():
     """At every width of latents, and after every number of halvings, rounded up as strided convolutions do."""
     for height in range(1, 140, 3):
@@ -186,10 +159,6 @@ def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(scene):
         for names, product in found.items():
             expected = oracle.mean_cross_attention({name: modules[name] for name in names}, own, mask)[:, :tokens]
             torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-7)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Moving
 
 
 class Scaling:
