@@ -40,6 +40,7 @@ VARIANTS = {
         ("sd_controlnet", "Stable Diffusion, ControlNet", "StableDiffusionControlNet", "unet"),
         ("sdxl", "Stable Diffusion XL", "StableDiffusionXL", "unet"),
         ("pixart_sigma", "PixArt-Σ", "PixArtSigma", "transformer"),
+        ("wan", "Wan 2.1, text to video", "Wan", "transformer"),
     )
 }
 

@@ -8,11 +8,13 @@ Shapes: B images, N tokens, P = H x W positions of a layer's query grid.
 
 import functools
 from contextlib import ExitStack, contextmanager, suppress
+from math import prod
 from threading import Lock, RLock, get_ident
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_wan import WanAttention
 from torch.overrides import TorchFunctionMode
 
 from .tsam import full_precision
@@ -139,7 +141,7 @@ class TSAMAttnProcessor:
 
         vars(self)["__call__"] = processor.__call__  # `Attention` passes only the arguments that it takes
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, *args, **kwargs):
         # Skip other threads' passes, but not autograd's: gradient checkpointing recomputes there, with gradients on.
         own = get_ident() == self.thread or hidden_states.requires_grad
         if own and (self.graph or not torch.is_grad_enabled()):
@@ -148,19 +150,23 @@ class TSAMAttnProcessor:
             self.maps[self.index] = probabilities.mean(1)[..., : self.num_tokens]
             if self.last:
                 raise LastMapRecorded
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
 
 def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask=None):
-    """softmax(q kᵀ/√d) of one `Attention` layer, float32 (B, heads, P, N); hidden_states (B, P, C)."""
-    if attn.norm_cross:
+    """softmax(q kᵀ/√d) of one `Attention` or `WanAttention`, float32 (B, heads, P, N); hidden_states (B, P, C)."""
+    wan = isinstance(attn, WanAttention)
+    if not wan and attn.norm_cross:
         encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-    query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    key = attn.to_k(encoder_hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
+
+    def heads(projected, norm):
+        projected = norm(projected) if wan else projected  # over all heads together
+        projected = projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        return projected if wan or norm is None else norm(projected)
+
+    query, key = heads(attn.to_q(hidden_states), attn.norm_q), heads(attn.to_k(encoder_hidden_states), attn.norm_k)
     mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, N), additive
-    return attention_probabilities(query, key, attn_mask=mask, scale=attn.scale)
+    return attention_probabilities(query, key, attn_mask=mask, scale=None if wan else attn.scale)
 
 
 def unet_cross_attention_layers(unet, attention_resolution):
@@ -297,8 +303,8 @@ class _uncompiled:
                 _uncompiled.stance.__exit__(None, None, None)
 
 
-def mean_maps(maps, height, width, number=None):
-    """A (B, N, H, W), the mean over layers of recorded maps (B, P, N); empties `maps`. Eq. (6).
+def mean_maps(maps, height, width, number=None, frames=()):
+    """A (B, N, *frames, H, W), the mean over layers of recorded maps (B, P, N); empties `maps`. Eq. (6).
 
     Halving the latent's size, rounded up or down as networks do, gives the grid with P positions.
     RuntimeError unless `number` maps of one such grid were recorded.
@@ -310,12 +316,13 @@ def mean_maps(maps, height, width, number=None):
             f" {' and '.join(map(str, sizes)) or 'no'} positions. {REPLACED}"
         )
     mean = torch.stack([maps.pop(index) for index in sorted(maps)]).mean(0)
+    places = mean.shape[1] // prod(frames)
     for rounding in (1, 0):
         grid = height, width
-        while grid[0] * grid[1] > mean.shape[1]:
+        while grid[0] * grid[1] > places:
             grid = (grid[0] + rounding) // 2, (grid[1] + rounding) // 2
-        if grid[0] * grid[1] == mean.shape[1]:
-            return mean.mT.unflatten(-1, grid)
+        if grid[0] * grid[1] == places:
+            return mean.mT.unflatten(-1, (*frames, *grid))
     raise RuntimeError(f"Maps of {mean.shape[1]} positions came, no grid of {height}x{width} latents. {REPLACED}")
 
 

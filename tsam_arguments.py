@@ -273,15 +273,21 @@ class UNetSettings(Settings):
 
 
 @dataclass
-class JointSettings(Settings):
-    """`Settings`, plus those of SD3's and FLUX's blocks."""
+class WanSettings(Settings):
+    """`Settings`, plus Wan's own."""
 
     attention_layers: tuple[int, int] | None = argument(
         None, "First and last block that are read. None: those at 10/28 to 18/28."
     )
-    attention_keys: str = argument("text", "'text': a softmax over the text's keys; 'all': over the image's, too.")
 
     presets = T5_PRESETS  # T5 reads, as in PixArt-α
+
+
+@dataclass
+class JointSettings(WanSettings):
+    """`Settings`, plus those of SD3's and FLUX's blocks."""
+
+    attention_keys: str = argument("text", "'text': a softmax over the text's keys; 'all': over the image's, too.")
 
     def _check(self):
         super()._check()
@@ -305,6 +311,29 @@ def check_integer(name, value, limit, remedy):
         raise TypeError(f"`{name}` has to be an integer but is {value!r}. {remedy}")
     if value < limit:
         raise ValueError(f"`{name}` is {value}, but has to be at least {limit}. {remedy}")
+
+
+def shares_of(depth):
+    """PixArt-α's first and last block of 28 as shares of a depth: a choice."""
+    return 10 * depth // 28, 18 * depth // 28
+
+
+def blocks_between(blocks, attention_layers):
+    """The blocks from the first to the last of `attention_layers`, counted from 0."""
+    depth, remedy = len(blocks), "Pass the first and the last block to read, both read"
+    if not isinstance(attention_layers, (tuple, list)) or len(attention_layers) != 2:
+        raise TypeError(
+            f"`attention_layers` has to be two integers but is {attention_layers!r}. {remedy}, as (10, 18)."
+        )
+    for block in attention_layers:
+        check_integer("attention_layers", block, 0, f"{remedy}, as (10, 18).")
+    first, last = attention_layers
+    if not first <= last < depth:
+        raise ValueError(
+            f"`attention_layers` is ({first}, {last}), but this transformer has {depth} blocks, 0 to {depth - 1}."
+            f" {remedy}, for instance {shares_of(depth)}, or `tsam_steps=0`."
+        )
+    return blocks[first : last + 1]
 
 
 def check_number(name, value, remedy, least=-sys.float_info.max, most=sys.float_info.max, above=None):

@@ -104,11 +104,9 @@ class GuidedLoop:
         def method(call, stock):
             return functools.wraps(stock)(lambda *args, **kwargs: call(stock, *args, **kwargs))
 
-        scheduler = StandIn(
-            self.scheduler,
-            scale_model_input=method(self.scale_model_input, self.scheduler.scale_model_input),
-            step=method(self.step, self.scheduler.step),
-        )
+        asked = [name for name in ("scale_model_input", "step") if hasattr(self.scheduler, name)]
+        asked = {name: method(getattr(self, name), getattr(self.scheduler, name)) for name in asked}
+        scheduler = StandIn(self.scheduler, **asked)
         with (
             frozen(self.model) if self.guided else nullcontext(nullcontext) as self.saving,
             shadowed(self.pipe, "encode_prompt", method(self.encode_prompt, self.pipe.encode_prompt)),
@@ -170,7 +168,7 @@ class GuidedLoop:
     def num_tokens(self):
         """The tokens of an encoded prompt, counted with padding."""
         embeds = self.given["prompt_embeds"]
-        return self.pipe.window if embeds is None else embeds.shape[1]
+        return self.given.get("max_sequence_length", self.pipe.window) if embeds is None else embeds.shape[1]
 
     def begin(self):
         """Plan the updates, now that the timesteps are known: some pipelines take fewer than the scheduler."""
@@ -205,7 +203,7 @@ class GuidedLoop:
         beside = sample[:, self.latents.shape[1] :]  # an inpainting model's mask and picture
         self.latents = self.move(beside, args, kwargs)
         self.moved = self.alignment.moved
-        sample = self.scheduler.scale_model_input(torch.cat([self.latents] * self.halves), self.t)
+        sample = scaled(self.scheduler, torch.cat([self.latents] * self.halves), self.t)
         return self.network(sample, beside, *args, **kwargs)
 
     def network(self, sample, beside, *args, **kwargs):
@@ -313,8 +311,11 @@ def steps_of(updates):
 
 def input_scale(scheduler, t):
     """c, the scheduler's factor on the model's input at timestep t; 1 if it does not scale."""
-    one = torch.ones(())
-    return scheduler.scale_model_input(one, t) if hasattr(scheduler, "scale_model_input") else one
+    return scaled(scheduler, torch.ones(()), t)
+
+
+def scaled(scheduler, sample, t):
+    return scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
 
 
 def conditional_rows(conditions, batch):
@@ -410,12 +411,12 @@ def extends(stock, settings_class, deprecated=()):
 
     def decorate(call):
         theirs = [*inspect.signature(stock.__call__).parameters.values()]
-        swallow = [parameter for parameter in theirs if parameter.kind is parameter.VAR_KEYWORD]
+        named, swallow = inspect.Parameter.POSITIONAL_OR_KEYWORD, [p for p in theirs if p.kind is p.VAR_KEYWORD]
         own = [p for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        hooks = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own]
+        hooks = [p.replace(kind=named) for p in own]
         names = [each.name for each in fields(settings_class)]
         ours = [
-            inspect.Parameter(each.name, swallow[0].POSITIONAL_OR_KEYWORD, default=each.default, annotation=each.type)
+            inspect.Parameter(each.name, named, default=each.default, annotation=each.type)
             for each in fields(settings_class)
         ]
         signature = inspect.Signature([*theirs[: len(theirs) - len(swallow)], *hooks, *ours, *swallow])
@@ -493,7 +494,8 @@ class TSAMPipelineMixin:
     def align_latents(
         self, alignment, latents, t, args, kwargs, layers, iterations=1, saving=nullcontext, network=None
     ):
-        """Move latents (B, C, h, w) `iterations` times before the noise prediction at timestep `t`. Eq. (15).
+        """Move latents (B, C, h, w), or (B, C, F, h, w) of a video, `iterations` times before the noise prediction at
+        timestep `t`. Eq. (15).
 
         args, kwargs: the denoiser's arguments after the latents, for both halves of classifier-free guidance or the
         conditional one alone. layers: read their maps. saving: what `frozen` yields. network: predicts in place of
@@ -508,7 +510,7 @@ class TSAMPipelineMixin:
 
             def maps_at(model_input):
                 run_to_last_map(network, model_input, *args, **kwargs)
-                return mean_maps(maps, *latents.shape[-2:], len(layers))
+                return mean_maps(maps, *latents.shape[-2:], len(layers), latents.shape[2:-2])
 
             return alignment.update(latents, scale, maps_at, iterations)
 
@@ -521,7 +523,7 @@ class TSAMPipelineMixin:
         with lock_of(model):
             loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
             if settings.candidates > 1:
-                images = prompts_of(given) * given["num_images_per_prompt"]
+                images = prompts_of(given) * loop.given["num_images_per_prompt"]
                 first, loop.start, losses, chosen = choose(self, stock, given, settings, images)
                 loop.encoding, loop.interrupted = first.encoding, self.interrupt
             with loop.open() if loop.needed else nullcontext():

@@ -7,7 +7,7 @@ from diffusers import ImagePipelineOutput
 
 from .attention_processors import mean_self_attention, record_self_attention
 from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
-from .tsam_arguments import PixArtAlphaSettings, check_integer
+from .tsam_arguments import PixArtAlphaSettings, blocks_between
 from .tsam_pipeline import GuidedLoop, TSAMOutput, TSAMPipelineMixin
 
 
@@ -22,11 +22,6 @@ class PixArtLoop(GuidedLoop):
     def __init__(self, pipe, given, settings, on_step_end=None):
         super().__init__(pipe, given, settings, on_step_end)
         pipe._guidance_scale, pipe._interrupt = given["guidance_scale"], False
-
-    @property
-    def num_tokens(self):
-        embeds = self.given["prompt_embeds"]
-        return self.given["max_sequence_length"] if embeds is None else embeds.shape[1]
 
     def words_of(self, phrase):
         return self.pipe.words_of(phrase, self.given["clean_caption"])
@@ -76,20 +71,7 @@ class PixArtTSAM(TSAMPipelineMixin):
 
         ValueError if there are no such blocks.
         """
-        depth, remedy = len(self.transformer.transformer_blocks), "Pass the first and the last block to read, both read"
-        if not isinstance(attention_layers, (tuple, list)) or len(attention_layers) != 2:
-            raise TypeError(
-                f"`attention_layers` has to be two integers but is {attention_layers!r}. {remedy}, as (10, 18)."
-            )
-        for block in attention_layers:
-            check_integer("attention_layers", block, 0, f"{remedy}, as (10, 18).")
-        first, last = attention_layers
-        if not first <= last < depth:
-            raise ValueError(
-                f"`attention_layers` is ({first}, {last}), but this transformer has {depth} blocks, 0 to {depth - 1}."
-                f" {remedy}, for instance ({10 * depth // 28}, {18 * depth // 28}), or `tsam_steps=0`."
-            )
-        return [block.attn2 for block in self.transformer.transformer_blocks[first : last + 1]]
+        return [block.attn2 for block in blocks_between(self.transformer.transformer_blocks, attention_layers)]
 
     @torch.no_grad()
     def get_text_self_attention(

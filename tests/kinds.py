@@ -22,6 +22,7 @@ from tiny import (
     tiny_pixart_components,
     tiny_sd3_components,
     tiny_sdxl_components,
+    tiny_wan_components,
 )
 
 
@@ -32,6 +33,7 @@ OF_T = ("l1", "cosine", "attainable")  # objectives that compare S with T; the o
 SCHEDULERS = sorted({DDIMScheduler, *DDIMScheduler().compatibles}, key=lambda scheduler: scheduler.__name__)
 SET_BY_CALLS = (
     "guidance_scale guidance_rescale clip_skip cross_attention_kwargs interrupt num_timesteps lora_scale denoising_end"
+    " guidance_scale_2 attention_kwargs current_timestep"
 )
 
 
@@ -55,7 +57,13 @@ class Kind:
     file = property(lambda self: f"{self.family.module}.py")
     denoiser = property(lambda self: self.family.denoiser)
     first = property(lambda self: int(self.components["tokenizer"].bos_token_id is not None))  # token of the prompt's
-    side = property(lambda self: 16 if self.name == "sd" or self.name.startswith("sd_") else 8)  # of maps
+
+    @property
+    def grid(self):
+        """Of maps."""
+        if self.name == "wan":
+            return 3, 4, 6
+        return (16, 16) if self.name == "sd" or self.name.startswith("sd_") else (8, 8)
 
     @property
     def fields(self):
@@ -88,6 +96,7 @@ FURTHER = {
         Kind("sd_controlnet", tiny_controlnet_components, 20.0, {"image": IMAGE}),
         Kind("sdxl", tiny_sdxl_components, 10.0, {"height": 64, "width": 64}),
         Kind("pixart_sigma", shallow_pixart, 500.0, SHALLOW),
+        Kind("wan", tiny_wan_components, 50.0, {"height": 64, "width": 96, "num_frames": 9}),
     )
 }
 assert FURTHER.keys() == VARIANTS.keys()
@@ -165,7 +174,10 @@ def run(pipe, prompt=PROMPT, seed=0, **kwargs):
         kwargs = {name: value for name, value in kwargs.items() if name not in kind.extra}
     if "generator" not in kwargs and "latents" not in kwargs:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
-    return pipe(prompt, **kwargs)
+    if kind.name != "wan":
+        return pipe(prompt, **kwargs)
+    output = pipe(prompt, num_videos_per_prompt=kwargs.pop("num_images_per_prompt", 1), **kwargs)
+    return SimpleNamespace(**vars(output), images=output.frames)
 
 
 def run_blocks(kind, pipe, prompt, seed, kwargs):

@@ -524,7 +524,7 @@ class TestOutput:
         seen = output.attentions[0]
         assert [seen["tokens"] for seen in output.attentions] == [PROMPT.split(), SHORT.split()]
         assert seen["steps"] == [0, 1]
-        assert seen["maps"].shape == (2, 7, kind.side, kind.side) and seen["similarity"].shape == (2, 7, 7)
+        assert seen["maps"].shape == (2, 7, *kind.grid) and seen["similarity"].shape == (2, 7, 7)
         torch.testing.assert_close(seen["text_attention"].sum(-1), torch.ones(7))
         torch.testing.assert_close(seen["similarity"].sum(-1), torch.ones(2, 7))
         weight = torch.arange(1, 8) / 7

@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -11,6 +12,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -20,6 +22,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 
@@ -138,9 +142,9 @@ def tiny_t5_tokenizer():
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces.items()], extra_ids=0)
 
 
-def tiny_t5(tokenizer, width=16):
-    return T5EncoderModel(
-        T5Config(
+def tiny_t5(tokenizer, width=16, config=T5Config, cls=T5EncoderModel):
+    return cls(
+        config(
             vocab_size=len(tokenizer),
             d_model=width,
             d_kv=4,
@@ -178,6 +182,28 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
         "vae": tiny_vae(),
         "transformer": transformer,
         "scheduler": tiny_scheduler(),
+    }
+
+
+def tiny_wan_components():
+    """Frames of maps of a sixteenth of the pixels' side."""
+    torch.manual_seed(0)
+    tokenizer = tiny_t5_tokenizer()
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    transformer = WanTransformer3DModel(
+        num_layers=4, num_attention_heads=2, attention_head_dim=12, text_dim=16, ffn_dim=32
+    )
+    for block in transformer.blocks:
+        block.attn2.norm_q.weight.data *= 3
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": tiny_t5(tokenizer, config=UMT5Config, cls=UMT5EncoderModel),
+        "vae": vae.eval(),
+        "transformer": transformer.eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "transformer_2": None,
     }
 
 
