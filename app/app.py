@@ -8,6 +8,7 @@ On the Hugging Face Hub this file, beside the package, is a Space's `app.py`.
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import time
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 
@@ -32,8 +34,9 @@ except ImportError as error:
 from PIL import Image
 from starlette.middleware import Middleware
 
-from diffusers_tsam import figures
-from diffusers_tsam.app.drawing import CHOICES, FIELDS, SETTINGS, SHIPPED, Models, Result, draw, fields_of, wrong
+from diffusers_tsam import cli, figures
+from diffusers_tsam.app import drawing
+from diffusers_tsam.app.drawing import CHOICES, FIELDS, SETTINGS, SHIPPED, Models, fields_of, wrong
 from diffusers_tsam.shapes import WORDS
 
 
@@ -43,8 +46,8 @@ EXAMPLES = (  # model, seed, prompt; picked: stock forgets or confuses what T-SA
     ("pixart", 675187397, "a yellow star and an orange cube and a white cylinder"),
 )
 HEADER = """<h1>T-SAM</h1><p>Text-to-image models forget objects and swap colours. T-SAM reads out of the text encoder
-which words belong together, and holds the picture's attention to it. Here: one prompt, one seed, without it and with
-it.</p>"""
+which words belong together, and holds the picture's attention to it. Here: one prompt from the same noise, without it
+and with it.</p>"""
 FINISHED = (
     "An example that was picked, drawn by the small Stable Diffusion: “a red cube and a blue sphere”. Stock forgot the"
     " blue sphere and drew two red cubes, one unasked; T-SAM drew both. “Draw” shows yours here."
@@ -57,12 +60,19 @@ HELP = {
     "gamma": "More keeps only the strongest bonds between words. Of no use to “contrast” and “relation”.",
     "guidance_scale": "How closely to follow the prompt.",
     "negative_prompt": "What not to draw.",
+    "regions": "Where words of the prompt are to be: left, top, right, bottom in fractions of the picture, a line each,"
+    " such as “a red cube=0,0,0.5,1”.",
 }
+NAMES = {"stock": "Stock", "T-SAM": "T-SAM"}  # of the two pictures, as `Step` has them and as they are shown
+EVERY = -1  # in place of a word
+HIDDEN = gr.update(visible=False)
+COUNTS = {"seed": "Seed", "steps": "Steps"}, {"seeds": "Number of seeds", "starts": "Starts to choose from"}
 FILES = {"Stock picture": "stock.png", "T-SAM picture": "tsam.png", "Numbers (JSON)": "tsam.json"}
 MAX_WAITING = 20  # drawings in the queue
 MAX_UPLOAD = 1  # bytes: the page takes no files
 KEPT = 3600  # seconds that the server keeps a result
-SHOWN, BLANK = 512, "#8a8f98"  # pixels at least of a picture on the page, and its colour before it is drawn
+SHOWN = 512  # pixels at least of a picture on the page
+BLANK = Image.new("RGB", (64, 64), "#8a8f98")  # before it is drawn
 REFRESH = 0.2  # seconds at least between two previews
 FULLSCREEN = ["fullscreen"]  # the only one of Gradio's buttons on a picture; another shares it
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
@@ -96,9 +106,9 @@ def note(text, kind="note"):
     return f'<p class="tsam-{kind}" role="{"alert" if kind == "error" else "status"}">{escape(text)}</p>'
 
 
-def captions(stock="", tsam=""):
-    sides = (f"<p><b>{name}</b> {escape(text)}</p>" for name, text in (("Stock", stock), ("T-SAM", tsam)))
-    return f'<div class="tsam-captions">{"".join(sides)}</div>'
+def captioned(picture, name, seed, seen=None):
+    """A picture as a gallery takes it. seen: what the judge sees."""
+    return figures.enlarged(picture, SHOWN), f"{NAMES[name]}, seed {seed}" + (f": {seen}" if seen else "")
 
 
 def curve(losses, steps):
@@ -131,34 +141,42 @@ def summary(result):
     """What a drawing has come to, and whether its updates were too large."""
     losses, guided = [drawn.losses for drawn in result.pair], result.pair[1].guided
     before, after = (each[guided[-1]] for each in losses)
-    text = f"Loss after the guided steps, {len(guided)}: stock {before:.3f}, T-SAM {after:.3f}."
+    text = f"Loss of seed {result.settings['seed']} after the guided steps, {len(guided)}: stock {before:.3f},"
+    text = f"{text} T-SAM {after:.3f}."
     text = f"{result.said} {text}".lstrip()
-    if not result.breaks:
+    if result.moved < drawing.BREAKS:
         return note(text)
-    name = "alpha" if result.settings["relative_step"] is None else "the relative step"
-    far = f"The first step moved the latents by {result.moved:.0%} of their norm, which breaks most pictures: "
-    return note(f"{far}halve {name}. {text}", "warning")
+    far = f"The first step moved the latents by {result.moved:.1f} times their norm, which breaks pictures"
+    return note(f"{far}: halve alpha. {text}", "warning")
 
 
-def pictures_of(result):
-    return [figures.enlarged(drawn.picture, SHOWN) for drawn in result.pair]
+def parts_of(result):
+    """The parts of the page that say what one drawing has come to."""
+    losses = dict(zip(NAMES, (drawn.losses for drawn in result.pair)))
+    return {"status": summary(result), "losses": curve(losses, result.settings["steps"]), "result": result}
 
 
 def look(result, word, step):
-    """Where a word looks in a step, over both pictures; T, and S of both in this step."""
+    """Where a word looks in a step, over both pictures, or the figure of `EVERY` word; T, and S of both then."""
     if result is None:
-        return [gr.skip()] * 3
+        return [gr.skip()] * 4
     index, seen = int(step) - 1, [drawn.attentions for drawn in result.pair]
-    maps = [each["maps"][index][word or 0] for each in seen]
-    scale = max(float(each.max()) for each in maps)
-    shown = [figures.overlaid(each, scale, picture) for each, picture in zip(maps, pictures_of(result))]
-    words = seen[1]["tokens"]
-    tables = [table("T: what the text encoder reads", words, seen[1]["text_attention"])]
-    if result.settings["objective"] in ("relation", "contrast"):
-        tables.append(table("R: which words are related", words, seen[1]["relation"]))
-    for name, each in zip(("stock", "T-SAM"), seen):
-        tables.append(table(f"S: {name}, step {step}", words, each["similarity"][index]))
-    return [*shown, f'<div class="tsam-tables">{"".join(tables)}</div>']
+    maps = [each["maps"][index] for each in seen]
+    both = seen[1] | {"similarity": [each["similarity"][index] for each in seen]}
+    words, tables = seen[1]["tokens"], cli.tables_of(SimpleNamespace(**result.settings), both)
+    if word == EVERY:
+        captions = [f"loss {drawn.losses[index]:.3f}" for drawn in result.pair]
+        rows = [*zip(NAMES.values(), captions, (drawn.picture for drawn in result.pair), maps)]
+        footer = f"maps and S at step {step}, one scale a word · seed {result.settings['seed']}"
+        regions, file = seen[1].get("regions", ()), io.BytesIO()
+        figures.save(figures.figure(result.settings["prompt"], words, rows, tables, footer, regions), file)
+        return [HIDDEN, HIDDEN, gr.update(value=Image.open(file), visible=True), ""]
+    scale = max(float(each[word or 0].max()) for each in maps)
+    pictures = [figures.enlarged(drawn.picture, SHOWN) for drawn in result.pair]
+    shown = [figures.overlaid(each[word or 0], scale, picture) for each, picture in zip(maps, pictures)]
+    tables = "".join(table(title, words, values) for title, values in tables)
+    tables = f'<h2>Which words belong together</h2><div class="tsam-tables">{tables}</div>'
+    return [*(gr.update(value=each, visible=True) for each in shown), HIDDEN, tables]
 
 
 def numbers(result):
@@ -209,36 +227,51 @@ def linked(models, query):
 
 
 def live(models, values, stopped):
-    """What the page shows from “Draw” on: note, pictures, captions, curve and result, again and again."""
-    same, losses, last, event = gr.skip(), {"stock": [], "T-SAM": []}, 0.0, None
+    """What the page shows from “Draw” on, by its parts' names, again and again."""
+    results, last = [], 0.0
     try:
         for problem in wrong(models, values).values():
             raise ValueError(problem)
-        steps = int(values["steps"])
-        shown = dict.fromkeys(losses, Image.new("RGB", (SHOWN, SHOWN), BLANK))
-        yield note("Starting …"), same, captions(), curve(losses, steps), None
-        for event in draw(models, values, stopped):
-            if isinstance(event, Result):
-                break
-            losses[event.name].append(event.loss)
-            shown[event.name] = event.preview.resize(
-                [SHOWN * side // max(event.preview.size) for side in event.preview.size]
-            )
-            if time.monotonic() - last > REFRESH:
-                last, text = time.monotonic(), f"{event.name}: step {event.step + 1}, loss {event.loss:.3f}"
-                bar = f'<progress max="{2 * steps}" value="{sum(map(len, losses.values()))}">{text}</progress>'
-                yield note(text) + bar, tuple(shown.values()), same, curve(losses, steps), None
-        if isinstance(event, Result):
-            seen = [f"the judge sees: {solids}" for solids in event.seen or ()]
-            yield summary(event), tuple(pictures_of(event)), captions(*seen), curve(losses, steps), event
+        steps, number, done = int(values["steps"]), int(values["seeds"]), 0
+        losses = {name: [] for name in NAMES}
+        text = note("Choosing among starts …" if values["starts"] > 1 else "Starting …")
+        yield {"status": text, "losses": curve(losses, steps), "result": None, "starts": HIDDEN}
+        shown = {(name, column): (BLANK, NAMES[name]) for name in NAMES for column in range(number)}
+        for event in drawing.draw(models, values, stopped):
+            if isinstance(event, drawing.Starts):
+                ranked = [f"seed {seed}: {loss:.3f}" for seed, loss in event.ranked]
+                ranked[0] += ", best"
+                row = gr.update(value=list(zip(event.pictures, ranked)), columns=len(ranked), visible=True)
+                yield {"starts": row, "row": event}
+                continue
+            column = len(results)
+            if isinstance(event, drawing.Result):
+                seen, losses = event.seen or (None, None), {name: [] for name in NAMES}
+                for name, drawn, solids in zip(NAMES, event.pair, seen):
+                    shown[name, column] = captioned(drawn.picture, name, event.settings["seed"], solids)
+                results.append(event)
+                said = parts_of(event)
+            else:
+                done += 1
+                losses[event.name].append(event.loss)
+                shown[event.name, column] = captioned(event.preview, event.name, event.seed)
+                if time.monotonic() - last < REFRESH:
+                    continue
+                last, text = time.monotonic(), f"{NAMES[event.name]}: step {event.step + 1}, loss {event.loss:.3f}"
+                bar = f'<progress max="{2 * steps * number}" value="{done}">{text}</progress>'
+                said = {"status": note(text) + bar, "losses": curve(losses, steps)}
+            sheet = gr.update(value=list(shown.values()), columns=max(number, 2))
+            yield said | {"pictures": sheet, "results": results + [None] * (number - len(results))}
+        if len(results) == number:
+            yield parts_of(results[0])
         else:
-            yield note("Stopped. “Draw” starts again from the first step."), same, same, same, None
+            yield {"status": note("Stopped. “Draw” starts again from the first step."), "result": None}
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        yield note(str(error).replace("`", ""), "error"), same, same, same, None
+        yield {"status": note(str(error).replace("`", ""), "error"), "result": None}
     except Exception as error:
         logger.exception("A drawing failed.")
         text = f"The drawing failed, {type(error).__name__}; the server's log says where. Try other settings."
-        yield note(text, "error"), same, same, same, None
+        yield {"status": note(text, "error"), "result": None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +282,7 @@ def build(models):
     """The page, a `gr.Blocks` for `serve`."""
     first, _ = linked(models, {})
     with gr.Blocks(title="T-SAM", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
-        result = gr.State(time_to_live=KEPT)
+        row, results, result = (gr.State(time_to_live=KEPT) for _ in range(3))
         gr.HTML(HEADER)
         examples = gr.Dataset(
             components=[gr.Textbox(visible=False)],
@@ -263,9 +296,11 @@ def build(models):
                 prompt = gr.Textbox(first["prompt"], label="Prompt", info=known, lines=1, max_lines=4)
                 names = list(models.offered())
                 model = gr.Dropdown(names, value=first["model"], label="Model", allow_custom_value=models.hub)
-                with gr.Row():
-                    seed = gr.Number(first["seed"], label="Seed", precision=0, min_width=100)
-                    steps = gr.Number(first["steps"], label="Steps", precision=0, min_width=100)
+                counts = {}
+                for labels in COUNTS:
+                    with gr.Row():
+                        for name, label in labels.items():
+                            counts[name] = gr.Number(first[name], label=label, precision=0, min_width=100)
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", min_width=120, scale=3)
                     halt = gr.Button("Stop", min_width=80, scale=1)
@@ -274,17 +309,22 @@ def build(models):
                     for name, info in HELP.items():
                         looks = {"label": name.replace("_", " ").capitalize(), "info": info, "value": first[name]}
                         choices = {"choices": list(CHOICES[name])} if name in CHOICES else {}
-                        kind = gr.Dropdown if choices else gr.Textbox if name == "negative_prompt" else gr.Number
+                        text = name in ("negative_prompt", "regions")
+                        kind = gr.Dropdown if choices else gr.Textbox if text else gr.Number
                         settings[name] = kind(**looks, **choices)
             with gr.Column(scale=3, min_width=300):
                 status = gr.HTML(note(FINISHED), elem_id="tsam-status")
                 with Image.open(Path(__file__).with_name("example.png")) as both:
                     boxes = ((0, 0, 128, 128), (128, 0, 256, 128))
-                    example = tuple(figures.enlarged(both.convert("RGB").crop(box), SHOWN) for box in boxes)
-                pictures = gr.ImageSlider(
-                    example, label="Stock and T-SAM", format="png", max_height=SHOWN, buttons=FULLSCREEN
+                    example = [both.convert("RGB").crop(box) for box in boxes]
+                grid = {"interactive": False, "allow_preview": False, "format": "png", "buttons": FULLSCREEN}
+                grid |= {"object_fit": "contain", "elem_classes": "tsam-gallery"}
+                pictures = gr.Gallery(
+                    [captioned(picture, name, EXAMPLES[0][1]) for picture, name in zip(example, NAMES)],
+                    label="Stock and T-SAM",
+                    **grid,
                 )
-                caption = gr.HTML(captions())
+                starts = gr.Gallery(label="Starts, best first: click one to draw it", visible=False, **grid)
                 losses = gr.HTML(curve({"stock": [], "T-SAM": []}, first["steps"]))
         with gr.Column(visible=False) as details:
             gr.HTML("<h2>What each word looks at</h2>")
@@ -292,13 +332,16 @@ def build(models):
             step = gr.Slider(1, 2, 1, step=1, label="Denoising step")
             with gr.Row():
                 over = {"format": "png", "interactive": False, "height": 380, "min_width": 240, "buttons": FULLSCREEN}
-                maps = [gr.Image(label=name, **over) for name in ("Stock", "T-SAM")]
-            gr.HTML("<h2>Which words belong together</h2>")
+                maps = [gr.Image(label=name, **over) for name in NAMES.values()]
+            every = gr.Image(label="Every word", visible=False, **over | {"height": None})
             tables = gr.HTML()
             with gr.Row():
                 saves = [gr.DownloadButton(label, min_width=140) for label in FILES]
             address = gr.HTML()
-        fields = [model, prompt, seed, steps, *settings.values()]
+        fields = [model, prompt, *counts.values(), *settings.values()]
+        parts = {"status": status, "pictures": pictures, "losses": losses, "results": results, "result": result}
+        choice = {"starts": starts, "row": row}
+        panels = [*maps, every, tables]
 
         def check(request: gr.Request, *values):
             Session(request).go_on()
@@ -306,8 +349,23 @@ def build(models):
             return [gr.validate(name not in found, found.get(name, "")) for name in FIELDS]
 
         @GPU
+        def drawn(values, flag):
+            yield from live(models, values, flag.exists)
+
         def start(request: gr.Request, *values):
-            yield from live(models, dict(zip(FIELDS, values)), Session(request).flag.exists)
+            for shown in drawn(dict(zip(FIELDS, values)), Session(request).flag):
+                yield {(parts | choice)[name]: value for name, value in shown.items()}
+
+        def again(row, request: gr.Request, event: gr.SelectData):
+            Session(request).go_on()
+            values = row.settings | drawing.ONE_START | {"seed": row.ranked[event.index][0]}
+            for shown in drawn(values, Session(request).flag):
+                yield {parts[name]: value for name, value in shown.items() if name in parts}
+
+        def turn(results, event: gr.SelectData):
+            """Show the drawing that a picture is of."""
+            turned = results and results[event.index % len(results)]  # None: not drawn
+            return {parts[name]: value for name, value in (parts_of(turned) if turned else {}).items()}
 
         def show(result, request: gr.Request):
             if result is None:
@@ -316,22 +374,25 @@ def build(models):
             change = seen[1]["maps"][guided[-1]] - seen[0]["maps"][guided[-1]]
             chosen, at = int(change.abs().sum((1, 2)).argmax()), guided[-1] + 1  # the word that changed most
             words, number = [(text, index) for index, text in enumerate(seen[1]["tokens"])], len(seen[1]["steps"])
+            words.append(("every word", EVERY))
             span = {"maximum": max(number, 2), "visible": number > 1}  # one step leaves nothing to choose
             return {
                 details: gr.Column(visible=True),
                 word: gr.Radio(words, value=chosen),
                 step: gr.Slider(value=at, info=f"Guided: the first {len(guided)}.", **span),
-                address: f'<a href="{escape(link(result.settings))}">A link to these settings</a>',
-                **dict(zip([*maps, tables], look(result, chosen, at))),
+                address: f'<a href="{escape(link(result.settings))}">A link to this drawing’s settings</a>',
+                **dict(zip(panels, look(result, chosen, at))),
                 **dict(zip(saves, save(result, Session(request).folder))),
             }
+
+        defaults = {name: (counts | settings)[name] for name in ("steps", *SETTINGS, "guidance_scale")}
 
         def choose(name):
             try:
                 values = fields_of(models, name, "", 0)
             except ValueError as error:
                 return {status: note(str(error), "error")}
-            return dict(zip([steps, *settings.values()], list(values.values())[3:]))
+            return {field: values[name] for name, field in defaults.items()}
 
         def give(name, preset):
             try:
@@ -360,20 +421,19 @@ def build(models):
             shutil.rmtree(Session(request).folder, ignore_errors=True)
 
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        gr.on(
-            [go.click, prompt.submit],
-            start,
-            fields,
-            [status, pictures, caption, losses, result],
-            validator=check,
-            concurrency_limit=1,  # on one machine, two drawings at once would each take twice as long
-            show_progress_on=[status],
-            api_visibility="private",
-        ).then(show, result, [details, word, step, *maps, tables, address, *saves], **quiet)
+        one = {"concurrency_limit": 1, "concurrency_id": "drawing"}  # two at once would each take twice as long
+        one |= {"show_progress_on": [status], "api_visibility": "private"}
+        showing = [result, [details, word, step, *panels, address, *saves]]
+        go_on = gr.on(
+            [go.click, prompt.submit], start, fields, [*parts.values(), *choice.values()], validator=check, **one
+        )
+        go_on.then(show, *showing, **quiet)
+        starts.select(again, row, [*parts.values()], **one).then(show, *showing, **quiet)
+        pictures.select(turn, results, [*parts.values()], **quiet).then(show, *showing, **quiet)
         halt.click(stop, queue=False, **quiet)
         newest = {"trigger_mode": "always_last", **quiet}
-        gr.on([word.input, step.input], look, [result, word, step], [*maps, tables], **newest)
-        model.input(choose, model, [status, steps, *settings.values()], **quiet)
+        gr.on([word.input, step.input], look, [result, word, step], panels, **newest)
+        model.input(choose, model, [status, *defaults.values()], **quiet)
         preset = settings["preset"]
         preset.input(give, [model, preset], [settings[name] for name in SETTINGS], **quiet)
         examples.click(pick, examples, fields, **quiet)

@@ -12,11 +12,23 @@ from urllib.parse import parse_qsl
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 
 from diffusers_tsam import FAMILIES, cli, comparing
 from diffusers_tsam.app import drawing
-from diffusers_tsam.app.drawing import FIELDS, LIMITS, MAX_PROMPT, SHIPPED, Models, Result, Step, fields_of, wrong
+from diffusers_tsam.app.drawing import (
+    FIELDS,
+    LIMITS,
+    MAX_PROMPT,
+    SHIPPED,
+    Models,
+    Result,
+    Starts,
+    Step,
+    fields_of,
+    wrong,
+)
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.sink import add_sink
 from kinds import PROMPT
@@ -66,8 +78,8 @@ def test_a_model_starts_with_what_was_tuned_for_it_or_its_pipelines_defaults(loc
     for name, steps, scale, settings in ((SD, 25, 4.0, FAST), (PIXART, 25, 4.0, FAST), (other, 50, 7.5, PAPER)):
         values = fields_of(models, name, PROMPT, 3)
         assert tuple(values) == FIELDS and not wrong(models, values)
-        expected = {"model": name, "prompt": PROMPT, "seed": 3, "steps": steps, "guidance_scale": scale}
-        assert values == expected | settings | {"negative_prompt": ""}
+        expected = {"model": name, "prompt": PROMPT, "seed": 3, "steps": steps, "seeds": 1, "starts": 1}
+        assert values == expected | settings | {"guidance_scale": scale, "negative_prompt": "", "regions": ""}
     assert fields_of(models, SD, PROMPT, 3, preset="paper").items() >= PAPER.items()
 
 
@@ -168,7 +180,13 @@ def test_no_large_model_is_loaded_and_no_more_than_the_limit(local, monkeypatch)
         ({"guidance_scale": 1000}, "from 1 to 30"),
         ({"preset": "slow"}, "paper, fast, light"),
         ({"objective": ["l1"]}, "attainable"),
-        ({"objective": "layout"}, "attainable"),
+        ({"objective": "layout"}, "there are no regions"),
+        ({"seeds": 5}, "from 1 to 4"),
+        ({"starts": 0}, "from 1 to 8"),
+        ({"seeds": 3, "starts": 2}, "Choose among 3 starts or more"),
+        ({"regions": "a red cube: left"}, 'as "a red cube=0,0,0.5,1"'),
+        ({"regions": "a red cube=0,0,64,64"}, "fractions of the picture"),
+        ({"regions": "red " * MAX_PROMPT}, "at most 300"),
         ({"alpha": float("nan"), "relative_step": None}, "finite"),
         ({"relative_step": None}, "either alpha or a relative step"),
         ({"alpha": 4.0}, "either alpha or a relative step"),
@@ -196,7 +214,7 @@ def test_the_limits_themselves_are_allowed(edge, models):
 def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, models):
     values = values_of(models, model, prompt=SOLIDS, steps=3)
     *steps, result = drawn(models, values)
-    assert [(step.name, step.step) for step in steps] == [(n, i) for n in ("T-SAM", "stock") for i in range(3)]
+    assert [step[:3] for step in steps] == [(name, 3, i) for name in ("T-SAM", "stock") for i in range(3)]
     pipe, kind = cli.load(MODELS["pixart" if model == PIXART else "sd"], device="cpu")
     if model == SINK:
         add_sink(pipe)
@@ -206,6 +224,56 @@ def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, mo
     assert not np.array_equal(stock, tsam)
     assert [step.loss for step in steps] == pytest.approx(result.pair[1].losses + result.pair[0].losses)
     assert len(result.seen) == 2 and 0 < result.moved < drawing.BREAKS
+
+
+def results_of(events):
+    return [event for event in events if isinstance(event, Result)]
+
+
+def test_of_several_seeds_each_is_drawn_as_it_is_alone(local):
+    models, name = local
+    results = results_of(drawn(models, values_of(models, name, seed=7, seeds=3)))
+    assert [result.settings["seed"] for result in results] == [7, 8, 9]
+    alone = drawn(models, results[1].settings)[-1]
+    assert alone.settings == results[1].settings and alone.settings["seeds"] == 1
+    assert np.array_equal(alone.pair[1].picture, results[1].pair[1].picture)
+    assert not np.array_equal(alone.pair[1].picture, results[2].pair[1].picture)
+
+
+def test_starts_are_shown_as_they_are_ranked_and_the_best_are_drawn(local):
+    models, name = local
+    values = values_of(models, name, seed=7, seeds=2, starts=4)
+    events = drawn(models, values)
+    pipe, settings = models.load(name)[0], models.defaults(name)[0]
+    ranked = pipe.rank(PROMPT, range(7, 11), num_inference_steps=4, **settings.given)
+    rows = [event for event in events if isinstance(event, Starts)]
+    assert [len(row.pictures) for row in rows] == [1, 2, 3, 4] and all(row.ranked == ranked for row in rows)
+    assert [result.settings["seed"] for result in results_of(events)] == [seed for seed, _ in ranked[:2]]
+    for (seed, _), picture in zip(ranked, rows[-1].pictures):
+        alone = drawing.expected(pipe, PROMPT, seed, 1, num_inference_steps=4, guidance_scale=7.5)
+        assert np.array_equal(picture, alone)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_what_a_start_is_expected_to_become_is_in_the_last_step_the_picture(scheduler, local):
+    pipe = local[0].load(local[1])[0]
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    call = {"num_inference_steps": 4, "guidance_scale": 7.5}
+    (picture,) = pipe(PROMPT, generator=torch.Generator().manual_seed(3), tsam_steps=0, **call).images
+    expected = [np.asarray(drawing.expected(pipe, PROMPT, 3, step, **call), int) for step in (1, 4)]
+    assert np.abs(expected[1] - picture).max() <= 1 < np.abs(expected[0] - picture).max()
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_regions_hold_the_words_that_the_lines_name(local):
+    models, name = local
+    *_, result = drawn(models, values_of(models, name, regions="black car=0,0,0.5,1\n\nwhite clock=0.5,0,1,1"))
+    seen = result.pair[1].attentions
+    words = [[seen["tokens"][i] for i in own] for _, own in seen["regions"]]
+    assert [box for box, _ in seen["regions"]] == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    assert words == [["black", "car"], ["white", "clock"]]
+    with pytest.raises(ValueError, match="has 'a green cone', but the prompt's tokens are"):
+        drawn(models, values_of(models, name, regions="a green cone=0,0,0.5,1"))
 
 
 @pytest.mark.slow
@@ -265,6 +333,14 @@ def test_what_the_pipeline_refuses_is_raised_where_the_page_waits(local):
 # The page
 
 
+def shown(app, models, values, stopped=lambda: False):
+    """What the page shows in the end."""
+    page = {}
+    for parts in app.live(models, values, stopped):
+        page |= parts
+    return page
+
+
 @pytest.fixture(scope="module")
 def result():
     models = Models(device="cpu")
@@ -276,10 +352,12 @@ def result():
 @pytest.mark.parametrize("alpha, kind", [(4.0, "note"), (4000.0, "warning")])
 def test_an_alpha_that_breaks_the_picture_is_warned_of(alpha, kind, app, models):
     values = values_of(models, prompt=SOLIDS, alpha=alpha, relative_step=None)
-    *_, (status, pictures, captions, _, result) = app.live(models, values, lambda: False)
-    assert f'class="tsam-{kind}"' in status and ("halve alpha" in status) == (kind == "warning")
-    assert [picture.size for picture in pictures] == [(512, 512)] * 2
-    assert "the judge sees" in captions and isinstance(result, Result)
+    page = shown(app, models, values)
+    assert f'class="tsam-{kind}"' in page["status"] and ("halve alpha" in page["status"]) == (kind == "warning")
+    (result,) = page["results"]
+    captions = [f"{name}, seed 3: {solids}" for name, solids in zip(("Stock", "T-SAM"), result.seen)]
+    assert [(picture.size, text) for picture, text in page["pictures"]["value"]] == [((512, 512), c) for c in captions]
+    assert page["result"] is result
 
 
 @pytest.mark.parametrize(
@@ -295,15 +373,28 @@ def test_a_wrong_request_past_the_browser_or_a_mistake_of_ours_is_a_message(
     changes, says, app, models, monkeypatch, caplog
 ):
     monkeypatch.setattr(models, "load", lambda name: pytest.fail("it loads") if changes else {}["no such key"])
-    *_, (status, *same, result) = app.live(models, values_of(models, **changes), lambda: False)
-    assert 'role="alert"' in status and says in status and "Traceback" not in status and result is None
+    page = shown(app, models, values_of(models, **changes))
+    assert 'role="alert"' in page["status"] and says in page["status"] and "Traceback" not in page["status"]
+    assert page["result"] is None
     assert ("no such key" in caplog.text) == (not changes)
 
 
-def test_stopping_is_said_and_leaves_no_result(app, local):
+@pytest.mark.parametrize("starts", [1, 3])
+def test_stopping_is_said_and_leaves_no_result(starts, app, local):
     models, name = local
-    *_, (status, *_, result) = app.live(models, values_of(models, name), lambda: True)
-    assert "Stopped" in status and result is None
+    page = shown(app, models, values_of(models, name, seeds=2, starts=starts), lambda: True)
+    assert "Stopped" in page["status"] and page["result"] is None
+
+
+def test_seeds_make_a_sheet_of_stock_above_tsam_and_the_row_of_starts_marks_the_best(app, local):
+    models, name = local
+    page = shown(app, models, values_of(models, name, seeds=2, starts=3))
+    first, second = (result.settings["seed"] for result in page["results"])
+    captions = [f"{name}, seed {seed}" for name in ("Stock", "T-SAM") for seed in (first, second)]
+    assert [text for _, text in page["pictures"]["value"]] == captions and page["pictures"]["columns"] == 2
+    marked = [text for _, text in page["starts"]["value"]]
+    assert ["best" in text for text in marked] == [True, False, False] and marked[0].startswith(f"seed {first}: ")
+    assert page["result"] is page["results"][0] and f"seed {first} " in page["status"]
 
 
 def test_words_and_prompts_are_escaped_and_the_tables_are_those_that_the_objective_reads(app, result):
@@ -317,10 +408,18 @@ def test_words_and_prompts_are_escaped_and_the_tables_are_those_that_the_objecti
 
 
 def test_the_maps_shown_are_of_the_word_and_the_step(app, result):
-    stock, tsam, _ = app.look(result, 1, 2)
-    for picture, drawn in zip((stock, tsam), result.pair):
-        others = [app.look(result, word, step)[drawn is result.pair[1]] for word, step in ((1, 1), (2, 2))]
+    for side in range(2):
+        picture, *others = (app.look(result, *at)[side]["value"] for at in ((1, 2), (1, 1), (2, 2)))
         assert picture.size == (512, 512) and all(not np.array_equal(picture, other) for other in others)
+
+
+def test_every_words_maps_are_the_commands_figure_of_the_step_in_place_of_one_words(app, result):
+    *maps, every, tables = app.look(result, app.EVERY, 2)
+    before = app.look(result, app.EVERY, 1)[2]["value"]
+    assert not any(each["visible"] for each in maps) and every["visible"] and not tables
+    assert every["value"].width > 1000 and not np.array_equal(every["value"], before)
+    *maps, every, tables = app.look(result, 0, 2)
+    assert all(each["visible"] for each in maps) and not every["visible"] and tables
 
 
 def test_the_files_hold_the_pictures_and_the_numbers(app, result, tmp_path):
