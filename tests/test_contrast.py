@@ -1,60 +1,75 @@
-"""The objectives "relation" and "contrast": against `oracle.py`, and what holds of them whatever the maps show."""
+"""The objectives "relation" and "contrast" against `oracle.py`; what holds of every objective whatever maps show."""
 
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from diffusers_tsam import LatentAlignment, TextSelfAttention, tsam
-from diffusers_tsam.shapes import MODELS, scenes
+from diffusers_tsam import TextSelfAttention, tsam
 from diffusers_tsam.tsam import OBJECTIVES
-from diffusers_tsam.tsam_arguments import Settings
-from kinds import KINDS
+from kinds import OF_T, alignment_of
 
 
 OURS = ("relation", "contrast")
 GRID = (4, 5)
+GAMMA = 2.0
 LENGTHS = (7, 1, 2, 4, 0)  # content tokens of the images in a batch
 SHARPNESS = {"flat": 0.01, "soft": 1.0, "sharp": 8.0}  # deviation of the maps' logarithms
 laws = settings(derandomize=True, deadline=None, max_examples=30, database=None)
 
 
-def attention_of(lengths, tokens, bidirectional=False):
-    """T' (B, N, N), of which a causal encoder's rows sum to one; <bos> takes a share."""
+DEGENERATE = {  # of maps (1, 6, *GRID)
+    "zeros": torch.zeros_like,
+    "constant": lambda maps: torch.full_like(maps, 0.3),
+    "identical": lambda maps: maps[:, :1].repeat(1, 6, 1, 1),
+    "one position": lambda maps: torch.zeros_like(maps).index_fill(3, torch.tensor([2]), 0.5),
+    "apart": lambda maps: torch.eye(20)[:6].reshape(maps.shape),
+    "zero and constant among others": lambda maps: torch.cat([maps[:, :3], 0 * maps[:, :1], 0 * maps[:, 4:] + 0.3], 1),
+    "tiny": lambda maps: maps * 1e-30,
+    "huge": lambda maps: maps * 1e12,
+}
+
+
+def positions(mask):
+    return mask.nonzero().flatten().tolist()
+
+
+def attention_of(lengths, tokens, bidirectional=False, sink=0.0):
+    """T' (B, N, N), of which a causal encoder's rows sum to one; <bos> takes a share, and `sink` of the rest."""
     attention = torch.rand(len(lengths), tokens, tokens, dtype=torch.float64) ** 2
     attention[..., 0] += 1
     if bidirectional:
         return tsam.symmetrize(attention / attention.sum(-1, keepdim=True))
-    return attention.tril() / attention.tril().sum(-1, keepdim=True)
+    attention = (1 - sink) * attention.tril() / attention.tril().sum(-1, keepdim=True)
+    attention[..., 0] += sink
+    return attention
 
 
-def case_of(lengths=LENGTHS, grid=GRID, sharpness="soft", bidirectional=False):
+def case_of(lengths=LENGTHS, grid=GRID, sharpness="soft", **of_attention):
     """Prompts of these numbers of words behind a <bos>, two of padding behind the longest, and their maps, float64."""
     tokens = max(lengths) + 3
     content = torch.tensor([[0 < position <= length for position in range(tokens)] for length in lengths])
     maps = (torch.randn(len(lengths), tokens, *grid, dtype=torch.float64) * SHARPNESS[sharpness]).exp()
-    return SimpleNamespace(
-        attention=attention_of(lengths, tokens, bidirectional), content=content, maps=maps, lengths=lengths
-    )
+    attention = attention_of(lengths, tokens, **of_attention)
+    return SimpleNamespace(attention=attention, content=content, maps=maps, lengths=lengths)
 
 
 @st.composite
 def cases(draw):
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=3))
-    side = st.integers(1, 6)
-    return case_of(lengths, (draw(side), draw(side)), draw(st.sampled_from([*SHARPNESS])), draw(st.booleans()))
+    lengths, side = draw(st.lists(st.integers(0, 6), min_size=1, max_size=3)), st.integers(1, 6)
+    sharpness, bidirectional = draw(st.sampled_from([*SHARPNESS])), draw(st.booleans())
+    return case_of(lengths, (draw(side), draw(side)), sharpness, bidirectional=bidirectional)
 
 
-def loss_of(objective, maps, attention, content):
+def loss_of(objective, maps, attention, content, gamma=GAMMA):
     """The product's, (B,)."""
-    text = tsam.Syntax(attention, attention, content, [], tsam.relation_of(attention, content))
-    return OBJECTIVES[objective](maps, text)
+    target, relation = tsam.normalize_text_attention(attention, content, gamma), tsam.relation_of(attention, content)
+    return OBJECTIVES[objective](maps, tsam.Syntax(target, attention, content, [], relation))
 
 
 def loss_and_gradient(objective, maps, attention, content):
@@ -64,25 +79,27 @@ def loss_and_gradient(objective, maps, attention, content):
 
 
 def expected_of(case, objective):
-    """The oracle's losses, and each image's R and maps of its words as lists."""
-    related, images = [], []
+    """The oracle's losses, and each image's R (or T) and maps of its words as lists."""
+    matrices, images = [], []
     for attention, content, maps in zip(case.attention.tolist(), case.content, case.maps):
-        own = content.nonzero().flatten().tolist()
-        related.append(oracle.relation(attention, own))
+        own = positions(content)
+        of_t = objective in OF_T
+        matrices.append(oracle.text_attention(attention, own, GAMMA) if of_t else oracle.relation(attention, own))
         images.append(maps[own].tolist())
-    return [oracle.contrast(*both, objective) for both in zip(related, images)], related, images
+    return [oracle.loss(*both, objective) for both in zip(matrices, images)], matrices, images
 
 
-def lower(matrix, content):
-    """Rows below the diagonal over content tokens. Everything else has to be zero."""
-    own = content.nonzero().flatten().tolist()
-    rows = [[matrix[i, j].item() for j in own if j < i] for i in own]
-    assert matrix.abs().sum().item() == pytest.approx(sum(map(sum, rows)))
-    return rows
+def ragged(matrix, content):
+    """Rows of a lower triangle over the content tokens, and the sum of everything outside it."""
+    own = positions(content)
+    rows = [[matrix[i, j].item() for j in own if j <= i] for i in own]
+    return rows, matrix.abs().sum().item() - sum(abs(value) for row in rows for value in row)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What belongs together
+def close(rows, expected, rel=1e-5):
+    return len(rows) == len(expected) and all(
+        row == pytest.approx(other, rel=rel, abs=1e-7) for row, other in zip(rows, expected)
+    )
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "symmetrised"])
@@ -91,9 +108,9 @@ def test_lift_and_relation_are_those_of_each_prompt_alone(bidirectional):
     for name in ("lift", "relation"):
         product = getattr(tsam, f"{name}_of")(case.attention, case.content)
         for matrix, attention, content in zip(product, case.attention.tolist(), case.content):
-            expected = getattr(oracle, name)(attention, content.nonzero().flatten().tolist())
-            for row, other in zip(lower(matrix, content), expected, strict=True):
-                assert row == pytest.approx(other, rel=1e-5)
+            rows, outside = ragged(matrix, content)
+            below = getattr(oracle, name)(attention, positions(content))
+            assert close(rows, [[*row, 0.0] for row in below]) and outside == pytest.approx(0, abs=1e-5)
 
 
 def test_lift_is_as_one_calculates_it_by_hand():
@@ -135,14 +152,10 @@ def test_a_word_that_attends_to_no_earlier_one_and_one_that_no_later_one_attends
         assert loss.tolist() == pytest.approx(expected_of(case, objective)[0], rel=1e-5) and gradient.isfinite().all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights and places
-
-
-@pytest.mark.parametrize("sharpness", SHARPNESS)
-def test_weights_and_spreads_are_those_of_each_map_alone(sharpness):
-    maps = case_of(sharpness=sharpness).maps
-    weights, spreads = tsam.weight_of(tsam.smooth(maps)), tsam.spread_of(maps)
+@pytest.mark.parametrize("name", [*SHARPNESS, *DEGENERATE])
+def test_weights_and_spreads_are_those_of_each_map_alone(name):
+    maps = case_of(sharpness=name).maps if name in SHARPNESS else DEGENERATE[name](torch.rand(1, 6, *GRID)).double()
+    weights, spreads = tsam.weight_of(tsam.smooth(maps), torch.ones(maps.shape[:2]).bool()), tsam.spread_of(maps)
     for image, *found in zip(maps.flatten(0, 1).tolist(), weights.flatten().tolist(), spreads.flatten().tolist()):
         assert found == pytest.approx([oracle.weight(image), oracle.spread(image)], rel=1e-6, abs=1e-7)
 
@@ -150,16 +163,8 @@ def test_weights_and_spreads_are_those_of_each_map_alone(sharpness):
 @laws
 @given(cases())
 def test_weights_are_0_to_1_and_have_no_gradient(case):
-    weight = tsam.weight_of(case.maps.requires_grad_())
+    weight = tsam.weight_of(case.maps.requires_grad_(), case.content)
     assert 0 <= weight.min() and weight.max() <= 1 and not weight.requires_grad
-
-
-@pytest.mark.parametrize("grid", [(4, 5), (8, 8)])
-def test_a_map_of_one_position_has_the_largest_weight_and_a_flat_one_or_none_at_all_has_zero(grid):
-    maps = torch.zeros(1, 3, *grid, dtype=torch.float64)
-    maps[0, 0, 2, 3], maps[0, 1] = 0.4, 0.4
-    cells = grid[0] * grid[1]
-    assert tsam.weight_of(maps)[0].tolist() == pytest.approx([(1 - 1 / cells) ** 2, 0, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize("side", [2, 4, 16, 64])
@@ -196,19 +201,17 @@ def test_two_places_spread_a_blob_by_the_square_of_half_their_distance(data):
     assert one == pytest.approx(other) and both == pytest.approx(one + 6 * distance / 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "symmetrised"])
 @pytest.mark.parametrize("sharpness", SHARPNESS)
-@pytest.mark.parametrize("objective", OURS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_is_that_of_each_image_alone(objective, sharpness, bidirectional):
     case = case_of(sharpness=sharpness, bidirectional=bidirectional)
     expected, *_ = expected_of(case, objective)
-    for dtype, close in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+    exact, rounded = (1e-5, 1e-5) if objective in OF_T else (1e-6, 1e-4)  # T is of float32
+    for dtype, close in ((torch.float64, exact), (torch.float32, rounded)):
         product = loss_of(objective, case.maps.to(dtype), case.attention, case.content)
-        assert product.dtype == dtype and product.tolist() == pytest.approx(expected, rel=close, abs=close / 100)
+        assert product.tolist() == pytest.approx(expected, rel=close, abs=1e-6 if objective in OF_T else close / 100)
+        assert product.dtype == dtype or objective in OF_T
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
@@ -251,7 +254,7 @@ def test_each_term_is_0_to_1_and_the_place_of_a_word_only_adds(case):
 @given(cases(), st.floats(-3, 3))
 def test_how_much_attention_a_word_gets_changes_nothing(case, exponent):
     scale = 10 ** (exponent * torch.rand(*case.content.shape, 1, 1, dtype=torch.float64))
-    for objective in OURS:
+    for objective in OBJECTIVES:
         losses = [loss_of(objective, maps, case.attention, case.content) for maps in (case.maps, case.maps * scale)]
         torch.testing.assert_close(*losses)
 
@@ -260,19 +263,18 @@ def test_how_much_attention_a_word_gets_changes_nothing(case, exponent):
 @given(cases(), st.randoms())
 def test_an_image_has_its_loss_and_gradient_wherever_it_is_in_a_batch_and_alone(case, random):
     order = random.sample(range(len(case.lengths)), len(case.lengths))
-    for objective in OURS:
+    for objective in OBJECTIVES:
         loss, gradient = loss_and_gradient(objective, case.maps, case.attention, case.content)
         for images in (order, order[:1]):
             chosen = (x[images] for x in (case.maps, case.attention, case.content))
-            others = loss_and_gradient(objective, *chosen)
-            torch.testing.assert_close(others, (loss[images], gradient[images]))
+            torch.testing.assert_close(loss_and_gradient(objective, *chosen), (loss[images], gradient[images]))
 
 
 @laws
 @given(cases())
 def test_padding_and_its_maps_change_nothing(case):
     longest = max(case.lengths) + 1
-    for objective in OURS:
+    for objective in OBJECTIVES:
         loss, gradient = loss_and_gradient(objective, case.maps, case.attention, case.content)
         assert not gradient[~case.content].any()
         cut = case.attention[:, :longest, :longest], case.content[:, :longest]
@@ -294,32 +296,14 @@ def test_one_word_has_no_loss_and_two_words_are_together_where_they_look_alike(c
             torch.testing.assert_close(relation[0][k], tsam.RELATED_WEIGHT * (1 - similar), rtol=1e-6, atol=1e-9)
 
 
-def degenerate(name):
-    maps = torch.rand(1, 6, *GRID)
-    return {
-        "zeros": torch.zeros_like(maps),
-        "constant": torch.full_like(maps, 0.3),
-        "identical": maps[:, :1].repeat(1, 6, 1, 1),
-        "one position": torch.zeros_like(maps).index_fill_(3, torch.tensor([2]), 0.5),
-        "apart": torch.eye(20)[:6].reshape(1, 6, *GRID),
-        "zero and constant among others": maps * torch.tensor([1.0, 0, 1, 0, 1, 1])[:, None, None]
-        + torch.tensor([0.0, 0, 0, 0.3, 0, 0])[:, None, None],
-        "tiny": maps * 1e-30,
-        "huge": maps * 1e12,
-    }[name]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["zeros", "constant", "identical", "one position", "apart", "zero and constant among others", "tiny", "huge"],
-)
-@pytest.mark.parametrize("objective", OURS)
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_and_gradient_are_finite_whatever_the_maps_are(objective, name):
-    content = torch.tensor([[False, True, True, True, True, False]])
-    attention = attention_of((4,), 6)
-    loss, gradient = loss_and_gradient(objective, degenerate(name), attention, content)
-    assert loss.isfinite().all() and gradient.isfinite().all() and -1e-6 < loss.item() < 1 + 0.5 + 0.25 * 3
-    if name == "zeros":
+    maps, content = DEGENERATE[name](torch.rand(1, 6, *GRID)), torch.tensor([[False, True, True, True, True, False]])
+    loss, gradient = loss_and_gradient(objective, maps, attention_of((4,), 6), content)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert objective not in OURS or -1e-6 < loss.item() < 1 + 0.5 + 0.25 * 3
+    if name == "zeros" and objective in OURS:
         assert loss.item() == 0 and not gradient.any()
 
 
@@ -333,111 +317,10 @@ def test_identical_maps_share_all_and_maps_that_never_meet_are_all_apart():
         assert loss_of("relation", maps, case.attention, case.content).item() == pytest.approx(expected, abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In an alignment
-
-
-K, N = 3, 6
-WINDOWS = ((4, 6, 2), (5, 0, 0), (1, 1, 1))  # content tokens of every window of three images
-
-
-def windowed():
-    """A `TextSelfAttention` of prompts in windows, and maps."""
-    content = torch.tensor([[k < length for length in of_image for k in range(N)] for of_image in WINDOWS])
-    attention = torch.rand(len(WINDOWS), K * N, N).add(0.02)
-    maps = torch.rand(len(WINDOWS), K * N, *GRID) ** 4
-    return TextSelfAttention(attention, content, [["word"] * sum(of_image) for of_image in WINDOWS]), maps
-
-
-def aligned(text, objective, **arguments):
-    return LatentAlignment(text, Settings(objective=objective, **arguments))
-
-
-def relation_of_window(text, image, window):
-    """The oracle's, and which tokens the window has."""
-    own = range(window * N, window * N + WINDOWS[image][window])
-    return oracle.relation(text.attention[image, own].tolist(), range(len(own))), own
-
-
-@pytest.mark.parametrize("objective", OURS)
-def test_only_words_of_one_window_are_compared_and_the_loss_is_the_sum_of_every_windows(objective):
-    text, maps = windowed()
-    alignment = aligned(text, objective)
-    product = alignment.loss_of(maps)
-    for image in range(len(WINDOWS)):
-        expected = 0.0
-        for window in range(K):
-            related, own = relation_of_window(text, image, window)
-            expected += oracle.contrast(related, maps[image, own].tolist(), objective)
-        assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    gradients = []
-    for others in (maps, torch.rand_like(maps), maps[:, :N].repeat(1, K, 1, 1)):  # the last: at the very same places
-        seen = torch.cat([maps[:, :N], others[:, N:]], 1).requires_grad_()
-        gradients.append(torch.autograd.grad(alignment.loss_of(seen).sum(), seen)[0][:, :N])
-    assert gradients[0][:2].any() and not gradients[0][2].any()
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
-
-
 @pytest.mark.parametrize("objective", OURS)
 def test_gamma_does_not_matter(objective):
-    text, maps = windowed()
-    losses = [aligned(text, objective, gamma=gamma).loss_of(maps) for gamma in (0.5, 2.0, 9.0)]
+    case = case_of()
+    text = TextSelfAttention(case.attention, case.content, [["word"] * length for length in LENGTHS])
+    maps = case.maps[:, : max(LENGTHS) + 1]
+    losses = [alignment_of(text, 1.0, gamma, objective).loss_of(maps) for gamma in (0.5, 2.0, 9.0)]
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
-
-
-@pytest.mark.parametrize("objective", ["l1", *OURS])
-def test_attentions_hold_the_relation_of_the_words_of_each_window_and_zero_between_windows(objective):
-    text, maps = windowed()
-    alignment = aligned(text, objective, output_attentions=True)
-    alignment.maps = [maps]
-    for image, seen in enumerate(alignment.attentions([0])):
-        expected, start = torch.zeros(sum(WINDOWS[image]), sum(WINDOWS[image])), 0
-        for window in range(K):
-            for i, row in enumerate(relation_of_window(text, image, window)[0]):
-                expected[start + i, start : start + i] = torch.tensor(row)
-            start += WINDOWS[image][window]
-        torch.testing.assert_close(seen["relation"], expected)
-
-
-@pytest.mark.parametrize("objective", OURS)
-def test_a_prompt_of_one_word_is_said_to_have_nothing_to_align(objective, warnings_seen):
-    text = windowed()[0]
-    one = TextSelfAttention(text.attention[2:], text.content[2:], text.tokens[2:])  # one word in each window
-    assert not aligned(one, objective).possible and "no prompt has two" in warnings_seen.text
-    assert aligned(text, objective).possible
-
-
-@pytest.mark.parametrize("wrong", ["contrasts", "Contrast", "", 3, ["contrast"]])
-def test_a_wrong_objective_is_refused_with_all_names(wrong):
-    with pytest.raises(ValueError, match="`objective` is .* but has to be one of") as error:
-        Settings(objective=wrong)
-    assert all(repr(name) in str(error.value) for name in (*OBJECTIVES, "layout")) and "contrast" in OBJECTIVES
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What trained encoders know
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def trained(request):
-    return KINDS[request.param].tsam.from_pretrained(MODELS[request.param], dtype=torch.float32)
-
-
-@pytest.mark.slow
-def test_the_relation_tells_a_solids_own_colour_from_the_others(trained):
-    """Of "a red cube and a blue sphere", and of 40 captions as the probability (AUC) that a pair of words which belong
-    together has a higher R than one of two solids."""
-    wanted = ["a red cube and a blue sphere", *(caption for caption, _ in scenes.prompts(2, "test", 40))]
-    text = trained.get_text_self_attention(wanted)
-    relation = tsam.relation_of(text.attention, text.content)
-    own, other = [], []
-    for caption, matrix, content in zip(wanted, relation, text.content):
-        matrix = matrix[content][:, content]
-        assert len(matrix) == len(caption.split())  # a word is a token
-        (colour, solid), (other_colour, other_solid) = scenes.words_of_solids(caption)
-        own.append([matrix[solid, colour].item(), matrix[other_solid, other_colour].item()])
-        other.append([matrix[other_colour, solid].item(), matrix[other_solid, colour].item()])
-    (red_cube, blue_sphere), (cube_blue, red_sphere) = own[0], other[0]
-    assert red_cube > cube_blue and blue_sphere > red_sphere
-    own, other = np.ravel(own), np.ravel(other)
-    assert (own[:, None] > other).mean() > 0.8  # 1.00 of the small CLIP, 0.85 of the small T5

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from safetensors.torch import load_file
+from test_contrast import GRID, case_of, close, loss_of, positions, ragged
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,50 +21,7 @@ from diffusers_tsam.tsam_pipeline import updates_per_timestep
 from kinds import OF_T, alignment_of
 
 
-LENGTHS = (1, 4, 7)  # content tokens of the images in a batch
-TOKENS = 9  # <bos>, up to 7 of the prompt's own, <eos> to the end
-GRID = (4, 3)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
-def content_masks():
-    return torch.tensor([[0 < position <= length for position in range(TOKENS)] for length in LENGTHS])
-
-
-def positions(mask):
-    return [position for position, own in enumerate(mask.tolist()) if own]
-
-
-def causal_attention(sink=0.0):
-    """T' (B, N, N), rows sum to one, the part `sink` of them going to <bos>."""
-    attention = torch.rand(len(LENGTHS), TOKENS, TOKENS, dtype=torch.float64).add(0.02).tril()
-    attention = (1 - sink) * attention / attention.sum(-1, keepdim=True)
-    attention[..., 0] += sink
-    return attention
-
-
-def random_maps():
-    return torch.rand(len(LENGTHS), TOKENS, *GRID, dtype=torch.float64)
-
-
-def loss_of(objective, maps, attention, content, gamma):
-    """The product's, (B,)."""
-    target = tsam.normalize_text_attention(attention.float(), content, gamma)
-    relation = tsam.relation_of(attention, content)
-    return OBJECTIVES[objective](maps.float(), tsam.Syntax(target, attention, content, [], relation))
-
-
-def ragged(matrix, mask):
-    """Rows of a lower triangle over the content tokens, and the sum of everything outside it."""
-    own = positions(mask)
-    rows = [[matrix[i, j].item() for j in own if j <= i] for i in own]
-    return rows, matrix.abs().sum().item() - sum(abs(value) for row in rows for value in row)
-
-
-def close(rows, expected, rel=1e-5):
-    return len(rows) == len(expected) and all(
-        row == pytest.approx(other, rel=rel, abs=1e-7) for row, other in zip(rows, expected)
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,12 +45,12 @@ def test_content_ends_at_the_first_eos_and_leaves_bos_out_if_there_is_one(ids, b
 
 @pytest.mark.parametrize("gamma, sink", [(0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (60.0, 0.0), (60.0, 0.99999)])
 def test_text_attention_is_that_of_each_prompt_alone_also_under_a_huge_exponent(gamma, sink):
-    attention, content = causal_attention(sink), content_masks()
-    product = tsam.normalize_text_attention(attention.float(), content, gamma)
+    case = case_of(sink=sink)
+    product = tsam.normalize_text_attention(case.attention.float(), case.content, gamma)
     literal, rel = (oracle.text_attention, 1e-5) if gamma < 60 else (oracle.text_attention_in_logs, 2e-5)
-    for image, mask in enumerate(content):
-        rows, outside = ragged(product[image], mask)
-        assert close(rows, literal(attention[image].tolist(), positions(mask), gamma), rel)
+    for matrix, attention, mask in zip(product, case.attention.tolist(), case.content):
+        rows, outside = ragged(matrix, mask)
+        assert close(rows, literal(attention, positions(mask), gamma), rel)
         assert outside == pytest.approx(0, abs=1e-5)
 
 
@@ -112,34 +70,22 @@ def test_smoothing_a_single_row_or_column_leaves_a_flat_map_flat(grid):
 
 
 def test_similarity_is_summed_over_the_tokens_up_to_a_words_own():
-    maps, content = random_maps(), content_masks()
-    product = tsam.similarity_of(maps.float(), content)
-    for image, mask in enumerate(content):
-        rows, outside = ragged(product[image], mask)
-        assert close(rows, oracle.normalized(oracle.similarity(maps[image, positions(mask)].tolist())))
+    case = case_of()
+    product = tsam.similarity_of(case.maps.float(), case.content)
+    for matrix, maps, mask in zip(product, case.maps, case.content):
+        rows, outside = ragged(matrix, mask)
+        assert close(rows, oracle.normalized(oracle.similarity(maps[positions(mask)].tolist())))
         assert outside == pytest.approx(0, abs=1e-5)
-
-
-@pytest.mark.parametrize("gamma", [1.0, 4.0])
-@pytest.mark.parametrize("objective", OF_T)
-def test_loss_is_that_of_each_image_alone(objective, gamma):
-    maps, content, attention = random_maps(), content_masks(), causal_attention()
-    product = loss_of(objective, maps, attention, content, gamma)
-    for image, mask in enumerate(content):
-        own = positions(mask)
-        text = oracle.text_attention(attention[image].tolist(), own, gamma)
-        expected = oracle.loss(text, maps[image, own].tolist(), objective)
-        assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("strongest", [1.0, 1e-2, 1e-4])
 def test_cosine_loss_depends_on_no_scale_of_the_text_attention_beside_the_diagonal(strongest):
     """Tokens that attend to themselves far more than to others: γ = 3 leaves little beside the diagonal."""
-    maps, content, attention = random_maps()[-1:], content_masks()[-1:], causal_attention()[-1:]
-    attention = attention.tril(-1) * strongest + torch.eye(TOKENS, dtype=torch.float64)
-    own = positions(content[0])
-    expected = oracle.loss(oracle.text_attention(attention[0].tolist(), own, 3.0), maps[0, own].tolist(), "cosine")
-    assert loss_of("cosine", maps, attention, content, 3.0).item() == pytest.approx(expected, rel=1e-5)
+    case, own = case_of((7,)), range(1, 8)
+    attention = case.attention.tril(-1) * strongest + torch.eye(10, dtype=torch.float64)
+    expected = oracle.loss(oracle.text_attention(attention[0].tolist(), own, 3.0), case.maps[0, own].tolist(), "cosine")
+    found = loss_of("cosine", case.maps.float(), attention, case.content, 3.0)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 # What the authors' code (https://github.com/t-sam-diffusion/code at 135fffb), run in float64, gave for five random
@@ -173,7 +119,8 @@ class Toy:
     """Two prompts of 4 and 7 words, and maps that are one line of latents of any shape."""
 
     def __init__(self, *shape, half=False, device="cpu"):
-        self.text = TextSelfAttention(causal_attention()[1:], content_masks()[1:], [["word"] * 4, ["word"] * 7])
+        case = case_of((4, 7))
+        self.text = TextSelfAttention(case.attention, case.content, [["word"] * 4, ["word"] * 7])
         self.latents = torch.randn(2, *shape, device=device).to(torch.float16 if half else torch.float32)
         self.weights = torch.randn(math.prod(shape), 8 * math.prod(GRID), device=device) / math.prod(shape) ** 0.5
 
@@ -261,7 +208,7 @@ class TestObjective:
         "wrong, found",
         [
             (lambda maps, text: tsam.l1(maps, text).sum(), r"\(\)"),
-            (lambda maps, text: maps, r"\(2, 8, 4, 3\)"),
+            (lambda maps, text: maps, r"\(2, 8, 4, 5\)"),
             (lambda maps, text: tsam.l1(maps, text)[:1], r"\(1,\)"),
             (lambda maps, text: None, "None"),
         ],
@@ -391,6 +338,7 @@ def test_a_preset_gives_what_is_left_out_and_what_is_given_wins():
     paper, fast, light = (Settings(preset=preset) for preset in ("paper", "fast", "light"))
     assert (paper.objective, paper.alpha, paper.relative_step, paper.gamma) == ("l1", 10.0, None, 2.0)
     assert fast.objective == light.objective == "contrast" and fast.relative_step == light.relative_step == 0.05
+    assert (PixArtAlphaSettings().alpha, PixArtAlphaSettings().gamma) == (15.0, 4.0)
     assert fast.alpha is None and light.plan(50).refinement_iterations == 0
     given = Settings(preset="fast", alpha=3.0, objective="l1")
     assert (given.alpha, given.relative_step, given.objective, given.gamma) == (3.0, None, "l1", 4.0)
