@@ -34,6 +34,7 @@ from diffusers_tsam.app.drawing import SHIPPED, Models  # noqa: E402
 
 pytestmark = pytest.mark.slow
 SD, PIXART, SINK = SHIPPED
+STARTS = "Starts, best first: click one to draw it"
 WAIT = 60  # seconds at most for anything
 WIDE, NARROW = 1280, 390
 
@@ -117,14 +118,23 @@ class Browser:
         return self.until(lambda: (t := self.text("#tsam-status")) and any(p in t for p in parts) and t, parts)
 
     def drawn(self):
-        text = self.status("Loss after")
+        text = self.status("after the guided steps")
         self.until(lambda: len(self.sources("Stock", "T-SAM")) == 2, "the maps")
         return text
 
     def sources(self, *labels):
         """Addresses of the pictures shown, by their components' labels."""
-        path = '//label[normalize-space()="{}"]/ancestor::div[contains(@class, "block")][1]//img'
-        return [image.get_attribute("src") for label in labels for image in self.all(path.format(label), By.XPATH)]
+        return [image.get_attribute("src") for label in labels for image in self.images(label)]
+
+    def images(self, label):
+        path = f'//label[normalize-space()="{label}"]/ancestor::div[contains(@class, "block")][1]//img'
+        return [image for image in self.all(path, By.XPATH) if image.is_displayed()]
+
+    def captions(self, label):
+        return [image.get_attribute("alt") for image in self.images(label)]
+
+    def word(self, text):
+        next(each for each in self.all("fieldset label") if each.text == text).click()
 
     def download(self, name, folder):
         """The bytes of the file that a button gives."""
@@ -181,18 +191,20 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
     assert stock.shape == tsam.shape == (512, 512, 3) and min(stock.std(), tsam.std()) > 5
     assert np.abs(stock - tsam).max() > 20
     assert [len(line.get_attribute("points").split()) for line in browser.all(".tsam-curve polyline")] == [5, 5]
-    assert "the judge sees: " in browser.text(".tsam-captions")
+    found = [caption.partition(", seed 3: ")[::2] for caption in browser.captions("Stock and T-SAM")]
+    assert [name for name, _ in found] == ["Stock", "T-SAM"] and all(solids for _, solids in found)
     words = [label.text for label in browser.all("fieldset label")]
-    assert words == "a red cube and a blue sphere".split()
+    assert words == [*"a red cube and a blue sphere".split(), "every word"]
 
     chosen = browser.sources("Stock", "T-SAM")
     next(each for each in browser.all("fieldset label input") if not each.is_selected()).click()
     browser.until(lambda: not set(chosen) & set(browser.sources("Stock", "T-SAM")), "the word's maps")
     first = browser.sources("Stock", "T-SAM")
     browser.all('input[type="range"]')[0].send_keys(Keys.ARROW_RIGHT)
-    browser.until(lambda: "S: T-SAM, step 2" in browser.text(".tsam-tables"), "the second step")
     browser.until(lambda: not set(first) & set(browser.sources("Stock", "T-SAM")), "the second step's maps")
     assert len(browser.all(".tsam-tables table")) == 4
+    browser.word("every word")
+    browser.until(lambda: browser.sources("Every word") and not browser.sources("Stock", "T-SAM"), "the figure")
 
     with Image.open(io.BytesIO(browser.download("T-SAM picture", tmp_path))) as picture:
         assert picture.size == (128, 128)
@@ -216,7 +228,12 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
 
 @pytest.mark.parametrize(
     "label, text, says",
-    [("Prompt", "", "two words or more"), ("Prompt", "cube", "Write two or more"), ("Steps", "500", "from 1 to 100")],
+    [
+        ("Prompt", "", "two words or more"),
+        ("Prompt", "cube", "Write two or more"),
+        ("Steps", "500", "from 1 to 100"),
+        ("Starts to choose from", "9", "from 1 to 8"),
+    ],
 )
 def test_wrong_input_is_told_of_at_its_field_and_can_be_repaired(label, text, says, browser):
     browser.open("?prompt=a+red+cube&steps=2")
@@ -224,7 +241,7 @@ def test_wrong_input_is_told_of_at_its_field_and_can_be_repaired(label, text, sa
     browser.draw()
     browser.until(lambda: says in browser.label(label).text, says)
     assert "Traceback" not in browser.text("body") and "step" not in browser.text("#tsam-status")
-    browser.write(label, {"Prompt": "a red cube", "Steps": 1}[label])
+    browser.write(label, "a red cube" if label == "Prompt" else 1)
     browser.draw()
     browser.drawn()
     assert says not in browser.label(label).text.replace("Two words or more.", "")
@@ -272,6 +289,23 @@ def test_an_example_and_a_preset_bring_their_settings(browser):
     next(each for each in browser.all('[role="option"]') if each.text.strip("✓ ") == "paper").click()
     browser.until(lambda: browser.value("Alpha") == "15", "what the preset says")
     assert (browser.value("Relative step"), browser.value("Objective")) == ("", "l1")
+
+
+def test_a_click_on_a_sheet_turns_to_that_seed_and_one_on_a_start_draws_it(browser):
+    browser.open("?prompt=a+red+cube+and+a+blue+sphere&steps=2&seed=3&seeds=2&starts=3").draw()
+    assert browser.drawn()
+    ranked = [int(caption.split()[1].rstrip(":")) for caption in browser.captions(STARTS)]
+    sheet = browser.captions("Stock and T-SAM")
+    expected = [f"{name}, seed {seed}" for name in ("Stock", "T-SAM") for seed in ranked[:2]]
+    assert [caption.partition(":")[0] for caption in sheet] == expected and sorted(ranked) == [3, 4, 5]
+    browser.images("Stock and T-SAM")[3].click()
+    browser.status(f"Loss of seed {ranked[1]} ")
+    browser.images(STARTS)[2].click()
+    browser.status(f"Loss of seed {ranked[2]} ")
+    assert [caption.partition(":")[0] for caption in browser.captions("Stock and T-SAM")] == [
+        f"{name}, seed {ranked[2]}" for name in ("Stock", "T-SAM")
+    ]
+    assert len(browser.images(STARTS)) == 3 and browser.value("Seed") == "3"
 
 
 def test_every_control_has_a_name_and_an_alpha_that_breaks_the_picture_is_warned_of(browser):
