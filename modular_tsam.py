@@ -157,8 +157,7 @@ def copy_of(state, values):
 class StartsStep:
     """Mixed into a stock step that prepares latents: does so for each candidate, one after another.
 
-    Sets `starts`, which the loop takes: a pair for each, the values that differ and the generators' states after it.
-    The state goes on from the first.
+    Sets `starts`, for the loop: a pair for each, its values and the generators' states after it.
     """
 
     @property
@@ -181,7 +180,6 @@ class StartsStep:
             super().__call__(components, own)
             changed = {name: value for name, value in own.values.items() if value is not state.get(name)}
             prepared.append((values | changed, [generator.get_state() for generator in generators]))
-        restore(generators, prepared[0][1])
         state.values |= prepared[0][0] | {"starts": prepared}
         return components, state
 

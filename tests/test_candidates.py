@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, EulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FluxPipeline,
+)
 
 from diffusers_tsam import modular_tsam, tsam_candidates
 from kinds import (
@@ -36,10 +42,15 @@ K = {"candidates": 3, "candidate_steps": 2}
 
 def starts(pipe, number, images=1):
     """The latents that a call's one generator draws for candidates."""
-    generator, side = torch.Generator().manual_seed(0), kind_of(pipe).call.get("height", 64) // 2
-    drawn = [torch.randn(images, 4, side, side, generator=generator) for _ in range(number)]
-    packed = kind_of(pipe) is FLUX
-    return [FluxPipeline._pack_latents(each, images, 4, side, side) for each in drawn] if packed else drawn
+    shape = run(pipe, tsam_steps=0, num_inference_steps=1).images.shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(images, *shape, generator=generator) for _ in range(number)]
+    return [FluxPipeline._pack_latents(each, images, *shape) for each in drawn] if kind_of(pipe) is FLUX else drawn
+
+
+def of_flows(pipe):
+    """Whether its model takes no other schedulers."""
+    return pipe.scheduler.__class__.__name__.startswith("FlowMatch")
 
 
 def watched(pipe, latents, **arguments):
@@ -65,7 +76,7 @@ def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_
 @in_both_fronts
 def test_losses_and_pictures_are_those_of_the_starts_drawn_one_by_one(kind, pipe):
     for scheduler in (DDIMScheduler, EulerDiscreteScheduler):
-        if kind not in (SD3, FLUX):  # which are of flows
+        if not of_flows(pipe):
             use(scheduler, pipe)
         output, own = run(pipe, [PROMPT, SHORT], **K), starts(pipe, 3, 2)
         expected = torch.stack([watched(pipe, latents, prompt=[PROMPT, SHORT]) for latents in own], 1)
@@ -131,6 +142,17 @@ def test_a_picture_made_of_an_image_begins_as_its_candidate_did(kind, workflow, 
 
 
 @in_both_fronts
+def test_further_starts_are_those_of_a_generator_that_has_drawn_the_ones_before(kind, pipe):
+    """With the noise that a scheduler adds in the steps of the choice."""
+    if not of_flows(pipe):
+        use(EulerAncestralDiscreteScheduler, pipe)
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(starts(pipe, 1)[0].shape, generator=generator)
+    expected = run(pipe, generator=generator, candidates=2, candidate_steps=3).candidate_losses
+    assert torch.equal(run(pipe, candidates=3, candidate_steps=3).candidate_losses[:, 1:], expected)
+
+
+@in_both_fronts
 def test_an_image_of_a_batch_is_chosen_as_alone(kind, pipe):
     number = 1 if kind is SDXL else 2  # stock's blocks give the second picture the other prompt's pooled embedding
     together = run(pipe, [PROMPT, SHORT], num_images_per_prompt=number, generator=generators(2 * number), **K)
@@ -167,11 +189,13 @@ def test_wrong_numbers_are_refused_before_a_network_runs(pipe, wrong, message):
         run(pipe, candidates=2.5)
 
 
-def test_callbacks_and_what_is_left_behind_are_of_the_drawn_picture_alone(pipe, capfd):
+@in_both_fronts
+def test_callbacks_and_what_is_left_behind_are_of_the_drawn_picture_alone(kind, pipe, capfd):
     seen, before = [], state_of(pipe)
     pipe.set_progress_bar_config(disable=False, mininterval=0)
     output = run(pipe, callback_on_step_end=lambda pipe, step, t, tensors: seen.append(step) or tensors, **K)
-    assert seen == [0, 1, 2, 3] and output.steps == [0, 0, 0, 1, 1, 1]
+    assert seen == ([] if kind in BLOCKS.values() else [0, 1, 2, 3])  # blocks have no callbacks
+    assert output.steps == [0, 0, 0, 1, 1, 1]
     pipe.set_progress_bar_config(disable=True)
     assert state_of(pipe) == before
     assert capfd.readouterr().err.count("choosing") >= 3
