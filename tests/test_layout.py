@@ -38,10 +38,6 @@ def layout_of(regions, tokens):
     return tsam_layout.layout_of(tsam_layout.check_regions(regions, len(tokens)), text, str.split)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The equations
-
-
 @pytest.mark.parametrize("grid", [(4, 3), (1, 1), (16, 16)])
 @pytest.mark.parametrize("box", [LEFT, (0.1, 0.2, 0.55, 0.9), (0.4, 0.4, 0.41, 0.42), (0, 0, 1, 1)])
 def test_a_box_covers_of_each_position_the_part_that_lies_in_it(box, grid):
@@ -57,12 +53,6 @@ def test_a_mask_of_any_number_type_is_averaged_over_each_position():
         for grid in ((4, 2), (12, 8), (1, 1)):
             expected = torch.tensor(oracle.mask_on(array.astype(float).tolist(), *grid))
             torch.testing.assert_close(tsam_layout.region_on(checked, *grid), expected)
-
-
-def test_a_box_and_its_mask_are_one():
-    mask = torch.zeros(30, 20)
-    mask[6:24, 5:15] = 1
-    torch.testing.assert_close(tsam_layout.region_on(mask, 10, 4), tsam_layout.region_on((0.25, 0.2, 0.75, 0.8), 10, 4))
 
 
 def test_the_loss_is_the_mean_over_phrases_and_words_of_the_attention_outside():
@@ -118,10 +108,6 @@ def test_update_with_regions_is_the_oracles(pipe, objective):
         assert alignment.losses[0][image].item() == pytest.approx(loss, **EXACT)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The pipelines
-
-
 def test_alone_it_draws_each_phrase_into_its_region(pipe):
     options = {"num_inference_steps": 3, "tsam_steps": 2, "refinement_steps": (0,), "refinement_iterations": 5}
     options |= {"objective": "layout", "relative_step": 0.1, "region_weight": 1.0, "output_attentions": True}
@@ -164,10 +150,6 @@ def test_a_prompt_of_one_word_can_be_held_to_a_region(pipe):
     assert output.losses.shape == (1, 2) and (output.losses > 0).all()
 
 
-def test_without_updates_regions_are_without_effect(stock, pipe):
-    assert torch.equal(run(pipe, regions=REGIONS, tsam_steps=0).images, run(stock).images)
-
-
 def test_a_phrase_may_lie_in_any_window_of_a_long_prompt():
     pipe = make(KINDS["sd"].tsam, tiny_components(12))
     prompt = "a red cube on the table. a blue sphere with a dog. a white clock"
@@ -184,10 +166,6 @@ def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(pipe):
     given, options = embeddings(pipe, PROMPT), {**SHORTLY, "regions": REGIONS}
     output = run(pipe, None, text_self_attention=pipe.get_text_self_attention(PROMPT), **given, **options)
     torch.testing.assert_close(output.losses, run(pipe, **options).losses, rtol=1e-4, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -207,10 +185,11 @@ def test_embeddings_take_regions_of_the_prompt_that_their_text_is_of(pipe):
         (np.full((4, 4), 255), ValueError, "a mask of 255 to 255.* Divide it"),
         (np.zeros((4, 4)), ValueError, "a mask of zeros.* Leave the phrase out"),
         (torch.ones(3, 4, 4), ValueError, r"has shape \(3, 4, 4\)"),
-        ({"region_weight": -1.0}, ValueError, "`region_weight` is -1.0, but has to be at least 0"),
-        ({"region_weight": "1"}, TypeError, "`region_weight` has to be a number but is '1'"),
-        ({"objective": "layout"}, ValueError, "`objective` is 'layout', but there are no `regions` to hold"),
-        ({"objective": "layout", "regions": {}}, ValueError, "`objective` is 'layout', but there are no"),
+        (
+            {"objective": "layout", "regions": {}},
+            ValueError,
+            "`objective` is 'layout', but there are no `regions` to hold",
+        ),
     ],
     ids=str,
 )

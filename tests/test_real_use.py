@@ -5,9 +5,10 @@ import torch
 import transformers
 from diffusers import LCMScheduler, SASolverScheduler, UniPCMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
+from test_diffusers_checks import given_for, without
 
 from diffusers_tsam import TextSelfAttention, attention_processors, tsam, tsam_pipeline
-from kinds import PROMPT, SHORT, alignment_of, denoiser_of, embeddings, generators, make, refused, use
+from kinds import PROMPT, SHORT, alignment_of, denoiser_of, generators, make, refused, use
 from kinds import run as run_longer
 
 
@@ -20,31 +21,18 @@ def run(pipe, prompt=PROMPT, **options):
     return run_longer(pipe, prompt, **{"num_inference_steps": 2, "refinement_iterations": 1, **options})
 
 
-def without(kind, *names):
-    return make(kind.tsam, {**kind.components, **dict.fromkeys(names)})
-
-
-def given_for(pipe, prompt, **options):
-    """The arguments that stand for a prompt, T among them."""
-    return {**embeddings(pipe, prompt), "text_self_attention": pipe.get_text_self_attention(prompt, **options)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Embeddings and T, encoded apart
-
-
 @only_pixart
 def test_t_of_other_tokens_than_the_embeddings_is_refused_and_by_default_they_are_the_same(pipe):
     pytest.importorskip("bs4"), pytest.importorskip("ftfy")
     prompt = "a black car & a white clock"
-    given, cleaned = given_for(pipe, prompt), given_for(pipe, prompt, clean_caption=True)
+    given, cleaned = given_for(pipe, prompt), pipe.get_text_self_attention(prompt, clean_caption=True)
     text = given["text_self_attention"]
     assert text.lengths.tolist() == given["prompt_attention_mask"].sum(-1).tolist() and "&" in text.tokens[0]
     assert run(pipe, None, num_images_per_prompt=2, **given).losses.shape[0] == 2
     with refused(pipe, ValueError, r"prompts of \[7\] tokens, but by their mask the embeddings are of \[\d+\]"):
-        run(pipe, None, **cleaned)
+        run(pipe, None, **given | {"text_self_attention": cleaned})
     with pytest.raises(ValueError, match="`clean_caption`"):
-        run(pipe, prompt, text_self_attention=cleaned["text_self_attention"], num_images_per_prompt=2)
+        run(pipe, prompt, text_self_attention=cleaned, num_images_per_prompt=2)
 
 
 @only_pixart
@@ -52,9 +40,6 @@ def test_t_of_other_tokens_than_the_embeddings_is_refused_and_by_default_they_ar
 def test_a_token_that_pads_or_ends_inside_the_prompt_is_no_padding(pipe, prompt):
     run(pipe, None, **given_for(pipe, prompt))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Text encoders of other kinds
 
 GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 50, "head_dim": 8}
 GROUPED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
@@ -86,10 +71,6 @@ def test_self_attention_is_read_as_eager_attention_returns_it_also_where_query_h
     assert expected[0, -1].std() > 0.02
     found = attention_processors.mean_self_attention(recordings)  # what padding attends to is nobody's
     torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedulers
 
 
 @pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler, SASolverScheduler], ids=lambda cls: cls.__name__)
@@ -128,10 +109,6 @@ def test_few_steps_get_few_updates(pipe):
     assert run(pipe, num_inference_steps=4, refinement_iterations=None).losses.shape[1] <= 4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Precision contexts
-
-
 def test_weights_made_in_inference_mode_are_refused_with_the_remedy(kind):
     with torch.inference_mode():
         pipe = make(kind.tsam, kind.build())
@@ -166,10 +143,6 @@ def test_a_denoiser_that_lets_no_gradient_through_says_so(own):
         run(own)
     handle.remove()
     assert run(own).images.isfinite().all()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Odd and missing components
 
 
 @only_sd
@@ -208,21 +181,9 @@ def test_without_a_text_encoder_a_prompt_is_refused_and_without_a_denoiser_every
         run(without(kind, kind.denoiser))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Latents
-
-
-def test_as_many_latents_as_prompts_are_asked_for(stock, pipe):
-    latents = torch.randn(1, 4, 32, 32)
+def test_as_many_latents_as_prompts_are_asked_for(pipe):
     with pytest.raises(ValueError, match="`latents` hold 1 images, but 2 are to be aligned"):
-        run(pipe, [PROMPT, SHORT], latents=latents)
-    for one in (stock, pipe):
-        with pytest.raises(RuntimeError):
-            run(one, [PROMPT, SHORT], latents=latents, tsam_steps=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Objectives and processors of one's own
+        run(pipe, [PROMPT, SHORT], latents=torch.randn(1, 4, 32, 32))
 
 
 def left(maps, text):
