@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import diffusers_tsam
-from diffusers_tsam import FAMILIES
 from diffusers_tsam.shapes import MODELS
 from kinds import KINDS, denoiser_of, kind_of, make
 
@@ -24,25 +22,19 @@ CALL, LITTLE = {"num_inference_steps": 2, "output_type": "latent"}, {"refinement
 NOTHING_INSTALLED = 'import sys; sys.modules["diffusers_tsam"] = None\n'
 
 
-def python(home, *arguments, url="http://127.0.0.1:9", **environment):
-    """(exit status, output, errors) of a new process that keeps everything in `home` and takes `url` for the Hub.
+def run_fresh(home, code, url="http://127.0.0.1:9", **environment):
+    """Run code in a new process that keeps everything in `home` and takes `url` for the Hub.
 
     Nobody listens at the default. The package is importable, also where it is not installed.
     """
     (home / "packages").mkdir(parents=True, exist_ok=True)
-    if not (home / "packages" / "diffusers_tsam").exists():
-        (home / "packages" / "diffusers_tsam").symlink_to(ROOT)
+    (home / "packages" / "diffusers_tsam").symlink_to(ROOT)
     # On busy cores, more threads only wait for each other.
-    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", **environment}
+    environment |= {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(home), "HF_ENDPOINT": url, "PYTHONPATH": str(home / "packages")}
-    command = [sys.executable, *map(str, arguments)]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
-def run_fresh(home, code, **where):
-    status, _, errors = python(home, "-c", code, **where)
-    assert status == 0, errors
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,87 +94,37 @@ FRESH = """
 import diffusers, torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-for name, (folder, files, ours, stock, call) in cases.items():
+for folder, file, ours, stock, call in cases:
     stock = getattr(diffusers, stock)
     loaders = stock, AutoPipelineForText2Image, DiffusionPipeline
     assert all(type(cls.from_pretrained(folder)) is stock for cls in loaders)
-    for file in files:
-        code = {"custom_pipeline": file, "trust_remote_code": True}
-        for cls in loaders:
-            pipe = cls.from_pretrained(folder, **code)
-            assert type(pipe).__name__ == ours, cls
-        pipe.save_pretrained("saved")
-        assert type(DiffusionPipeline.from_pretrained("saved")) is stock
-        for which, pipe in (("loaded", pipe), ("again", DiffusionPipeline.from_pretrained("saved", **code))):
-            pipe.set_progress_bar_config(disable=True)
-            generator = torch.Generator().manual_seed(0)
-            images = pipe("a red cube and a blue sphere", generator=generator, **call).images
-            torch.save(images, f"{which}-{file}.pt")
+    code = {"custom_pipeline": file, "trust_remote_code": True}
+    for cls in loaders:
+        pipe = cls.from_pretrained(folder, **code)
+        assert type(pipe).__name__ == ours, cls
+    pipe.save_pretrained("saved")
+    assert type(DiffusionPipeline.from_pretrained("saved")) is stock
+    for which, pipe in (("loaded", pipe), ("again", DiffusionPipeline.from_pretrained("saved", **code))):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe("a red cube and a blue sphere", generator=generator, **call).images
+        torch.save(images, f"{which}-{file}.pt")
 """
 
 
 @pytest.mark.slow
 def test_in_a_fresh_process_with_nothing_installed_a_saved_folder_is_stock_and_with_the_files_tsam(folders, tmp_path):
-    """The files alone, copied elsewhere, or the single file of each; all in one process with an empty module cache."""
-    single_file, cases = runpy.run_path(str(ROOT / "hub" / "single_file.py"))["single_file"], {}
+    """The files alone, copied elsewhere, all in one process with an empty module cache."""
+    cases = []
     for name, kind in KINDS.items():
         for file in (kind.file, *(f"{module}.py" for module in get_relative_imports(ROOT / kind.file))):
             (tmp_path / file).write_bytes((ROOT / file).read_bytes())
-        (tmp_path / f"single_{name}.py").write_text(single_file(name))
         classes = kind.tsam.__name__, kind.stock.__name__
-        cases[name] = str(folders[name]), (kind.file, f"single_{name}.py"), *classes, CALL | LITTLE | kind.call
+        cases.append((str(folders[name]), kind.file, *classes, CALL | LITTLE | kind.call))
     run_fresh(tmp_path, f"{NOTHING_INSTALLED}cases = {cases!r}\n{FRESH}")
-    for name, kind in KINDS.items():
-        for file in cases[name][1]:
-            for which in ("loaded", "again"):
-                assert torch.equal(torch.load(tmp_path / f"{which}-{file}.pt"), drawn(kind))
-
-
-# What was saved before this was so: the code lies beside the weights, and the index names it.
-OLD_HELPER = """
-class TSAMPipelineMixin:
-    old = True
-"""
-OLD_PIPELINE = """
-from diffusers import {stock}
-
-from .attention_processors import TSAMPipelineMixin
-
-
-class {pipeline}(TSAMPipelineMixin, {stock}):
-    pass
-"""
-LOAD_OLD = """
-import diffusers, diffusers_tsam
-from diffusers import DiffusionPipeline
-
-for folder, ours, stock in cases:
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    assert type(pipe).__name__ == ours and pipe.old
-    ours = getattr(diffusers_tsam, ours)
-    for trust in ({}, {"trust_remote_code": True}):
-        assert type(ours.from_pretrained(folder, **trust)) is ours
-    for cls in (DiffusionPipeline, getattr(diffusers, stock)):
-        try:
-            cls.from_pretrained(folder)
-        except ValueError as error:
-            assert "trust_remote_code=True" in str(error)
-        else:
-            raise AssertionError("ran code that is not trusted")
-"""
-
-
-@pytest.mark.slow
-def test_what_the_previous_version_saved_loads_as_its_own_code_or_as_the_installed_class(tmp_path):
-    cases = [(str(tmp_path / name), family.pipeline, family.stock) for name, family in FAMILIES.items()]
-    for name, family in FAMILIES.items():
-        make(KINDS[name].stock, KINDS[name].components).save_pretrained(tmp_path / name)
-        index = json.loads((tmp_path / name / "model_index.json").read_text())
-        index |= {"_class_name": [family.module, family.pipeline]}
-        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
-        (tmp_path / name / f"{family.module}.py").write_text(OLD_PIPELINE.format(**family._asdict()))
-        (tmp_path / name / "attention_processors.py").write_text(OLD_HELPER)
-    run_fresh(tmp_path / "home", f"cases = {cases!r}\n{LOAD_OLD}")
+    for kind in KINDS.values():
+        for which in ("loaded", "again"):
+            assert torch.equal(torch.load(tmp_path / f"{which}-{kind.file}.pt"), drawn(kind))
 
 
 def test_both_custom_pipelines_and_the_installed_classes_live_in_one_process(folders):
@@ -199,16 +141,16 @@ def test_both_custom_pipelines_and_the_installed_classes_live_in_one_process(fol
     assert all(torch.equal(draw(pipe, **LITTLE), drawn(kind)) for name, kind in KINDS.items() for pipe in pipes[name])
 
 
-def cast_by_layers(pipe):
-    denoiser_of(pipe).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-
-
 # The dtype that a stock pipeline is loaded in, what then is done to it, and how many dtypes its weights have
 WEIGHTS = {
     "float32": (torch.float32, lambda pipe: None, 1),
     "bfloat16": (torch.bfloat16, lambda pipe: None, 1),
     "mixed": (torch.bfloat16, lambda pipe: pipe.vae.float(), 2),
-    "cast by layers": (torch.float32, cast_by_layers, 2),
+    "cast by layers": (
+        torch.float32,
+        lambda pipe: denoiser_of(pipe).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        2,
+    ),
 }
 
 
