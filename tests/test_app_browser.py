@@ -1,6 +1,8 @@
 """The demo end to end: the real page on the loopback, in headless Chromium.
 
-Screenshots go to the folder that TSAM_SCREENSHOTS names, or to pytest's.
+Screenshots go to the folder that TSAM_SCREENSHOTS names, or to pytest's; docs/demo.png is one of them:
+
+    TSAM_SCREENSHOTS=shots pytest tests/test_app_browser.py -k panel && cp shots/demo.png docs
 """
 
 import base64
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.slow
 SD, PIXART, SINK = SHIPPED
 STARTS = "Starts, best first: click one to draw it"
 WAIT = 60  # seconds at most for anything
-WIDE, NARROW = 1280, 390
+WIDE, NARROW, UP_TO_MAPS = 1280, 390, 1500  # pixels
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,9 @@ class Browser:
         """Width and height of the page."""
         return self.driver.execute_script("let e = document.documentElement; return [e.scrollWidth, e.scrollHeight]")
 
-    def save(self, path):
-        clip = {"x": 0, "y": 0, "scale": 1} | dict(zip(("width", "height"), self.sides()))
+    def save(self, path, height=None):
+        width, whole = self.sides()
+        clip = {"x": 0, "y": 0, "scale": 1, "width": width, "height": height or whole}
         found = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         path.write_bytes(base64.b64decode(found["data"]))
 
@@ -178,7 +181,7 @@ def pixels(address):
 
 
 def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
-    browser.open("?prompt=a+red+cube&steps=5&seed=3")
+    browser.open("?prompt=a+red+cube&steps=25&seed=74")
     assert not any(title.is_displayed() for title in browser.all("h2"))  # nothing empty before the first drawing
     blank = browser.sources("Stock and T-SAM")
     browser.write("Prompt", "a red cube and a blue sphere")
@@ -190,12 +193,15 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
     stock, tsam = map(pixels, browser.sources("Stock and T-SAM"))
     assert stock.shape == tsam.shape == (512, 512, 3) and min(stock.std(), tsam.std()) > 5
     assert np.abs(stock - tsam).max() > 20
-    assert [len(line.get_attribute("points").split()) for line in browser.all(".tsam-curve polyline")] == [5, 5]
-    found = [caption.partition(", seed 3: ")[::2] for caption in browser.captions("Stock and T-SAM")]
-    assert [name for name, _ in found] == ["Stock", "T-SAM"] and all(solids for _, solids in found)
+    assert [len(line.get_attribute("points").split()) for line in browser.all(".tsam-curve polyline")] == [25, 25]
+    expected = ["Stock, seed 74: 2 red cubes", "T-SAM, seed 74: blue sphere, red cube"]
+    assert browser.captions("Stock and T-SAM") == expected
     words = [label.text for label in browser.all("fieldset label")]
     assert words == [*"a red cube and a blue sphere".split(), "every word"]
 
+    screenshots = Path(os.environ.get("TSAM_SCREENSHOTS") or tmp_path)
+    screenshots.mkdir(parents=True, exist_ok=True)
+    browser.save(screenshots / "demo.png", UP_TO_MAPS)
     chosen = browser.sources("Stock", "T-SAM")
     next(each for each in browser.all("fieldset label input") if not each.is_selected()).click()
     browser.until(lambda: not set(chosen) & set(browser.sources("Stock", "T-SAM")), "the word's maps")
@@ -209,10 +215,8 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
     with Image.open(io.BytesIO(browser.download("T-SAM picture", tmp_path))) as picture:
         assert picture.size == (128, 128)
     numbers = json.loads(browser.download("Numbers (JSON)", tmp_path))
-    assert numbers["prompt"] == "a red cube and a blue sphere" and len(numbers["tsam"]["losses"]) == 5
+    assert numbers["prompt"] == "a red cube and a blue sphere" and len(numbers["tsam"]["losses"]) == 25
 
-    screenshots = Path(os.environ.get("TSAM_SCREENSHOTS") or tmp_path)
-    screenshots.mkdir(parents=True, exist_ok=True)
     for width, dark in ((WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)):
         browser.resize(width, dark)
         time.sleep(0.5)
@@ -223,7 +227,7 @@ def test_a_prompt_is_drawn_and_every_panel_follows(browser, tmp_path):
     address = next(each.get_attribute("href") for each in browser.all("a") if "link" in each.text)
     assert address.startswith(browser.server)
     browser.open("?" + urlsplit(address).query)
-    assert [browser.value(name) for name in ("Seed", "Steps")] == ["3", "5"]
+    assert [browser.value(name) for name in ("Seed", "Steps")] == ["74", "25"]
 
 
 @pytest.mark.parametrize(
