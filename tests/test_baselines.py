@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_tsam.evaluation import baselines
-from diffusers_tsam.evaluation.baselines import BASELINES, compete, told
+from diffusers_tsam.evaluation.baselines import BASELINES, told
 from diffusers_tsam.evaluation.prompts import Prompt, positions_of, structured, things_of_doc, things_of_template
 from diffusers_tsam.tsam import Syntax, smooth
 
@@ -47,10 +47,6 @@ def word_of(maps, tokens):
 
 def cosine(a, b):
     return float((a * b).sum() / (a.norm() * b.norm()))
-
-
-def sharply(attention):
-    return math.exp(100 * attention)
 
 
 def attend_and_excite(maps, content, things, weight=float):
@@ -103,9 +99,8 @@ def focus(maps, content, things):
 
 
 LITERAL = {"attend_and_excite": attend_and_excite, "conform": conform, "syngen": syngen, "focus": focus}
-LITERAL |= {
-    f"{name}_100": functools.partial(LITERAL[name], weight=sharply) for name in ("attend_and_excite", "conform")
-}
+SHARP = {"weight": lambda attention: math.exp(100 * attention)}
+LITERAL |= {f"{name}_100": functools.partial(LITERAL[name], **SHARP) for name in ("attend_and_excite", "conform")}
 
 
 @pytest.mark.parametrize("name", LITERAL)
@@ -153,17 +148,6 @@ def test_attend_and_excite_is_that_of_diffusers(scene):
         )
 
 
-@pytest.mark.parametrize("sharpness", (100.0, 10.0, None))
-def test_maps_that_compete_share_each_position(scene, sharpness):
-    maps, content, _ = scene
-    shared = compete(maps, content, sharpness)
-    torch.testing.assert_close(shared.sum(1), torch.ones_like(shared[:, 0]))
-    assert not shared[~content].any()
-
-
-PAIRS = [[[[2], [3]], [[6], [7]]]]
-
-
 def disjoint(groups):
     """Maps of one prompt's words, each group with a corner of its own; all others lie everywhere."""
     maps = torch.full((1, 10, 6, 6), 0.01)
@@ -176,7 +160,7 @@ def disjoint(groups):
 def test_bound_pairs_cost_less_than_swapped_ones_and_a_neglected_noun_costs_attend_and_excite(name):
     content = torch.ones(1, 10, dtype=torch.bool)
     alike = [[[3], [7]], [[3]]] if name.startswith("attend") else [[[2, 3], [6, 7]], [[2, 7], [6, 3]]]
-    better, worse = (LOSSES[name](disjoint(groups), content, PAIRS) for groups in alike)
+    better, worse = (LOSSES[name](disjoint(groups), content, [[[[2], [3]], [[6], [7]]]]) for groups in alike)
     assert better < worse
 
 
