@@ -26,7 +26,7 @@ from .attention_processors import (
 )
 from .tsam import LatentAlignment
 from .tsam_arguments import OFF, check_text_self_attention
-from .tsam_candidates import choose, generators_of, scouted
+from .tsam_candidates import choose, generators_of, restore, scouted
 from .tsam_layout import check_regions, layout_of
 
 
@@ -153,8 +153,7 @@ class GuidedLoop:
         if self.start is None:
             return stock(*args, **kwargs)
         prepared, states = self.start
-        for generator, state in zip(generators_of(self.given), states):
-            generator.set_state(state)
+        restore(generators_of(self.given), states)
         self.pipe._interrupt = self.interrupted  # stock sets it to False first
         return prepared
 
