@@ -57,6 +57,7 @@ MODULAR = {
     "sdxl": Blocks("Stable Diffusion XL", "StableDiffusionXLTSAMBlocks", False),
     "sd3": Blocks("Stable Diffusion 3", "StableDiffusion3TSAMBlocks", True),
     "flux": Blocks("FLUX.1", "FluxTSAMBlocks", True),
+    "anima": Blocks("Anima", "AnimaTSAMBlocks", True),
 }
 
 _MODULES = {"LatentAlignment": "tsam", "Syntax": "tsam", "TextSelfAttention": "tsam"}

@@ -30,14 +30,25 @@ class SelfAttentionRecording:
     def __init__(self, encoder):
         self.encoder, self.thread = encoder, get_ident()
         self.input_ids, self.sum, self.layers, self.open = None, 0, 0, False
+        self.paused = False
 
     def begin(self, encoder, args, kwargs=None):  # without `kwargs` if another thread calls too early
         if self.input_ids is None and get_ident() == self.thread:
-            self.input_ids, self.open = args[0] if args else kwargs["input_ids"], True
+            names = "input_ids", "target_input_ids"
+            self.input_ids, self.open = args[0] if args else next(kwargs[n] for n in names if n in kwargs), True
 
     def end(self, encoder, args, output):
         if get_ident() == self.thread:
             self.open = False
+
+    def pause(self, layer, args):
+        """During cross-attention, which Anima's text conditioner has, too."""
+        if get_ident() == self.thread:
+            self.paused, self.open = self.open, False
+
+    def go_on(self, layer, args, output):
+        if get_ident() == self.thread:
+            self.open = self.paused
 
     def add(self, probabilities):
         """Add one layer's probabilities (B, heads, N, N)."""
@@ -64,7 +75,8 @@ class _RecordSelfAttention(TorchFunctionMode):
 
 @contextmanager
 def record_self_attention(*encoders):
-    """Record the first prompts that each transformers text encoder encodes in the context; its results stay the same.
+    """Record the first prompts that each text encoder of transformers, or Anima's text conditioner, encodes in the
+    context; its results stay the same.
 
     Sums layer by layer, to hold only one layer's heads. Yields a `SelfAttentionRecording` per encoder. Calls that share
     an encoder wait for each other; other threads' calls are not recorded.
@@ -80,6 +92,9 @@ def record_self_attention(*encoders):
             stack.enter_context(lock_of(recording.encoder))
             stack.callback(recording.encoder.register_forward_pre_hook(recording.begin, with_kwargs=True).remove)
             stack.callback(recording.encoder.register_forward_hook(recording.end).remove)
+            for layer in (part for name, part in recording.encoder.named_modules() if name.endswith("cross_attn")):
+                stack.callback(layer.register_forward_pre_hook(recording.pause).remove)
+                stack.callback(layer.register_forward_hook(recording.go_on).remove)
         stack.enter_context(_RecordSelfAttention(recordings))
         yield recordings
 
@@ -87,7 +102,8 @@ def record_self_attention(*encoders):
 def mean_self_attention(recordings):
     """T' (B, N, N), float32: the mean over all layers and heads of all encoders. Eq. (2)."""
     for recording in recordings:
-        expected, found = recording.encoder.config.num_hidden_layers, recording.layers
+        config, found = recording.encoder.config, recording.layers
+        expected = config.num_hidden_layers if hasattr(config, "num_hidden_layers") else config.num_layers
         if found != expected:
             raise RuntimeError(
                 f"The self-attention of {found} of the {expected} layers of {type(recording.encoder).__name__} was"

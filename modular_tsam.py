@@ -1,4 +1,4 @@
-"""T-SAM as blocks of diffusers' modular pipelines: Stable Diffusion XL, and experimentally SD3 and FLUX.
+"""T-SAM as blocks of diffusers' modular pipelines: Stable Diffusion XL, and experimentally SD3, FLUX and Anima.
 
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236). Two kinds of stock blocks change
 in every workflow: text steps read the text encoders' self-attention while they encode, and denoising loops move their
@@ -18,7 +18,13 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers.modular_pipelines import FluxAutoBlocks, StableDiffusion3AutoBlocks, StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines import (
+    AnimaAutoBlocks,
+    FluxAutoBlocks,
+    StableDiffusion3AutoBlocks,
+    StableDiffusionXLAutoBlocks,
+)
+from diffusers.modular_pipelines.anima.before_denoise import AnimaTextConditioningStep
 from diffusers.modular_pipelines.flux.encoders import FluxTextEncoderStep
 from diffusers.modular_pipelines.modular_pipeline import (
     BlockState,
@@ -26,10 +32,10 @@ from diffusers.modular_pipelines.modular_pipeline import (
     ModularPipelineBlocks,
     PipelineState,
 )
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_3.encoders import StableDiffusion3TextEncoderStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
-from transformers import T5EncoderModel
+from transformers import T5EncoderModel, T5TokenizerFast
 
 from .attention_processors import (
     lock_of,
@@ -42,7 +48,15 @@ from .attention_processors import (
     shadowed,
 )
 from .tsam import LatentAlignment, logger, symmetrize, text_of
-from .tsam_arguments import JointSettings, Settings, UNetSettings, check_integer, check_text_self_attention
+from .tsam_arguments import (
+    BlocksSettings,
+    JointSettings,
+    Settings,
+    UNetSettings,
+    blocks_between,
+    check_text_self_attention,
+    shares_of,
+)
 from .tsam_candidates import Scouted, chosen_of, generators_of, given_starts, least, restore, score
 from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_pipeline import TESTED, StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
@@ -84,7 +98,9 @@ def text_of_t5(recordings, tokenizer):
 
 
 class TextStep:
-    """Mixed into a stock text encoder step: reads T' while that encodes."""
+    """Mixed into a stock text encoder step: reads T' while that encodes. tokenizer: its name, if not the encoder's."""
+
+    tokenizer = None
 
     @property
     def inputs(self):
@@ -106,7 +122,7 @@ class TextStep:
         names = self.encoders(components)
         with record_self_attention(*dict.fromkeys(getattr(components, f"text_{name}") for name in names)) as recordings:
             components, state = super().__call__(components, state)
-        tokenizer = getattr(components, names[0].replace("encoder", "tokenizer"))
+        tokenizer = getattr(components, self.tokenizer or names[0].replace("encoder", "tokenizer"))
         state.set("text_self_attention", self.text(recordings, tokenizer, state.get("prompt_embeds").shape[1]))
         return components, state
 
@@ -145,6 +161,29 @@ class SD3TextStep(TextStep, StableDiffusion3TextEncoderStep):
         return text._replace(attention=F.pad(text.attention, columns * 2), content=F.pad(text.content, columns))
 
 
+class AnimaTextStep(TextStep, AnimaTextConditioningStep):
+    """Reads the text conditioner's self-attention, symmetrised: a choice.
+
+    The denoiser's columns are T5 tokens, of which there are ids but no T5: the conditioner embeds them, and in each
+    block they attend to each other, in both directions, and then to Qwen3's states. No other attention is among them.
+    Qwen3 reads the prompt, too, by its own tokens, which are not the columns.
+    """
+
+    tokenizer = "t5_tokenizer"
+
+    @property
+    def expected_components(self):
+        return [*super().expected_components, ComponentSpec("t5_tokenizer", T5TokenizerFast)]
+
+    def encoders(self, components):
+        return ["conditioner"]
+
+    def text(self, recordings, tokenizer, length):
+        text = text_of_t5(recordings, tokenizer)
+        others = 0, length - text.content.shape[1]
+        return text._replace(attention=F.pad(text.attention, others * 2), content=F.pad(text.content, others))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Candidates: steps that prepare latents
 
@@ -171,7 +210,7 @@ class StartsStep:
             return super().__call__(components, state)
         starts = state.get("starts")
         if starts is None:  # else another such step has run: image to image has two
-            images = state.get("batch_size") * given.num_images_per_prompt
+            images = state.get("batch_size") * state.get("num_images_per_prompt", 1)
             starts = [({"latents": own}, []) for own in given_starts(state.get("latents"), images, number)]
         generators, prepared = generators_of(state.values), []
         for values, states in starts:
@@ -389,6 +428,17 @@ class UNetLoop(AlignedLoop):
         return record_cross_attention(block_state.layers, block_state.alignment.num_tokens, stop=True)
 
 
+class AnimaLoop(AlignedLoop):
+    """Anima's cross-attention, whose columns are T5 tokens."""
+
+    settings = BlocksSettings
+    recording = UNetLoop.recording
+
+    def layers(self, model, settings):
+        blocks, given = model.transformer_blocks, settings.attention_layers
+        return [block.attn2 for block in blocks_between(blocks, shares_of(len(blocks)) if given is None else given)]
+
+
 class JointLoop(AlignedLoop):
     """SD3 and FLUX: image rows and text columns of joint attention. The keys and the blocks are a choice.
 
@@ -399,19 +449,9 @@ class JointLoop(AlignedLoop):
 
     def layers(self, model, settings):
         blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
-        depth, given = len(blocks), settings.attention_layers
-        usual = tuple(share * len(model.transformer_blocks) // 28 for share in (10, 18))  # PixArt-α's shares
-        remedy = f"Pass the first and the last block to read, {usual} for instance, or `tsam_steps=0`."
-        given = usual if given is None else given
-        if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise TypeError(f"`attention_layers` has to be two integers but is {given!r}. {remedy}")
-        for block in given:
-            check_integer("attention_layers", block, 0, remedy)
-        if not given[0] <= given[1] < depth:
-            raise ValueError(
-                f"`attention_layers` is {tuple(given)}, but there are {depth} blocks, 0 to {depth - 1}. {remedy}"
-            )
-        return [block.attn for block in blocks[given[0] : given[1] + 1]]
+        given = settings.attention_layers
+        given = shares_of(len(model.transformer_blocks)) if given is None else given
+        return [block.attn for block in blocks_between(blocks, given)]
 
     def recording(self, block_state):
         num_tokens, num_text = block_state.alignment.num_tokens, block_state.prompt_embeds.shape[1]
@@ -521,3 +561,9 @@ class FluxTSAMBlocks(TSAMBlocks, FluxAutoBlocks):
     """Experimental: `FluxAutoBlocks` with T-SAM; see `JointSettings` and `JointLoop`."""
 
     text_step, loop = FluxTextStep, FluxLoop
+
+
+class AnimaTSAMBlocks(TSAMBlocks, AnimaAutoBlocks):
+    """Experimental: `AnimaAutoBlocks` with T-SAM; see `BlocksSettings` and `AnimaTextStep`."""
+
+    text_step, loop = AnimaTextStep, AnimaLoop

@@ -14,7 +14,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from .attention_processors import record_self_attention, shadowed
 from .tsam import TextSelfAttention, texts_of
-from .tsam_arguments import WanSettings, blocks_between, shares_of
+from .tsam_arguments import BlocksSettings, blocks_between, shares_of
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files named here
 from .tsam_layout import Layout  # noqa: F401
 from .tsam_pipeline import GuidedLoop, StandIn, TSAMOutput, extends
@@ -59,7 +59,7 @@ class WanLoop(GuidedLoop):
 class WanTSAMPipeline(PixArtTSAM, WanPipeline):
     """`WanPipeline` that aligns its first denoising steps with the prompt's syntax; same components."""
 
-    loop, settings, output = WanLoop, WanSettings, WanTSAMPipelineOutput
+    loop, settings, output = WanLoop, BlocksSettings, WanTSAMPipelineOutput
     _callback_tensor_inputs = WanPipeline._callback_tensor_inputs
 
     def cross_attention_layers(self, attention_layers: tuple[int, int] | None = None) -> list:
@@ -82,7 +82,7 @@ class WanTSAMPipeline(PixArtTSAM, WanPipeline):
         """A phrase's tokens, as a `TextSelfAttention` has them."""
         return texts_of(self.tokenizer(prompt_clean(phrase), add_special_tokens=False).input_ids, self.tokenizer)
 
-    @extends(WanPipeline, WanSettings)
+    @extends(WanPipeline, BlocksSettings)
     def __call__(self, given, settings):
         """Generate like `WanPipeline.__call__`; the arguments before `tsam_steps` are stock's.
 

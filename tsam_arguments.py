@@ -273,8 +273,8 @@ class UNetSettings(Settings):
 
 
 @dataclass
-class WanSettings(Settings):
-    """`Settings`, plus Wan's own."""
+class BlocksSettings(Settings):
+    """`Settings`, plus which blocks of a transformer of any depth are read: Wan's and Anima's."""
 
     attention_layers: tuple[int, int] | None = argument(
         None, "First and last block that are read. None: those at 10/28 to 18/28."
@@ -284,7 +284,7 @@ class WanSettings(Settings):
 
 
 @dataclass
-class JointSettings(WanSettings):
+class JointSettings(BlocksSettings):
     """`Settings`, plus those of SD3's and FLUX's blocks."""
 
     attention_keys: str = argument("text", "'text': a softmax over the text's keys; 'all': over the image's, too.")

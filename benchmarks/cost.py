@@ -479,7 +479,7 @@ def main():
     dtype = getattr(torch, args.dtype)
     calls = {
         "operations": lambda: operations(PIPELINES, simulate, 512, 50),
-        "modular": lambda: operations(MODULAR, simulate_modular, 1024, 50),
+        "modular": lambda: operations([kind for kind in MODULAR if kind != "anima"], simulate_modular, 1024, 50),
         "launches": lambda: {kind: launches(kind) for kind in PIPELINES},
         "loss": lambda: {n: loss_alone(n, n, device)["ms"] for n in (5, 20, 40, 75)},
         "windows": lambda: windows(device),

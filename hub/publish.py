@@ -32,6 +32,7 @@ WEIGHTS_OF = {  # the official ones that blocks point at
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd3": "stabilityai/stable-diffusion-3.5-medium",
     "flux": "black-forest-labs/FLUX.1-dev",
+    "anima": "circlestone-labs/Anima-Base-v1.0-Diffusers",
 }
 
 

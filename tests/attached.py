@@ -67,13 +67,13 @@ def l1(target, maps):
 
 @contextmanager
 def attached(pipe, model, layers, texts, alpha, updates, grid, rows=slice(None), columns=slice(None), keys=None):
-    """Guide the next call of a stock `pipe` that asks its `model` once a step.
+    """Guide the next call of a stock `pipe` that asks its `model` once a step, or first for the prompt.
 
     texts: for each image its T (s, s), and its tokens' places among the columns. updates: how many at each
     step. rows, columns: of the image and the text in the attention of `layers`; keys: what the softmax is over, None
     for all. Yields the losses, a list of one (B,) tensor an update.
     """
-    losses, moves, images = [], [], len(texts)
+    losses, moves, stepped, images = [], [], [], len(texts)
     forward, step = model.forward, pipe.scheduler.step
 
     def of_condition(value):
@@ -92,18 +92,19 @@ def attached(pipe, model, layers, texts, alpha, updates, grid, rows=slice(None),
         sample = hidden_states if sample is None else sample
         start = model_input = of_condition(sample)
         own_args, own_kwargs = [of_condition(value) for value in args], of_condition(kwargs)
-        for _ in range(updates[len(moves)]):
+        for _ in range(updates[len(moves)] if len(moves) == len(stepped) else 0):
             with torch.enable_grad():
                 leaf = model_input.detach().requires_grad_()
                 loss = loss_at(leaf, own_args, own_kwargs)
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             model_input = model_input - alpha * gradient
             losses.append(loss.detach())
-        moves.append(model_input - start)
+        if len(moves) == len(stepped):
+            moves.append(model_input - start)
         return forward(sample + moves[-1].repeat(len(sample) // images, *[1] * (sample.dim() - 1)), *args, **kwargs)
 
     def moved_step(prediction, t, sample, *args, **kwargs):
-        scale = 1.0
+        scale, _ = 1.0, stepped.append(t)
         if hasattr(pipe.scheduler, "scale_model_input"):
             scale = pipe.scheduler.scale_model_input(torch.ones(1), t)
         return step(prediction, t, sample + moves[-1] / scale, *args, **kwargs)

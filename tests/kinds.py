@@ -16,6 +16,7 @@ import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR, VARIANTS, LatentAlignment
 from diffusers_tsam.tsam_arguments import Settings
 from tiny import (
+    tiny_anima_components,
     tiny_components,
     tiny_controlnet_components,
     tiny_flux_components,
@@ -121,7 +122,9 @@ SMALL = {"height": 32, "width": 32, "max_sequence_length": 16}
 SDXL = Blocks("sdxl", tiny_sdxl_components, 10.0, {"height": 64, "width": 64}, "StableDiffusionXLPipeline", "unet")
 SD3 = Blocks("sd3", tiny_sd3_components, 30.0, SMALL | {"negative_prompt": ""}, "StableDiffusion3Pipeline")
 FLUX = Blocks("flux", tiny_flux_components, 100.0, SMALL, "FluxPipeline")
-BLOCKS = {kind.name: kind for kind in (SDXL, SD3, FLUX)}
+IN_PIXELS = {"height": 64, "width": 64, "max_sequence_length": 64, "output_type": "pt"}  # Anima ends with no latents
+ANIMA = Blocks("anima", tiny_anima_components, 50.0, IN_PIXELS, "AnimaPipeline")  # which does not exist
+BLOCKS = {kind.name: kind for kind in (SDXL, SD3, FLUX, ANIMA)}
 assert BLOCKS.keys() == MODULAR.keys()
 ALL = PIPELINES | BLOCKS
 every = pytest.mark.parametrize("kind", ALL, indirect=True)  # for a law that all keep
@@ -270,7 +273,9 @@ def state_of(pipe):
     modules = [(name, module) for model in models for name, module in model.named_modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]
     return {
-        "processors": {name: id(processor) for name, processor in models[0].attn_processors.items()},
+        "processors": {
+            name: id(module.processor) for name, module in models[0].named_modules() if hasattr(module, "processor")
+        },
         "modules": [
             (name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
             for name, module in modules

@@ -277,7 +277,7 @@ OF_BLOCKS = {
     "compiled": lambda pipe: getattr(denoiser_of(pipe), COMPILE[kind_of(pipe).name])(backend="eager"),
     "group offload": lambda pipe: denoiser_of(pipe).enable_group_offload(CPU, CPU, "leaf_level"),
 }
-COMPILE = {"sdxl": "compile_repeated_blocks", "sd3": "compile", "flux": "compile_repeated_blocks"}
+COMPILE = {"sdxl": "compile_repeated_blocks", "sd3": "compile", "flux": "compile_repeated_blocks", "anima": "compile"}
 
 
 @pytest.mark.parametrize("kind, switch", [*product(KINDS, SWITCHES), *product(BLOCKS, OF_BLOCKS)], indirect=["kind"])

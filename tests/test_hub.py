@@ -17,14 +17,14 @@ from PIL import Image
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from hub_server import Repository, hub_server
-from kinds import FLUX, KINDS, SD3, SDXL
+from kinds import ANIMA, FLUX, KINDS, SD3, SDXL, make
 from test_loading import NOTHING_INSTALLED, ROOT, one_thread, run_fresh  # noqa: F401
 
 
 pytestmark = pytest.mark.slow
 CODE = {f"tsam/tsam-{kind}": kind for kind in FAMILIES}
 WEIGHTS = {"tsam/shapes-tsam": "sd", "tsam/shapes-tsam-pixart": "pixart"}
-BLOCKS = {f"tsam/tsam-{kind.name}": kind for kind in (SDXL, SD3, FLUX)}
+BLOCKS = {f"tsam/tsam-{kind.name}": kind for kind in (SDXL, SD3, FLUX, ANIMA)}
 REPOSITORIES = [*CODE, *WEIGHTS, *BLOCKS]
 INDEX = "modular_model_index.json"
 SHORT = {"num_inference_steps": 2, "refinement_iterations": 1}
@@ -73,7 +73,10 @@ def official(hub, tmp_path_factory):
     moved = {}
     for name, kind in BLOCKS.items():
         folder, files = str(tmp_path_factory.mktemp(kind.name)), hub.repositories[name]
-        getattr(diffusers, kind.classic)(**kind.components).save_pretrained(folder)
+        if kind is ANIMA:
+            make(kind.stock, kind.components).save_pretrained(folder)
+        else:
+            getattr(diffusers, kind.classic)(**kind.components).save_pretrained(folder)
         entries = json.loads(files[INDEX])
         (place,) = {value[2]["pretrained_model_name_or_path"] for value in entries.values() if isinstance(value, list)}
         assert f"base_model: {place}\n" in files["README.md"].decode()
@@ -154,7 +157,7 @@ def card_codes(hub, official, name):
     (code,) = re.findall(r"```python\n(.*?)```", hub.repositories[name]["README.md"].decode(), re.DOTALL)
     small = {"cuda": "cpu", "float16": "float32"}
     if name in BLOCKS:
-        (moved, folder), call = official[name], BLOCKS[name].call | {"num_inference_steps": 2}
+        (moved, folder), call = official[name], BLOCKS[name].call | {"num_inference_steps": 2, "output_type": "pil"}
         code = changed(code, small | {name: moved, r"\*\*call,": f"**call, **{call},"})
         cls, made = MODULAR[BLOCKS[name].name].blocks, f"get_workflow('text2image').init_pipeline({folder!r})"
         ours = {"import ModularPipeline": f"import {cls}", r"ModularPipeline.from_\S+\(.*\)": f"{cls}().{made}"}

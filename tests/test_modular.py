@@ -1,6 +1,7 @@
 """T-SAM as modular blocks: SDXL, SD3 and FLUX, against stock blocks and against a second way to guide stock
 pipelines."""
 
+from contextlib import ExitStack
 from copy import copy
 from itertools import product
 
@@ -8,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, SequentialPipelineBlocks
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -17,6 +18,7 @@ from attached import attached
 from diffusers_tsam.attention_processors import record_joint_attention
 from diffusers_tsam.modular_tsam import CODE
 from kinds import (
+    ANIMA,
     BLOCKS,
     FLUX,
     KINDS,
@@ -73,7 +75,13 @@ def test_what_cannot_be_is_refused_before_the_denoiser_runs(pipe, options, error
         (SDXL, {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
         (SDXL, {"prompt_2": f"{PROMPT} on the table"}, ValueError, "`prompt_2` has other tokens than `prompt`"),
         (SDXL, {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
-        (SD3, {"attention_layers": (2, 4)}, ValueError, r"is \(2, 4\), but there are 4 blocks, 0 to 3. .*\(1, 2\)"),
+        (
+            SD3,
+            {"attention_layers": (2, 4)},
+            ValueError,
+            r"is \(2, 4\), but this transformer has 4 blocks, 0 to 3. .*\(1, 2\)",
+        ),
+        (ANIMA, {"attention_layers": (2, 4)}, ValueError, r"has 4 blocks, 0 to 3. .*\(1, 2\)"),
         (FLUX, {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
         (FLUX, {"attention_keys": "image"}, ValueError, "`attention_keys` is 'image', but has to be one of 'text', "),
     ],
@@ -87,14 +95,16 @@ def test_what_a_kind_does_not_have_is_refused(kind, options, error, message):
 
 def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(kind):
     blocks = kind.tsam().get_workflow("text2image")
-    text_step = blocks.sub_blocks.pop("text_encoder")
-    pipe, encoder = blocks.init_pipeline(), text_step.init_pipeline()
+    names = {"text_encoder", "denoise.text_conditioning"} & {*blocks.sub_blocks}  # the second is Anima's
+    steps = {name: blocks.sub_blocks.pop(name) for name in sorted(names, reverse=True)}
+    pipe, encoder = blocks.init_pipeline(), SequentialPipelineBlocks.from_blocks_dict(steps).init_pipeline()
     scheduler = copy(kind.components["scheduler"])
     pipe.update_components(**{name: kind.components[name] for name in (kind.denoiser, "vae")}, scheduler=scheduler)
-    encoder.update_components(**{n: c for n, c in kind.components.items() if "text" in n or "token" in n})
+    encoder.update_components(**{n: c for n, c in kind.components.items() if n in encoder.pretrained_component_names})
     names = {"prompt", "negative_prompt", "max_sequence_length"} & set(encoder.blocks.input_names)
     found = encoder(**{**{name: kind.call[name] for name in names - {"prompt"} if name in kind.call}, "prompt": PROMPT})
-    embeds = {name: value for name, value in found.values.items() if name.endswith("embeds") and value is not None}
+    names = {name for name in pipe.blocks.input_names if name is not None and name.endswith("embeds")}
+    embeds = {name: found.get(name) for name in names if found.get(name) is not None}
     call = {"generator": generators(1), "alpha": kind.alpha, **embeds}
     state = run(pipe, None, text_self_attention=found.get("text_self_attention"), **call)
     assert torch.equal(state.images, run(make(kind.tsam, kind.components), alpha=kind.alpha).images)
@@ -139,6 +149,38 @@ def test_a_refiner_has_one_text_encoder():
     step = blocks.sub_blocks["text_encoder"].init_pipeline()
     step.update_components(**{name: value for name, value in components.items() if "_2" in name or "text" in name})
     assert step(prompt=SHORT).get("text_self_attention").tokens == [SHORT.split()]
+
+
+@torch.no_grad()
+def test_animas_t_is_its_conditioners_among_the_t5_tokens_of_the_prompt():
+    """By the weights, one layer after another: what they give to Qwen3's tokens is not in it, nor any padding."""
+    blocks, given = ANIMA.components["text_conditioner"].blocks, []
+    with ExitStack() as stack:
+        for block in blocks:
+            given.append(stack.enter_context(calls_of(block.self_attn)))
+        state = run(make(ANIMA.tsam, ANIMA.components), [PROMPT, SHORT])
+    text, own = state.text_self_attention, state.t5_attention_mask.bool()[:, None, None]
+    layers = [
+        rotated_scores(block.self_attn, calls[0]).masked_fill(~own, -torch.inf).softmax(-1).mean(1)
+        for block, calls in zip(blocks, given)
+    ]
+    mean, number = torch.stack(layers).mean(0), own.shape[-1]
+    torch.testing.assert_close(text.attention[:, :number, :number], ((mean + mean.mT) / 2).tril())
+    assert text.tokens == [PROMPT.split(), SHORT.split()] and text.attention.shape[1] == state.prompt_embeds.shape[1]
+    assert text.content[1].nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def rotated_scores(attn, call):
+    """q kᵀ/√d of the conditioner's self-attention, of two heads of 8 channels."""
+    ((hidden,), given) = call
+    cosine, sine = (part[..., None, :] for part in given["position_embeddings"])
+
+    def turned(linear, norm):
+        x = norm(linear(hidden).unflatten(-1, (2, 8)))
+        one, other = x.chunk(2, -1)
+        return x * cosine + torch.cat([-other, one], -1) * sine
+
+    return torch.einsum("bqhc,bkhc->bhqk", turned(attn.q_proj, attn.q_norm), turned(attn.k_proj, attn.k_norm)) / 8**0.5
 
 
 def test_sd3s_t_is_t5s_behind_clips_columns_and_without_t5_clips():
@@ -193,15 +235,19 @@ PLACES = {  # where the second implementation looks; SD3's text is CLIP's 77 col
         "columns": slice(0, 16),
         "keys": slice(0, 16),
     },
+    "anima": lambda model: {
+        "layers": [block.attn2 for block in model.transformer_blocks[1:3]],
+        "grid": (8, 8),
+    },
 }
 
 
 @pytest.mark.parametrize("keys", ["text", "all"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_draw_what_the_same_updates_behind_a_classic_pipelines_back_draw(name, keys):
-    kind = BLOCKS[name]
+    kind, cross = BLOCKS[name], name in ("sdxl", "anima")
     places, options = PLACES[name](kind.components[kind.denoiser]), {"gamma": 3.0, "alpha": kind.alpha}
-    if name != "sdxl":
+    if not cross:
         options |= {"attention_keys": keys, "attention_layers": (1, 2) if name == "sd3" else (1, 3)}
         places |= {"keys": None} if keys == "all" else {}
     elif keys == "all":
@@ -209,14 +255,17 @@ def test_blocks_draw_what_the_same_updates_behind_a_classic_pipelines_back_draw(
     prompts = [PROMPT, SHORT]
     pipe = make(kind.tsam, kind.components)
     state = run(pipe, prompts, refinement_steps=[0], generator=generators(2), **options)
-    classic = getattr(diffusers, kind.classic)(**{**kind.components, "scheduler": copy(pipe.scheduler)})
-    classic.set_progress_bar_config(disable=True)
-    call = {"guidance_scale": pipe.guider.guidance_scale} if name != "flux" else {}
-    call |= {**kind.call, "num_inference_steps": 4, "output_type": "latent", "generator": generators(2)}
+    if name == "anima":  # whose stock blocks ask the denoiser twice a step
+        classic, call = make(kind.stock, kind.components), {**kind.call, "num_inference_steps": 4}
+    else:
+        classic = getattr(diffusers, kind.classic)(**{**kind.components, "scheduler": copy(pipe.scheduler)})
+        classic.set_progress_bar_config(disable=True)
+        call = {"guidance_scale": pipe.guider.guidance_scale} if name != "flux" else {}
+        call |= {**kind.call, "num_inference_steps": 4, "output_type": "latent"}
     model, texts = kind.components[kind.denoiser], texts_of(state.text_self_attention, 3.0)
     with attached(classic, model, texts=texts, alpha=kind.alpha, updates=UPDATES, **places) as losses:
-        expected = classic(prompts, **call).images
-    ours = state.images
+        expected = classic(prompt=prompts, generator=generators(2), **call)
+    expected, ours = expected.latents if name == "anima" else expected.images, state.images
     if name == "flux":
         expected = classic._unpack_latents(expected, 32, 32, classic.vae_scale_factor)
     torch.testing.assert_close(state.losses.double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
@@ -275,7 +324,7 @@ def held(stock, pipe, **options):
 
 
 # With skipped layers and perturbed attention stock SD3 fails.
-@pytest.mark.parametrize("kind, guider", [*((SDXL, guider) for guider in GUIDERS), (SD3, "APG")])
+@pytest.mark.parametrize("kind, guider", [*((SDXL, guider) for guider in GUIDERS), (SD3, "APG"), (ANIMA, "APG")])
 def test_every_guider_goes_with_guidance(kind, guider):
     """Their first call, the conditional one, is what is read: the losses are those of classifier-free guidance."""
     pipes = pair(kind.components, kind=kind)
@@ -294,7 +343,8 @@ OF_FLOWS = [
     (SD3, diffusers.FlowMatchHeunDiscreteScheduler, {}),
     (SD3, diffusers.UniPCMultistepScheduler, FLOW),
     (SD3, diffusers.DPMSolverMultistepScheduler, FLOW),
-    (FLUX, diffusers.UniPCMultistepScheduler, FLOW),  # stock FLUX fails with the others
+    (FLUX, diffusers.UniPCMultistepScheduler, FLOW),  # stock FLUX and Anima fail with the others
+    (ANIMA, diffusers.UniPCMultistepScheduler, FLOW),
 ]
 
 
@@ -320,7 +370,8 @@ MASK[..., 32:] = 1
 
 def test_an_image_is_changed_and_only_the_steps_that_are_left_count(kind):
     image = PICTURE if kind is SDXL else PICTURE[..., :32, :32] / 2 + 0.5
-    pipes, options = pair(kind.components, "image2image", kind), {"image": image, "num_inference_steps": 10}
+    workflow = "img2img" if kind is ANIMA else "image2image"
+    pipes, options = pair(kind.components, workflow, kind), {"image": image, "num_inference_steps": 10}
     state = held(*pipes, strength=0.6, **options)
     assert state.losses.shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
     assert run(pipes[1], strength=0.5, tsam_steps=0, **options).losses.shape == (1, 0)
@@ -479,7 +530,7 @@ blocks = ModularPipelineBlocks.from_pretrained(code, trust_remote_code=True)
 pipe = blocks.get_workflow("text2image").init_pipeline(weights)
 pipe.load_components(dtype=torch.float32)
 state = pipe(generator=torch.Generator().manual_seed(0), **call)
-torch.save([state.images, state.losses], "drawn.pt")
+torch.save([state.latents, state.losses], "drawn.pt")
 """
 
 
@@ -489,7 +540,7 @@ def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed
     pipe.save_pretrained(str(tmp_path / "weights"), overwrite_modular_index=True)
     pipe.blocks.save_pretrained(tmp_path / "code")
     assert {path.name for path in (tmp_path / "code").iterdir()} == {*CODE, "modular_config.json"}
-    call = {**kind.call, "prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent"}
+    call = {"output_type": "latent", **kind.call, "prompt": PROMPT, "num_inference_steps": 2}
     arguments = str(tmp_path / "code"), str(tmp_path / "weights"), call
     run_fresh(tmp_path, NOTHING_INSTALLED + LOAD.format(arguments=arguments))
     state = pipe(generator=torch.Generator().manual_seed(0), **call)

@@ -2,9 +2,12 @@
 
 import torch
 from diffusers import (
+    AnimaTextConditioner,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ControlNetModel,
+    CosmosTransformer3DModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -19,6 +22,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -300,5 +306,58 @@ def tiny_flux_components():
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer_2,
         "transformer": sharpened(transformer, 3),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def tiny_anima_components():
+    """Qwen3's tokens are bytes, so that a prompt has other numbers of them and of T5's. No padding mask, which needs
+    torchvision."""
+    torch.manual_seed(0)
+    vocab = {piece: number for number, piece in enumerate([*BYTES, "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    text_encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+        )
+    )
+    t5_tokenizer = tiny_t5_tokenizer()
+    conditioner = AnimaTextConditioner(
+        source_dim=16,
+        target_dim=16,
+        model_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        target_vocab_size=len(t5_tokenizer),
+        min_sequence_length=24,
+    )
+    transformer = CosmosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=4,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        concat_padding_mask=False,
+    )
+    for block in transformer.transformer_blocks:
+        block.attn2.norm_q.weight.data *= 3
+    vae = AutoencoderKLQwenImage(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True]
+    )
+    return {
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "t5_tokenizer": t5_tokenizer,
+        "text_conditioner": conditioner.eval(),
+        "transformer": transformer.eval(),
+        "vae": vae.eval(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
