@@ -224,8 +224,8 @@ class Result(NamedTuple):
 
 
 def draw(models, values, stopped):
-    """Draw, and hand over `Starts`, if there is a choice, then for every seed a `Step` for each and the `Result`. Less
-    if `stopped()` was true at a step.
+    """Draw, and hand over what there is to see: `Starts` if there is a choice, again with each further picture; then
+    for every seed its `Step`s and its `Result`. Less once `stopped()` is true.
 
     ValueError, TypeError and others that loading and drawing raise. Ends the drawing when it is closed.
     """
@@ -267,13 +267,11 @@ def draw(models, values, stopped):
     def work():
         try:
             for seed in choose() if values["starts"] > 1 else range(first, first + number):
+                if ended():
+                    break
                 moved.clear()
                 with shadowed(pipe, "align_latents", measured):
-                    pair = (
-                        None
-                        if ended()
-                        else compare(pipe, prompt, seed, settings, functools.partial(on_step, seed), **arguments)
-                    )
+                    pair = compare(pipe, prompt, seed, settings, functools.partial(on_step, seed), **arguments)
                 if pair is None:
                     break
                 seen, said = None, ""

@@ -265,6 +265,23 @@ def test_what_a_start_is_expected_to_become_is_in_the_last_step_the_picture(sche
     assert "step" not in vars(pipe.scheduler)
 
 
+def test_what_a_start_is_expected_to_become_is_what_its_own_scheduler_predicts(local, monkeypatch):
+    pipe, call = local[0].load(local[1])[0], {"num_inference_steps": 4, "guidance_scale": 7.5}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    expected = drawing.expected(pipe, PROMPT, 3, 2, **call)
+    step, seen = pipe.scheduler.step, []
+
+    def observed(*args, **kwargs):
+        seen.append(step(*args, **kwargs | {"return_dict": True}))
+        return (seen[-1].prev_sample,)
+
+    monkeypatch.setattr(pipe.scheduler, "step", observed)
+    pipe(PROMPT, generator=torch.Generator().manual_seed(3), tsam_steps=0, **call)
+    decoded = pipe.vae.decode(seen[1].pred_original_sample / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    (picture,) = pipe.image_processor.postprocess(decoded.detach())
+    assert np.abs(np.asarray(expected, int) - picture).max() <= 1
+
+
 def test_regions_hold_the_words_that_the_lines_name(local):
     models, name = local
     *_, result = drawn(models, values_of(models, name, regions="black car=0,0,0.5,1\n\nwhite clock=0.5,0,1,1"))
@@ -383,7 +400,7 @@ def test_a_wrong_request_past_the_browser_or_a_mistake_of_ours_is_a_message(
 def test_stopping_is_said_and_leaves_no_result(starts, app, local):
     models, name = local
     page = shown(app, models, values_of(models, name, seeds=2, starts=starts), lambda: True)
-    assert "Stopped" in page["status"] and page["result"] is None
+    assert "Stopped" in page["status"] and page["result"] is None and not page["starts"]["visible"]
 
 
 def test_seeds_make_a_sheet_of_stock_above_tsam_and_the_row_of_starts_marks_the_best(app, local):
