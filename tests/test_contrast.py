@@ -287,13 +287,15 @@ def test_padding_and_its_maps_change_nothing(case):
 @given(cases())
 def test_one_word_has_no_loss_and_two_words_are_together_where_they_look_alike(case):
     case.content &= case.content.cumsum(-1) <= 2
-    relation, contrast = (loss_and_gradient(name, case.maps, case.attention, case.content) for name in OURS)
+    found = {name: loss_and_gradient(name, case.maps, case.attention, case.content) for name in OBJECTIVES}
     for k, length in enumerate(case.lengths):
         if length < 2:
-            assert all(loss[k] == 0 and not gradient[k].any() for loss, gradient in (relation, contrast))
+            assert all(found[name][0][k] == 0 and not found[name][1][k].any() for name in OURS)
+            assert all(abs(found[name][0][k]) < 1e-6 and found[name][1][k].abs().max() < 1e-6 for name in OF_T)
         elif case.maps[0, 0].numel() > 1:  # on a grid of one position no map is localised
             similar = tsam.cosine_similarity(tsam.smooth(case.maps[k : k + 1]).flatten(2))[0, 2, 1]
-            torch.testing.assert_close(relation[0][k], tsam.RELATED_WEIGHT * (1 - similar), rtol=1e-6, atol=1e-9)
+            expected = tsam.RELATED_WEIGHT * (1 - similar)
+            torch.testing.assert_close(found["relation"][0][k], expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
