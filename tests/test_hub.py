@@ -74,7 +74,7 @@ def official(hub, tmp_path_factory):
     for name, kind in BLOCKS.items():
         folder, files = str(tmp_path_factory.mktemp(kind.name)), hub.repositories[name]
         if kind is ANIMA:
-            make(kind.stock, kind.components).save_pretrained(folder)
+            make(kind.stock, kind.components).save_pretrained(folder, overwrite_modular_index=True)
         else:
             getattr(diffusers, kind.classic)(**kind.components).save_pretrained(folder)
         entries = json.loads(files[INDEX])

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from transformers import UMT5EncoderModel
 
 from diffusers_tsam import tsam
@@ -156,3 +161,40 @@ def test_a_second_transformer_is_refused_and_off_is_stock(kind):
         with refused(pipe, ValueError, "`transformer_2`, which T-SAM does not guide"):
             run(pipe, **options)
     assert torch.equal(run(pipe, tsam_steps=0).images, run(stock).images)
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [UniPCMultistepScheduler(**FLOW), DPMSolverMultistepScheduler(**FLOW), FlowMatchHeunDiscreteScheduler(shift=3.0)],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_schedulers_guide_too_and_without_an_alpha_draw_stocks_video(kind, scheduler):
+    stock, pipe = (make(cls, kind.components | {"scheduler": scheduler}) for cls in (kind.stock, kind.tsam))
+    plain = run(stock).images
+    for options in ({"tsam_steps": 0}, {"alpha": 0.0}):
+        assert torch.equal(run(pipe, **options).images, plain)
+    output = run(pipe, alpha=kind.alpha, refinement_iterations=10)
+    assert output.losses[0, 10] < 0.97 * output.losses[0, 0] and output.images.isfinite().all()
+    assert not torch.allclose(output.images, plain, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda model: model.enable_gradient_checkpointing(),
+        lambda model: model.fuse_qkv_projections(),
+        lambda model: model.compile(backend="eager"),
+        lambda model: model.enable_group_offload("cpu", "cpu", "leaf_level"),
+    ],
+    ids=["gradient checkpointing", "fused projections", "compiled", "group offload"],
+)
+def test_what_only_computes_in_another_way_guides_to_the_same(kind, switch):
+    pipe = make(kind.tsam, kind.build())
+    expected = run(pipe)
+    switch(pipe.transformer)
+    output = run(pipe)
+    torch.testing.assert_close(output.losses, expected.losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.images, expected.images, rtol=1e-3, atol=1e-3)
