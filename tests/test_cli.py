@@ -204,11 +204,6 @@ def test_a_picture_that_breaks_is_no_result(tsam, kind, pipe, tmp_path, folder, 
         assert "Lower --alpha, which is 1e+38, or --guidance-scale" in said and not [*tmp_path.iterdir()]
 
 
-def test_a_prompt_of_other_scripts_warns_of_nothing(tsam, recwarn):
-    tsam("a red cube 一只红色的狗 🐕")
-    assert not [str(warning.message) for warning in recwarn if "lyph" in str(warning.message)]
-
-
 @pytest.mark.parametrize("name, guidance, sunk", [(None, {}, False), ("sd", 4.0, False), ("sink", 4.0, True)])
 def test_a_shipped_model_has_its_own_settings_and_another_the_pipelines(
     name, guidance, sunk, folder, tmp_path, monkeypatch, refused
