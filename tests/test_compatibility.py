@@ -98,10 +98,6 @@ def same(output, expected):
     torch.testing.assert_close(output.images, expected.images, rtol=5e-3, atol=5e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Adapters
-
-
 def lora_of(pipe, models=("unet", "text_encoder"), rank=2):
     """A LoRA of these models, as a file of one holds it."""
     state = {}
@@ -250,10 +246,6 @@ class TestIPAdapter:
         torch.testing.assert_close(batch.images[1], alone.images[0], rtol=1e-3, atol=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Switches
-
-
 def test_freeu_acts_with_guidance_on_and_off_again(of_sd):
     plain = guided(of_sd)
     of_sd.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
@@ -327,10 +319,6 @@ class TestSafetyChecker:
         assert guided(of_sd, return_dict=False, **options)[1] == [flagged] * 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory: offloading, weights kept in eight bits
-
-
 def offload_in_sequence(pipe, device, folder):
     from accelerate import cpu_offload
 
@@ -400,10 +388,6 @@ class TestLayerwiseCasting:
         same(guided(pipe), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Compilation
-
-
 COMPILED = {
     "model": lambda pipe, counter: setattr(pipe, "unet", torch.compile(pipe.unet, backend=counter)),
     "in place": lambda pipe, counter: denoiser_of(pipe).compile(backend=counter),
@@ -425,10 +409,6 @@ def test_it_guides_to_the_same_with_one_graph_beside_stocks(pipe, way):
         same(guided(pipe), expected)
         plain(pipe)
     assert state_of(pipe) == before
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pipelines from pipelines, precision, clip_skip
 
 
 def test_image_to_image_goes_on_from_a_guided_picture(of_sd):
@@ -461,28 +441,16 @@ def test_in_float64_alpha_zero_is_bit_identical_to_stock(pipe):
 class TestClipSkip:
     @pytest.mark.parametrize("layers", [0, 1])
     def test_the_prompt_is_what_an_earlier_layer_says_and_t_is_still_of_all(self, of_sd, layers):
-        encoder, without = of_sd.text_encoder, guided(of_sd)
-        inputs = of_sd.tokenizer(PROMPT, padding="max_length", return_tensors="pt")
+        without, text = guided(of_sd), of_sd.get_text_self_attention(PROMPT)
         with torch.no_grad():
-            hidden = encoder(inputs.input_ids, output_hidden_states=True).hidden_states[-(layers + 1)]
-            literal = getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
             embeds, negative = of_sd.encode_prompt(PROMPT, CPU, 1, True, clip_skip=layers)
-            whole, unchanged = of_sd.encode_prompt(PROMPT, CPU, 1, True)
-        assert torch.equal(embeds, literal) and torch.equal(embeds, whole) == (layers == 0)
-        assert torch.equal(negative, unchanged)  # stock skips in the prompt alone
-        text, before = of_sd.get_text_self_attention(PROMPT), state_of(of_sd)
-        output = guided(of_sd, clip_skip=layers)
+        given, before = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}, state_of(of_sd)
+        output, again = guided(of_sd, clip_skip=layers), guided(of_sd, None, text_self_attention=text, **given)
         assert output.losses[0, 2] < output.losses[0, 0]
         assert differ(output.images, without.images) == (layers == 1)
-        given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-        again = guided(of_sd, None, text_self_attention=text, **given)
         assert torch.equal(output.images, again.images) and torch.equal(output.losses, again.losses)
         assert torch.equal(off(of_sd, clip_skip=layers).images, plain(of_sd, None, **given).images)
         assert state_of(of_sd) == before
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Threads
 
 
 def at_once(*calls):
