@@ -36,10 +36,6 @@ def pipe(components):
     return make(KINDS["sd"].tsam, components)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Windows of texts
-
-
 def split(prompt, room=5, limit=100):
     """Every word is a token, and so is every stop."""
     return split_prompt(
@@ -80,10 +76,6 @@ def test_what_is_behind_the_limit_is_left_out_and_that_is_said(warnings_seen):
     assert "6 tokens, behind which this of a prompt is left out: g" in warnings_seen.text
     assert split("a b c d e f g", limit=3) == ["a b c"]
     assert split("a b c d e f g", limit=7) == ["a b c d e", "f g"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The equations, window by window
 
 
 K, N, GRID = 3, 6, (4, 3)
@@ -192,10 +184,6 @@ def test_attentions_are_of_all_windows_and_zero_between_them(objective):
         related = [compared("relation", text, image, window)[0] for window in range(K)]
         blocks = [torch.tensor([row + [0.0] * (len(rows) - len(row)) for row in rows]) for rows in related if rows]
         torch.testing.assert_close(seen["relation"], torch.block_diag(*blocks))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pipeline
 
 
 def read_by_the_oracle(pipe, windows):
@@ -310,10 +298,6 @@ def test_a_callback_may_drop_the_unconditional_half_and_its_mask(pipe):
 def test_wrong_values_are_refused_with_the_remedy(pipe, arguments, error, message):
     with refused(pipe, error, message):
         run(pipe, [LONG, PROMPT], **SHORTLY | arguments)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Three hundred tokens
 
 
 @pytest.mark.parametrize("name", KINDS)
