@@ -158,10 +158,13 @@ def picture(models, shown, right):
         axes.set_title(f"{name}\n{share}")
     for axes in (told, drawn):
         axes.set_xticks(*ticks)
+        axes.margins(x=0.2)
         axes.set_xlabel("what <bos> takes of a word's attention")
         axes.legend(frameon=False)
     for axes in (left, middle, told, drawn):
         axes.spines[["top", "right"]].set_visible(False)
+    for letter, axes in zip("abcdef", fig.axes):
+        axes.set_title(letter, loc="left", weight="bold")
     return fig
 
 

@@ -16,20 +16,16 @@ from pathlib import Path
 import mechanism
 import numpy as np
 import starts
+import tuning
 from matplotlib.figure import Figure
 from rows import (
     COMPARED,
     RESULTS,
     SMALL,
     compared,
-    interval,
-    load,
     of_run,
-    paired,
-    points,
     settings_of,
     share,
-    solids_of,
 )
 
 from diffusers_tsam import FAMILIES, MODULAR
@@ -45,6 +41,12 @@ TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder 
 PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen": "SynGen", "focus": "FOCUS"}
 OURS = {f"tsam:preset={name}": f'T-SAM, `preset="{name}"`' for name in ("fast", "light")}
 OURS["tsam"] = 'T-SAM, `preset="paper"`'
+WRONG = {"double": "a solid too many", "touching": "touching", "missing": "a solid missing", "swap": "a swap"}
+COLUMNS_OF = {  # of prompts with regions, and of long ones
+    "layout": ("counted", "placed", "all_placed", "missing"),
+    "sentences": ("counted", "double", "missing"),
+    "filled": ("counted", "double", "missing"),
+}
 
 
 def read(name):
@@ -149,8 +151,8 @@ def counted_tables(solids):
         for name in settings_of(rows):
             own = [row for row in rows if row["setting"] == name]
             words = OURS.get(name) or described(name).replace(", relative step 0.05", "")
-            lines.append([*compared(rows, name, words), share(own, "double")])
-        tables.append(f"The small {SMALL[model]}:\n\n" + markdown([*COMPARED, "a solid too many"], lines))
+            lines.append([*compared(rows, name, words), *(share(own, key) for key in WRONG)])
+        tables.append(f"The small {SMALL[model]}:\n\n" + markdown([*COMPARED, *WRONG.values()], lines))
     return "\n\n".join(tables) or "Not drawn yet."
 
 
@@ -210,48 +212,6 @@ def loss_sentence():
     return ", ".join(f"{ms} ms at {n}" for n, ms in cost["loss"].items()) + " tokens"
 
 
-def laid_out(setting):
-    """A method of a run with regions, in words."""
-    name, *changes = setting.split(":")
-    if name == "stock":
-        return "stock"
-    given = dict(change.split("=") for change in changes)
-    first = "layout alone" if given.pop("objective", "") == "layout" else "T-SAM with layout"
-    words, usual = {"region_weight": "weight"}, (("preset", "light"), ("alpha", "4"))
-    others = [
-        f"{words.get(key, key.replace('_', ' '))} {value}" for key, value in given.items() if (key, value) not in usual
-    ]
-    return ", ".join([first, *others])
-
-
-def layout_table(rows):
-    """Where solids are, by the judge."""
-    table = []
-    for name in dict.fromkeys(row["setting"] for row in rows):
-        own = [row for row in rows if row["setting"] == name]
-        for row in own:
-            wanted = solids_of(row["caption"])
-            row["drawn"] = len(set(wanted) & set(map(tuple, row["seen"]))) / len(wanted)
-        table.append(
-            [f"{laid_out(name)} ({len(own)})", *(share(own, key) for key in ("placed", "all_placed", "drawn"))]
-        )
-    return markdown(["setting (pictures)", "solids where asked", "all of a picture's", "solids drawn"], table)
-
-
-def long_prompts_table(rows):
-    """How many pictures of several sentences are right, by the form of the captions."""
-    table = []
-    for form in ("sentences", "filled"):
-        own = [row for row in rows if row["form"] == form]
-        base = "stock:max_sequence_length=90" if form == "filled" else "stock"
-        for name in dict.fromkeys(row["setting"] for row in own):
-            some, ours = [row for row in own if row["setting"] == name], name.startswith("tsam")
-            words = "T-SAM" if ours else "stock" if name == base else "stock, cut off behind a window"
-            cells = [form, f"{words} ({len(some)})", share(some, "right"), share(some, "objects")]
-            table.append([*cells, points(paired(own, name, base)) if ours else ""])
-    return markdown(["captions", "setting (pictures)", "right", "every solid", "points over stock"], table)
-
-
 def launches_table():
     """What a host has to launch."""
     found = read("cost.json")["launches"]
@@ -279,29 +239,18 @@ def overhead_sentence():
     )
 
 
-SINK_SETTINGS = {"stock": "stock", "T-SAM": "tsam:preset=light:objective=attainable"}
-
-
-def by_model(rows):
-    """{model: its rows}; those without a name are of the small Stable Diffusion."""
-    names = dict.fromkeys(row.get("model", "sd") for row in rows)
-    return {name: [row for row in rows if row.get("model", "sd") == name] for name in names}
-
-
-def sink_rows():
-    """What was measured of models with attention sinks: {model: mechanism's rows}, {model: pictures' rows}."""
-    measured = load("mechanism.jsonl")
-    for run in scored("mechanism-*"):
-        measured += of_run(run)
-    models = by_model(measured)
-    return dict(sorted(models.items(), key=lambda item: mechanism.sink_of(item[1]))), by_model(load("sink.jsonl"))
+def mechanisms():
+    """{model: rows} of what was kept of pictures to see how the sink works."""
+    return {run.settings["model"]: of_run(run) for run in scored("mechanism-*")}
 
 
 def mechanism_table(models):
     """What embeddings, T and maps say of who belongs to whom, a row a model."""
     found = {name: mechanism.numbers_of(rows) for name, rows in models.items()}
     head = list(next(iter(found.values())))
-    return markdown(["model (pictures)", *head], [[f"{n} ({len(models[n])})", *found[n].values()] for n in models])
+    return markdown(
+        ["model (pictures)", *head], [[f"{SMALL[n]} ({len(models[n])})", *found[n].values()] for n in models]
+    )
 
 
 def overlap_table(models):
@@ -311,49 +260,33 @@ def overlap_table(models):
         (kind, which) for kind in pairs for which in ("right", "a solid missing" if kind == "objects" else "a swap")
     ]
     rows = [
-        [name, *(mechanism.similarity_when(own, kind, which) for kind, which in columns)]
+        [SMALL[name], *(mechanism.similarity_when(own, kind, which) for kind, which in columns)]
         for name, own in models.items()
     ]
     return markdown(["C at 40 % of the steps", *(f"{pairs[kind]}, {which}" for kind, which in columns)], rows)
 
 
-def sink_table(models, pictures, solids):
-    """Pictures of models with a sink by setting, and what becomes of the solids."""
-    rows = []
-    for model in models:
-        own = [row for row in pictures.get(model, []) if row["solids"] == solids]
-        for name in settings_of(own):
-            pairs = paired(own, name)
-            mine, gained = [row for row, _ in pairs], "" if name == "stock" else points(pairs)
-            shares = [share(mine, key) for key in ("right", "missing", "swap")]
-            rows.append([f"{model}, {described(name)} ({len(mine)})", shares[0], gained, *shares[1:]])
-    return markdown(["setting (pictures)", "right", "points over stock", "a solid missing", "a swap"], rows)
-
-
-def sink_sentence(pictures, model="sink0.99", control="sink0.25"):
-    """What the documents say of the model with a sink that ships."""
-    own, without = ([row for row in pictures[name] if row["solids"] == 2] for name in (model, control))
-    pairs = paired(own, SINK_SETTINGS["T-SAM"])
-    ours, stock = zip(*pairs)
-    control = [row for row in without if row["setting"] == "stock"]
+def sink_sentence(sink="sink", control="sd", ours="tsam:preset=fast"):
+    """What the documents say of the model with a sink that ships, beside the one without."""
+    runs, said = counted_runs(2), {}
+    for name in (sink, control):
+        rows = of_run(runs[name].run)
+        for setting in ("stock", ours):
+            own = [row for row in rows if row["setting"] == setting]
+            said[name, setting] = f"{share(own, 'right')} of {len(own)} pictures right", share(own, "swap")
+    (stock, swapped), (guided, mended), (without, few) = said[sink, "stock"], said[sink, ours], said[control, "stock"]
     return (
-        f"two solids are right in {share(stock, 'right')} of {len(pairs)} pictures with stock and in"
-        f" {share(ours, 'right')} with T-SAM ({points(pairs)} points); colours are swapped in"
-        f" {share(stock, 'swap')} and in {share(ours, 'swap')}. Trained alike but without a sink, stock has"
-        f" {share(control, 'right')} right and {share(control, 'swap')} swapped."
+        f"stock gets two solids in {stock}, and T-SAM in {guided} ({cell(runs[sink], ours)} points); colours are"
+        f" swapped in {swapped} and in {mended}. Without a sink, stock has {without} and {few} swapped."
     )
 
 
-def mechanism_figure(models, pictures):
-    right = {label: {} for label in SINK_SETTINGS}
-    for label, name in SINK_SETTINGS.items():
-        for model in models:
-            own = [row for row in pictures.get(model, []) if (row["setting"], row["solids"]) == (name, 2)]
-            if own:
-                mean, half = interval([row["right"] for row in own], [row["caption"] for row in own])
-                right[label][model] = 100 * mean, 100 * half
-    sinks = {name: rows for name, rows in models.items() if name != "sd"}  # all of one recipe
-    return mechanism.picture(sinks, "sink0.99", right)
+def mechanism_figure(models):
+    right = {
+        label: {name: counted_right(scores, method) for name, scores in counted_runs(2).items() if name in models}
+        for label, method in (("stock", "stock"), ("T-SAM", "tsam:preset=fast"))
+    }
+    return mechanism.picture(models, "sink", right)
 
 
 def presets_table():
@@ -383,21 +316,18 @@ def parts():
         "long-cost": windows_table(),
         "presets": presets_table(),
         "counted": counted_table(),
-        "starts": starts.tables(read("starts.json")) if starts.FILE.exists() else "Not drawn yet.",
+        "tuning": tuning.tables(),
+        **{f"starts-{solids}": starts.tables(found) for solids, found in read("starts.json").items()},
         "launches": launches_table(),
     }
-    models, pictures = sink_rows()
+    models = mechanisms()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
-    found["sink-sentence"] = sink_sentence(pictures)
+    found["sink-sentence"] = sink_sentence()
     for solids in (2, 3):
-        found[f"sinks-{solids}"] = sink_table(models, pictures, solids)
         found[f"counted-{solids}"] = counted_tables(solids)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
-    for kind in FAMILIES:
-        for name, table in (("layout", layout_table), ("long_prompts", long_prompts_table)):
-            part = name.replace("_prompts", "")
-            found[f"{part}-{kind}"] = table([row for row in load(f"{name}.jsonl") if row["pipeline"] == kind])
-    found |= {f"evaluation-{run.folder.name}": markdown(*table_of(Scores(run))) for run in scored()}
+    for form, keys in COLUMNS_OF.items():
+        found |= {run.folder.name: markdown(*table_of(Scores(run), keys)) for run in scored(f"{form}-*")}
     return found
 
 
@@ -431,7 +361,7 @@ def main():
         sys.exit(bool(changed))
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")
-    figures = {"mechanism": mechanism_figure(*sink_rows())}
+    figures = {"mechanism": mechanism_figure(mechanisms())}
     if counted_runs(2):
         figures["counted"] = counted_figure()
     for name, figure in figures.items():

@@ -30,11 +30,6 @@ def judged(row):
     return row | found | {"right": found.get("counted", found["present"])}
 
 
-def load(name):
-    """The rows of a file in results/."""
-    return [judged(json.loads(line)) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
-
-
 def of_run(run):
     """The rows of a scored `Run`, with what was kept of its pictures."""
     common = {"pipeline": run.settings["kind"], "model": run.settings["model"]}

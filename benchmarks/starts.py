@@ -2,7 +2,7 @@
 
     python benchmarks/starts.py draw sd3       # into runs/starts-sd3-2, about ten minutes on a core
     python benchmarks/starts.py keep runs/...  # a drawn run's numbers, into results/starts.json
-    python benchmarks/starts.py figure         # docs/starts.png and the tables, from results/starts.json
+    python benchmarks/starts.py figure         # docs/starts.png, from results/starts.json
 
 A prompt's pictures of all starts are drawn to the end, unguided (and watched: α = 0) and by `preset="fast"`, so that
 the best of N is known for every N, loss and step: its share right is the mean over all choices of N of the starts.
@@ -34,13 +34,14 @@ OF = 25
 WATCHED = f"tsam:alpha=0:objective=contrast:tsam_steps={STEPS[-1]}:refinement_steps=none"
 FAST = "tsam:preset=fast"
 PEERS = {"syngen": {}, "conform": {"sharpness": None}}  # told the words
+WORDS = {"2": "two", "3": "three"}
 LOSSES = ("contrast", "relation", "attainable", *PEERS)
-COST_OF_FAST = 1.42  # of a plain picture, by operations: README
 NUMBERS = (2, 4, 8)
+ARCHITECTURES = {"pixart": ("operations", "pixart"), "sd3": ("modular", "sd3")}  # in cost.json; the others are SD
 
 
-def losses_of(pipe, prompts, output):
-    """What is kept of a watched picture: {loss: its values at STEPS}."""
+def losses_of(pipe, prompts, output, losses=None):
+    """What is kept of a watched picture: {loss: its values at STEPS}. losses: {name: objective}; LOSSES if None."""
     if output.losses.shape[1] != STEPS[-1]:
         return [{}] * len(prompts)
     kept = []
@@ -49,11 +50,17 @@ def losses_of(pipe, prompts, output):
         many = len(STEPS)
         t, r = (seen[name].expand(many, -1, -1) for name in ("text_attention", "relation"))
         text = Syntax(t, t, torch.ones(many, t.shape[1], dtype=torch.bool), [seen["tokens"]] * many, r)
-        known = OBJECTIVES | {
-            name: told(BASELINES[name].loss, [prompt] * many, **given) for name, given in PEERS.items()
-        }
-        kept.append({"starts": {name: [round(x, 4) for x in known[name](maps, text).tolist()] for name in LOSSES}})
+        peers = {name: told(BASELINES[name].loss, [prompt] * many, **given) for name, given in PEERS.items()}
+        known = losses or {name: (OBJECTIVES | peers)[name] for name in LOSSES}
+        kept.append({"starts": {name: [round(x, 4) for x in own(maps, text).tolist()] for name, own in known.items()}})
     return kept
+
+
+def cost_of_fast(model):
+    """Of a plain picture, by operations of the published architecture."""
+    part, kind = ARCHITECTURES.get(model, ("operations", "sd"))
+    found = json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))[part][kind]
+    return 1 + found["passes"]["fast"] * found["guided_pass_flop"] / found["plain_step_flop"] / found["steps"]
 
 
 def draw(model, solids, prompts, seeds):
@@ -95,7 +102,8 @@ def chosen(prompts, number, by, step, drawn="stock"):
 
 def tables(found):
     """The area under the ROC curve of every loss and step, and who is right by what, as Markdown."""
-    head, rows = ["area under the ROC curve, after 1, 5, 10 of 25 steps", *found], []
+    names = [SMALL[model] for model in found]
+    head, rows = ["area under the ROC curve, after 1, 5, 10 of 25 steps", *names], []
     for loss in LOSSES:
         cells = []
         for prompts in found.values():
@@ -104,36 +112,53 @@ def tables(found):
             cells.append(", ".join(f"{auc(of_step[right], of_step[~right]):.2f}" for of_step in own))
         rows.append([loss, *cells])
     areas, rows = markdown(head, rows), []
+    fast = sorted(map(cost_of_fast, found))
 
-    def row(name, cost, *how):
+    def row(name, cost, *how, costs=(0,)):
         cells = ("{:.1f} ± {:.1f}".format(*chosen(prompts, *how)) for prompts in found.values())
-        rows.append([name, f"{cost:.1f}x", *cells])
+        costs = dict.fromkeys(f"{cost + more:.1f}" for more in costs)
+        rows.append([name, f"{' to '.join(costs)}x", *cells])
 
     row("stock", 1, 1, "chance", 5)
-    row("guidance alone, `fast`", COST_OF_FAST, 1, "chance", 5, "fast")
-    for number in NUMBERS:
+    row("guidance alone, `fast`", 0, 1, "chance", 5, "fast", costs=(fast[0], fast[-1]))
+    for number in numbers_of(found):
         for step in STEPS:
             row(f"best of {number} by our loss after {step} steps", 1 + number * step / OF, number, "contrast", step)
         for peer in PEERS:
             row(f"by {peer}'s, words given, after 5", 1 + number * 5 / OF, number, peer, 5)
-        row(f"best of {number} after 5, then `fast`", COST_OF_FAST + number * 5 / OF, number, "contrast", 5, "fast")
+        then = (fast[0], fast[-1])
+        row(f"best of {number} after 5, then `fast`", number * 5 / OF, number, "contrast", 5, "fast", costs=then)
         row(f"best of {number} drawn to the end, chosen by the judge: the bound", number, number, "judge", 5)
-    return f"{areas}\n\n{markdown(['counted right, %', 'cost', *found], rows)}"
+    return f"{areas}\n\n{markdown(['counted right, %', 'cost', *names], rows)}"
 
 
-def figure(found):
-    fig = Figure((3.6 * len(found), 3.8), dpi=110, layout="constrained", facecolor="white")
-    curves = (("best of 2, 4, 8 starts", "stock", 1, "#1f6fb4"), ("the same, then fast", "fast", COST_OF_FAST, INK))
-    for axes, (name, prompts) in zip(fig.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items()):
-        for label, drawn, cost, colour in curves:
-            points = [(cost, chosen(prompts, 1, "chance", 5, drawn)[0])]
-            points += [(cost + n * 5 / OF, chosen(prompts, n, "contrast", 5, drawn)[0]) for n in NUMBERS]
-            axes.plot(*zip(*points), "o-", color=colour, label=label)
-        bound = [(n, chosen(prompts, n, "judge", 5)[0]) for n in (1, 2)]
-        axes.plot(*zip(*bound), ":", color=GREY, label="drawn to the end, an oracle picks")
-        axes.set(title=name, xlabel="cost, plain pictures' operations")
-        axes.spines[["top", "right"]].set_visible(False)
-    fig.axes[0].set_ylabel("counted right, %")
+def numbers_of(found):
+    """Of how many starts the best is known on every model."""
+    least = min(len(starts) for prompts in found.values() for starts in prompts)
+    return [number for number in NUMBERS if number <= least]
+
+
+def figure(all_found):
+    columns = max(map(len, all_found.values()))
+    fig = Figure((3.4 * columns, 3.4 * len(all_found)), dpi=110, layout="constrained", facecolor="white")
+    panels = fig.subplots(len(all_found), columns, sharey=True, squeeze=False)
+    for line, (solids, found) in zip(panels, all_found.items()):
+        for axes, (model, prompts) in zip(line, found.items()):
+            fast = cost_of_fast(model)
+            for label, drawn, cost, colour in (
+                ("best of 2, 4, 8 starts", "stock", 1, "#1f6fb4"),
+                ("the same, then fast", "fast", fast, INK),
+            ):
+                points = [(cost, chosen(prompts, 1, "chance", 5, drawn)[0])]
+                points += [(cost + n * 5 / OF, chosen(prompts, n, "contrast", 5, drawn)[0]) for n in numbers_of(found)]
+                axes.plot(*zip(*points), "o-", color=colour, label=label)
+            bound = [(n, chosen(prompts, n, "judge", 5)[0]) for n in (1, 2)]
+            axes.plot(*zip(*bound), ":", color=GREY, label="drawn to the end, an oracle picks")
+            axes.set(title=f"{SMALL[model]}, {WORDS[solids]} solids", xlabel="cost, plain pictures' operations")
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel("counted right, %")
+        for axes in line[len(found) :]:
+            axes.remove()
     fig.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     save(fig, ROOT / "docs" / "starts.png")
 
@@ -152,10 +177,12 @@ def main():
             print(draw(model, args.solids, args.prompts, args.seeds))
     elif args.command == "keep":
         for folder in args.what:
-            found[SMALL[Run(folder).settings["model"]]] = keep(folder)
+            run = Run(folder)
+            solids = run.settings["prompt_set"].split(":")[1]
+            found.setdefault(solids, {})[run.settings["model"]] = keep(folder)
+        found = {n: {name: found[n][name] for name in SMALL if name in found[n]} for n in sorted(found)}
         FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
     else:
-        print(tables(found))
         figure(found)
 
 

@@ -48,7 +48,6 @@ COLUMNS = {
     "right": Column("judge", "every solid in its colour, %", 100, 1),
     "double": Column("judge", "right but for a double, %", 100, 1, False),
     "touching": Column("judge", "right but touching, %", 100, 1, False),
-    "objects": Column("judge", "every object, %", 100, 1),  # runs scored before solids were counted
     "missing": Column("judge", "an object missing, %", 100, 1, False),
     "swap": Column("judge", "a swap, %", 100, 1, False),
     "placed": Column("judge", "solids where asked, %", 100, 1),
@@ -114,17 +113,18 @@ class Scores:
         return interval(per_prompt(self.values[key][method] - self.values[key][self.stock], self.run.clusters))
 
 
-def table_of(scores):
-    """(head, rows): all methods' means, and their differences from stock."""
+def table_of(scores, keys=None):
+    """(head, rows): all methods' means, and their differences from stock. keys: of `scores.values`, all if None."""
+    keys = scores.values if keys is None else keys
     run, counts = scores.run, np.isfinite(next(iter(scores.values.values()))).sum((1, 2))
     drawn = run.done("drawn").any((1, 2))
     compared = scores.stock is not None and len(run.methods) > 1
     head, rows = ["method (pictures)"], []
-    for key in scores.values:
+    for key in keys:
         head += [COLUMNS[key].title, *(["over stock"] if compared else [])]
     for method, name in enumerate(run.methods):
         cells, missing = [f"{name} ({counts[method]})"], f"not {'scored' if drawn[method] else 'drawn'} yet"
-        for key, column in ((key, COLUMNS[key]) for key in scores.values):
+        for key, column in ((key, COLUMNS[key]) for key in keys):
             cells.append(in_words(*scores.of(method, key), column, missing=missing))
             if compared:
                 own = method == scores.stock

@@ -1,5 +1,6 @@
 """What the benchmarks count on the published architectures, that they run, and that documents have their numbers."""
 
+import json
 import re
 import sys
 from itertools import combinations
@@ -11,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import T5Config
 
+from diffusers_tsam import tsam
 from diffusers_tsam.evaluation.prompts import Prompt
 from diffusers_tsam.evaluation.runs import Run
 
@@ -185,3 +187,24 @@ def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
     assert starts.chosen(prompts, 2, "contrast", 5, "fast") == (100, 0)
     right, losses = np.array(right), np.array(losses)
     assert starts.auc(losses[right], losses[~right]) == pytest.approx(4 / 6)
+
+
+def test_variants_change_one_constant_of_the_contrast_and_are_counted_beside_stock(tmp_path, monkeypatch):
+    import tuning
+    from variants import VARIANTS, variant
+
+    torch.manual_seed(0)
+    maps, t, content = torch.rand(2, 6, 4, 4), torch.rand(2, 6, 6).tril(), torch.ones(2, 6, dtype=torch.bool)
+    text = tsam.Syntax(t, t, content, [], tsam.relation_of(t, content))
+    loss = {name: own(maps, text) for name, own in VARIANTS.items()}
+    torch.testing.assert_close(variant()(maps, text), loss["contrast"])
+    torch.testing.assert_close(loss["place_0"], tsam.relation(maps, text))
+    doubled = loss["place_0"] + 2 * (loss["place_half"] - loss["place_0"])
+    torch.testing.assert_close(loss["place_1"], doubled)
+    assert not any(torch.allclose(loss["contrast"], own) for name, own in loss.items() if name != "contrast")
+    right = {name.removeprefix(tuning.FAST).lstrip(":"): [1, 1] for name in tuning.methods_of("sd")} | {"stock": [0, 1]}
+    areas = dict.fromkeys(VARIANTS, [0.5, 0.75, 1.0])
+    monkeypatch.setattr(tuning, "FILE", tmp_path / "tuning.json")
+    tuning.FILE.write_text(json.dumps({"2": {"sd": {"right": right, "areas": areas, "pictures": 8}}}))
+    table = tuning.tables()
+    assert "| `fast` | +50.0 ± 98.0 | +50.0 ± 98.0 |" in table and "| contrast | 0.75 |" in table

@@ -421,10 +421,8 @@ def test_image_to_image_goes_on_from_a_guided_picture(of_sd):
     assert torch.equal(guided(of_sd, output_type="pt").images, picture)
 
 
-HALF = [*product(every.args[1], ["bfloat16"]), *product([*KINDS, *BLOCKS], ["float16"])]
-
-
-@pytest.mark.parametrize("kind, dtype", HALF, indirect=["kind"])
+@every
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_half_precision_losses_are_float32s_and_fall_and_the_picture_has_stocks_dtype(pipe, dtype):
     first = guided(pipe, num_inference_steps=1, tsam_steps=1, refinement_steps=()).losses[0, 0]
     output = holds(pipe.to(getattr(torch, dtype)))

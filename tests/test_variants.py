@@ -161,21 +161,6 @@ def test_sigma_reads_300_tokens():
 
 
 @every
-def test_half_precision_stays_finite_and_takes_guidance(kind):
-    components = {
-        name: part.to(torch.bfloat16) if isinstance(part, torch.nn.Module) else part
-        for name, part in kind.build().items()
-    }
-    pipe, stock = make(kind.tsam, components), make(kind.stock, components)
-    own = {
-        name: value.to(torch.bfloat16) if name == "masked_image_latents" else value for name, value in kind.call.items()
-    }
-    output = run(pipe, alpha=kind.alpha, **own)
-    assert output.images.dtype == torch.bfloat16 and output.images.isfinite().all() and output.losses.isfinite().all()
-    assert not torch.equal(output.images, run(stock, **own).images)
-
-
-@every
 def test_the_signature_is_stocks_and_more(kind):
     import inspect
 

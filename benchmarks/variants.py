@@ -1,0 +1,58 @@
+"""The contrast objective with one constant changed, for `tuning.py`: objective=benchmarks/variants.py:place_1."""
+
+import torch
+
+from diffusers_tsam import tsam
+
+
+def variant(related=tsam.RELATED_WEIGHT, place=tsam.PLACE_WEIGHT, exponent=2, relation=None):
+    """related, place: λ and μ. exponent: a word's weight's. relation: R of T' (B, N, N) and content (B, N)."""
+
+    def objective(maps, text):
+        blurred, content = tsam.smooth(maps), text.content
+        r = text.relation if relation is None else relation(text.attention, content)
+        weight = tsam.weight_of(blurred, content) ** (exponent / 2)
+        similarity = tsam.cosine_similarity(blurred.flatten(2))
+        both = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).tril(-1)
+        apart, together = both * (1 - r), both * r
+        loss = (tsam._shares(apart) * similarity + related * tsam._shares(together) * (1 - similarity)).sum((-2, -1))
+        return loss + place * (tsam._shares(weight) * tsam.spread_of(blurred)).sum(-1)
+
+    return objective
+
+
+def shares_of(attention, content):
+    """A_ij, zero where j >= i."""
+    pairs = content.unsqueeze(-1) & content.unsqueeze(-2)
+    return tsam._normalize_rows(attention.float().where(pairs.tril(), 0)).tril(-1)
+
+
+def by_largest(values):
+    largest = values.amax(-1, keepdim=True)
+    return values / torch.where(largest > 0, largest, 1)
+
+
+def corrected(attention, content):
+    """R by the average-product correction: max(A_ij - a_i. a_.j / a_.., 0)."""
+    shares = shares_of(attention, content)
+    rows, columns = shares.sum(-1, keepdim=True), shares.sum(-2, keepdim=True)
+    expected = rows * columns / rows.sum(-2, keepdim=True).clamp(min=tsam.TINY)
+    return by_largest((shares - expected).clamp(min=0).tril(-1))
+
+
+VARIANTS = {
+    "contrast": tsam.contrast,
+    "place_0": variant(place=0),
+    "place_half": variant(place=0.5),
+    "place_1": variant(place=1),
+    "place_2": variant(place=2),
+    "related_0": variant(related=0),
+    "related_1": variant(related=1),
+    "exponent_0": variant(exponent=0),
+    "exponent_1": variant(exponent=1),
+    "exponent_4": variant(exponent=4),
+    "apc": variant(relation=corrected),
+    "share": variant(relation=lambda attention, content: by_largest(shares_of(attention, content))),
+    "attainable": tsam.attainable,
+}
+globals().update(VARIANTS)  # so that an argument can name one
