@@ -42,6 +42,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import diffusers_tsam
 from diffusers_tsam import FAMILIES, MODULAR, LatentAlignment, TextSelfAttention
 from diffusers_tsam.attention_processors import mean_maps, record_cross_attention
+from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.train import build_clip_tokenizer, build_t5_tokenizer
 from diffusers_tsam.tsam import Syntax, _blur, _places
 from diffusers_tsam.tsam_arguments import PRESETS, Settings
@@ -376,6 +377,8 @@ def pictures(kind, device, dtype, size, steps):
         "plain": (stock, {}),
         "T-SAM, paper": (tsam, {}),
         "T-SAM, fast": (tsam, {"preset": "fast"}),
+        "T-SAM, light": (tsam, {"preset": "light"}),
+        "the best of 4 starts": (tsam, {"tsam_steps": 0, "candidates": 4}),
     }
     if kind == "sd":
         peer = StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
@@ -387,6 +390,27 @@ def pictures(kind, device, dtype, size, steps):
         pipe.set_progress_bar_config(disable=True)
         found[name] = measure(pipe, kind, device, {**options, **more})
     return {"size": size, "steps": steps, "device": device.type, "methods": found}
+
+
+def small(device, rounds=5):
+    """Seconds of whole pictures of the small models, by preset, beside plain ones: {model: {what: ratio}}. They are
+    drawn in turn, and the median is taken."""
+    calls = {"plain": {"tsam_steps": 0}, **{name: {"preset": name} for name in PRESETS}}
+    calls |= {f"the best of {n}": {"tsam_steps": 0, "candidates": n} for n in (2, 4, 8)}
+    found = {}
+    for kind, (_, owner) in PIPELINES.items():
+        pipe = owner.from_pretrained(MODELS[kind]).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        given = ARGUMENTS[kind] | {"num_inference_steps": 25, "output_type": "pt"}
+        times = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, own in calls.items():
+                started = clock(device)
+                pipe(PROMPT, generator=torch.Generator().manual_seed(0), **given, **own)
+                times[name].append(clock(device) - started)
+        middle = {name: sorted(own)[rounds // 2] for name, own in times.items()}
+        found[kind] = {name: round(own / middle["plain"], 2) for name, own in middle.items()}
+    return found
 
 
 def clock(device):
@@ -469,7 +493,7 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["operations", "modular", "launches", "loss", "windows", "overhead", "sd", "pixart"],
+        default=["operations", "modular", "launches", "loss", "windows", "overhead", "small", "sd", "pixart"],
         help="%(default)s; sd and pixart draw pictures",
     )
     args = parser.parse_args()
@@ -484,6 +508,7 @@ def main():
         "loss": lambda: {n: loss_alone(n, n, device)["ms"] for n in (5, 20, 40, 75)},
         "windows": lambda: windows(device),
         "overhead": lambda: overhead(device),
+        "small": lambda: small(device),
     }
     calls |= {kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps) for kind in PIPELINES}
     for part in args.parts:

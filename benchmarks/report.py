@@ -221,6 +221,13 @@ def launches_table():
     return markdown(["calls of operators", *next(iter(found.values()))], rows)
 
 
+def small_table():
+    """Seconds of the small models' pictures."""
+    found = read("cost.json").get("small", {})
+    rows = [[SMALL[kind], *(f"{ratio}x" for ratio in own.values())] for kind, own in found.items()]
+    return markdown(["seconds", *next(iter(found.values()))], rows) if found else "Not measured yet."
+
+
 def windows_table():
     """Of the loss and its gradient, without a network."""
     found = read("cost.json")["windows"]
@@ -319,6 +326,7 @@ def parts():
         "tuning": tuning.tables(),
         **{f"starts-{solids}": starts.tables(found) for solids, found in read("starts.json").items()},
         "launches": launches_table(),
+        "small": small_table(),
     }
     models = mechanisms()
     found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
