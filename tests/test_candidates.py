@@ -111,7 +111,7 @@ WORKFLOWS = [
 ]
 
 
-@pytest.mark.parametrize("kind, workflow, options", WORKFLOWS, ids=str)
+@pytest.mark.parametrize("kind, workflow, options", WORKFLOWS, ids=lambda value: getattr(value, "name", str(value)))
 def test_a_picture_made_of_an_image_begins_as_its_candidate_did(kind, workflow, options, monkeypatch):
     """Latents, mask and noise: what the denoiser gets in the steps of the choice."""
     components, options = kind.components, dict(options)
