@@ -65,7 +65,7 @@ from .tsam_sd import text_of_clips, unet_layers
 
 CODE = [f"{name}.py" for name in ("modular_tsam", "attention_processors", "tsam")]
 CODE += [f"tsam_{name}.py" for name in ("arguments", "candidates", "layout", "pipeline", "sd")]
-UNSUPPORTED = ("regions", "region_weight")  # pipelines have them
+UNSUPPORTED = ("regions", "region_weight", "candidate_batch")  # pipelines have them
 
 
 def inputs_of(settings):

@@ -127,6 +127,11 @@ class Settings:
     candidate_steps: int | None = argument(
         None, "After how many steps the starts are compared. None: a fifth of the steps."
     )
+    candidate_batch: int | None = argument(
+        None,
+        "How many starts of an image run at once. More is faster and takes more memory, up to that of as many images;"
+        " the choice is the same. None: one. Image to image and inpainting run one after another.",
+    )
 
     presets = PRESETS
 
@@ -141,6 +146,8 @@ class Settings:
         check_integer("candidates", self.candidates, 1, "Pass how many starts to choose from, 4 for instance.")
         if self.candidate_steps is not None:
             check_integer("candidate_steps", self.candidate_steps, 1, "Pass how many steps to look ahead, 5 of 25.")
+        if self.candidate_batch is not None:
+            check_integer("candidate_batch", self.candidate_batch, 1, "Pass how many starts of an image run at once.")
         if self.off:
             return
         if self.alpha is not None and self.relative_step is not None:

@@ -3,6 +3,9 @@
 The score is the contrast objective's loss, from forward passes alone. Ours, not the paper's.
 """
 
+import inspect
+from copy import deepcopy
+
 import torch
 
 from .attention_processors import mean_maps, record_cross_attention, run_to_last_map
@@ -25,12 +28,14 @@ def score():
 class Scouting:
     """Mixed into a `GuidedLoop`: runs unguided to the comparison of starts, takes their loss and draws no picture.
 
-    states: the generators' states to draw the starts from, or None for the current ones. start: what `prepare_latents`
-    returned, and the states after it. loss: (images,) float32, None if the call was interrupted.
+    own: the given latents of each start of this call, None where they are drawn; the starts of one image are rows
+    beside each other. states: the generators' states to draw the first from, or None for the current ones. starts: of
+    each, what `prepare_latents` returned, and the states after it. losses: (starts, images) float32, None if the call
+    was interrupted.
     """
 
     guided, reads, needed = False, True, True
-    states = loss = None
+    states = losses = None
 
     def progress_bar(self, stock, *args, **kwargs):
         bar = stock(total=self.settings.chosen_after(self.num_steps))
@@ -39,11 +44,49 @@ class Scouting:
         return bar
 
     def prepare_latents(self, stock, *args, **kwargs):
-        generators = generators_of(self.given)
+        call, generators = inspect.signature(stock).bind(*args, **kwargs), generators_of(self.given)
+        call.arguments["batch_size"] //= len(self.own)
         restore(generators, self.states or [])
-        prepared = stock(*args, **kwargs)
-        self.start = prepared, [generator.get_state() for generator in generators]
-        return prepared
+        self.starts = []
+        for latents in self.own:
+            if "latents" in self.given:
+                call.arguments["latents"] = latents
+            self.starts.append((stock(*call.args, **call.kwargs), states_of(generators)))
+        self.run = [(self.scheduler, self.starts[0][1])]
+        return self.beside([prepared for prepared, _ in self.starts])
+
+    def beside(self, parts):
+        """Rows of starts, (images, ...) each, tensors or tuples of them -> rows of all, (prompts, starts, images of a
+        prompt) flattened."""
+        if isinstance(parts[0], tuple):
+            return tuple(map(self.beside, zip(*parts)))
+        if len(parts) == 1 or not torch.is_tensor(parts[0]):
+            return parts[0]
+        return torch.stack([part.unflatten(0, (prompts_of(self.given), -1)) for part in parts], 1).flatten(0, 2)
+
+    def apart(self, rows):
+        """The inverse of `beside` for a tensor."""
+        shape = prompts_of(self.given), len(self.own), -1
+        return [part.flatten(0, 1) for part in rows.unflatten(0, shape).unbind(1)]
+
+    def step(self, stock, prediction, t, sample, *args, **kwargs):
+        """Each start has a scheduler and generators of its own, as if it ran alone."""
+        generators = generators_of(self.given)
+
+        def step(prediction, t, sample, *args, **kwargs):
+            stepped = []
+            for k, parts in enumerate(zip(self.apart(prediction), self.apart(sample))):
+                scheduler, states = self.run[k]
+                restore(generators, states)
+                stepped.append(scheduler.step(parts[0], t, parts[1], *args, **kwargs)[0])
+                self.run[k] = scheduler, states_of(generators)
+            return self.beside(stepped), None
+
+        if len(self.own) == 1:
+            return super().step(stock, prediction, t, sample, *args, **kwargs)
+        if len(self.run) == 1:
+            self.run += [(deepcopy(self.scheduler), states) for _, states in self.starts[1:]]
+        return super().step(step, prediction, t, sample, *args, **kwargs)
 
     def predict(self, sample, *args, **kwargs):
         kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
@@ -55,45 +98,50 @@ class Scouting:
         with record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
             run_to_last_map(self.model, sample, *args, **kwargs)
         maps = mean_maps(maps, *self.latents.shape[-2:], len(layers), self.latents.shape[2:-2])[-len(self.latents) :]
-        raise Scouted(alignment.loss_of(maps))
+        raise Scouted(torch.stack(self.apart(alignment.loss_of(maps))))
 
 
-def scouted(pipe, stock, given, settings, states=None, encoding=None):
-    """Run and return a `Scouting` loop of one start per image. stock: the stock pipeline's call. encoding: the
-    prompts', from another loop of this call."""
+def scouted(pipe, stock, given, settings, own, states=None, encoding=None):
+    """Run and return a `Scouting` loop of the starts in `own`. stock: the stock pipeline's call. encoding: the
+    prompts', from another loop of this call with as many starts."""
+    images = next(name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in given)
+    given = given | {images: given[images] * len(own)}
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
     settings.chosen_after(loop.num_steps)  # refuses too many before a network runs
-    loop.states, loop.encoding = states, encoding
+    loop.own, loop.states, loop.encoding = own, states, encoding
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     try:
         with loop.open():
             stock(**given | silent | {"output_type": "latent", "return_dict": False})
     except Scouted as scouted:
-        loop.loss = scouted.loss
+        loop.losses = scouted.loss
     return loop
 
 
 def choose(pipe, stock, given, settings, images):
-    """The first start's loop, the start to use instead, the losses (images, k) of the k starts, and which of them
-    was chosen, (images,).
+    """The prompts' encoding, the start to use, the losses (images, k) of the k starts, and which of them was chosen,
+    (images,).
 
     The first start is what a call without candidates would draw; the others come from the same generators, or from
-    `latents` if it holds more. They run one after another, so that the call needs no more memory. An interrupted call
-    skips those that are left.
+    `latents` if it holds more. `candidate_batch` of them run at once, else one after another, so that the call needs no
+    more memory. An interrupted call skips those that are left.
     """
     own = given_starts(given.get("latents"), images, settings.candidates)
+    # Starts from a picture have timesteps and, inpainting, a masked picture of their own.
+    size = 1 if "strength" in given else settings.candidate_batch or 1
     loops, states, encoding = [], None, None
-    for latents in own:
-        latents = {"latents": latents} if "latents" in given else {}
-        loops.append(scouted(pipe, stock, given | latents, settings, states, encoding))
-        states, encoding = loops[-1].start[1], loops[0].encoding
+    for k in range(0, len(own), size):
+        part = own[k : k + size]
+        loops.append(scouted(pipe, stock, given, settings, part, states, encoding if len(part) == size else None))
+        states, encoding = loops[-1].starts[-1][1], loops[0].encoding
         if pipe.interrupt:
             break
-    losses = [loop.loss for loop in loops if loop.loss is not None]
-    losses = torch.stack(losses, 1) if losses else torch.empty(images, 0)
+    losses = [loop.losses for loop in loops if loop.losses is not None]
+    losses = torch.cat(losses).T if losses else torch.empty(images, 0)
     chosen = least(losses) if losses.numel() else torch.zeros(images, dtype=torch.long)
-    first = loops[0]
-    return first, (chosen_of([loop.start[0] for loop in loops], chosen), first.start[1]), losses, chosen
+    starts = sum((loop.starts for loop in loops), [])
+    start = chosen_of([prepared for prepared, _ in starts], chosen), starts[0][1]
+    return encoding if size == 1 else None, start, losses, chosen
 
 
 def given_starts(latents, images, number):
@@ -122,6 +170,16 @@ def chosen_of(starts, chosen):
     if not torch.is_tensor(first) or first.shape[:1] != chosen.shape:
         return first
     return torch.stack(starts)[chosen.to(first.device), torch.arange(len(chosen), device=first.device)]
+
+
+def prompts_of(given):
+    """Count a call's prompts."""
+    prompt, embeds = given["prompt"], given["prompt_embeds"]
+    return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
+
+
+def states_of(generators):
+    return [generator.get_state() for generator in generators]
 
 
 def restore(generators, states):

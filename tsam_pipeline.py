@@ -26,7 +26,7 @@ from .attention_processors import (
 )
 from .tsam import LatentAlignment
 from .tsam_arguments import OFF, check_text_self_attention
-from .tsam_candidates import choose, generators_of, restore, scouted
+from .tsam_candidates import choose, generators_of, prompts_of, restore, scouted
 from .tsam_layout import check_regions, layout_of
 
 
@@ -273,12 +273,6 @@ def steps_of_call(given):
     return min(int(steps * given["strength"]), steps) if "strength" in given else steps
 
 
-def prompts_of(given):
-    """Count a call's prompts."""
-    prompt, embeds = given["prompt"], given["prompt_embeds"]
-    return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
-
-
 def updates_per_timestep(
     scheduler, num_inference_steps, tsam_steps, refinement_steps, refinement_iterations, number=None
 ):
@@ -523,8 +517,8 @@ class TSAMPipelineMixin:
             loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
             if settings.candidates > 1:
                 images = prompts_of(given) * loop.given["num_images_per_prompt"]
-                first, loop.start, losses, chosen = choose(self, stock, given, settings, images)
-                loop.encoding, loop.interrupted = first.encoding, self.interrupt
+                loop.encoding, loop.start, losses, chosen = choose(self, stock, given, settings, images)
+                loop.interrupted = self.interrupt
             with loop.open() if loop.needed else nullcontext():
                 output = stock(**given | {"return_dict": False})
         fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions, losses, chosen)
@@ -543,9 +537,9 @@ class TSAMPipelineMixin:
             generator = torch.Generator().manual_seed(seed)
             given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
             with lock_of(self.components[self.denoiser]):
-                loop = scouted(self, super().__call__, given, settings, encoding=encoding)
+                loop = scouted(self, super().__call__, given, settings, [given.get("latents")], encoding=encoding)
             encoding = loop.encoding
-            losses.append((seed, loop.loss.mean().item()))
+            losses.append((seed, loop.losses.mean().item()))
         return sorted(losses, key=lambda ranked: (ranked[1] != ranked[1], ranked[1]))  # non-finite losses last
 
     @classmethod

@@ -8,6 +8,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FluxPipeline,
+    UniPCMultistepScheduler,
 )
 
 from diffusers_tsam import modular_tsam, tsam_candidates
@@ -25,6 +26,7 @@ from kinds import (
     calls_of,
     denoiser_of,
     every,
+    every_pipeline,
     generators,
     kind_of,
     make,
@@ -71,6 +73,34 @@ def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_
         assert torch.equal(output.images, alone.images) == (output.chosen.item() == 0)
         chosen.add(output.chosen.item())
     assert len(chosen) > 1  # or the test would show one half alone
+
+
+def same_choice(pipe, size, given):
+    """given: makes a call's arguments, generators among them, anew."""
+    alone, together = run(pipe, **K | given()), run(pipe, **K | given(), candidate_batch=size)
+    torch.testing.assert_close(together.candidate_losses, alone.candidate_losses, rtol=1e-4, atol=1e-5)
+    assert torch.equal(together.chosen, alone.chosen) and torch.equal(together.images, alone.images)
+
+
+@every_pipeline
+def test_starts_that_run_at_once_are_those_that_run_one_by_one(kind, pipe):
+    same_choice(pipe, 3, lambda: {"prompt": [PROMPT, SHORT], "generator": generators(2)})
+    with calls_of(denoiser_of(pipe)) as alone:
+        run(pipe, tsam_steps=0)
+    with calls_of(denoiser_of(pipe)) as together:
+        run(pipe, tsam_steps=0, **K, candidate_batch=4)
+    each = len(alone) // 4  # calls a step
+    choosing = (3 if kind.name in ("sd_img2img", "sd_inpaint") else 1) * (each + 1)
+    assert len(together) == len(alone) + choosing
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler])
+def test_starts_that_run_at_once_have_noise_and_schedulers_of_their_own(pipe, scheduler):
+    latents = torch.cat(starts(pipe, 2, 4))
+    use(scheduler, pipe)
+    given = {"prompt": [PROMPT, SHORT], "num_images_per_prompt": 2, "eta": 0.5, "candidate_steps": 3}
+    same_choice(pipe, 2, lambda: given | {"generator": torch.Generator().manual_seed(1)})
+    same_choice(pipe, 3, lambda: given | {"generator": generators(4), "latents": latents})
 
 
 @in_both_fronts

@@ -379,6 +379,7 @@ WRONG_VALUES = {
     "tsam_steps": [-1, 4, True, 1.0, "1", NAN, [1]],
     "candidates": [0, -1, 1.5, True, "2", None],
     "candidate_steps": [0, -1, 1.5, True, "2"],
+    "candidate_batch": [0, -1, 1.5, True, "2"],
     "alpha": [-1, -1e-9, NAN, INF, -INF, 10**400, "10", True, torch.ones(1)],
     "relative_step": [-0.1, 1.1, NAN, INF, "0.1", True, [0.1]],
     "gamma": [0, -2.0, NAN, INF, 10**400, "2", False],
