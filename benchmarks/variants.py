@@ -53,6 +53,5 @@ VARIANTS = {
     "exponent_4": variant(exponent=4),
     "apc": variant(relation=corrected),
     "share": variant(relation=lambda attention, content: by_largest(shares_of(attention, content))),
-    "attainable": tsam.attainable,
 }
 globals().update(VARIANTS)  # so that an argument can name one
