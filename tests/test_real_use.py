@@ -1,5 +1,7 @@
 """What demanding users do: other text encoders, odd components, precision contexts, objectives of their own."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from test_diffusers_checks import given_for, without
 
 from diffusers_tsam import TextSelfAttention, attention_processors, tsam, tsam_pipeline
-from kinds import PROMPT, SHORT, alignment_of, denoiser_of, generators, make, refused, use
+from diffusers_tsam.comparing import compare
+from kinds import PROMPT, SHORT, alignment_of, denoiser_of, generators, kind_of, make, refused, use
 from kinds import run as run_longer
 
 
@@ -240,3 +243,38 @@ def test_an_objective_that_writes_into_its_maps_leaves_those_that_are_returned(p
     options = {"output_attentions": True, "alpha": 0.0}
     written = run(pipe, objective=lambda maps, text: tsam.l1(maps.mul_(2), text), **options)
     assert torch.equal(written.attentions[0]["maps"], run(pipe, **options).attentions[0]["maps"])
+
+
+@only_sd
+def test_a_short_prompts_t_goes_with_embeddings_that_are_padded_to_a_longer_negative_prompts(pipe):
+    text, (embeds, negative) = pipe.get_text_self_attention(SHORT), pipe.encode_prompt(SHORT, "cpu", 1, True)
+    given = {"prompt_embeds": embeds.repeat(1, 2, 1), "negative_prompt_embeds": negative.repeat(1, 2, 1)}  # as compel
+    losses = run(pipe, None, **given, text_self_attention=text).losses
+    assert losses[0, -1] < losses[0, 0]
+    cut = pipe.get_text_self_attention(" ".join([PROMPT] * 20))
+    with refused(pipe, ValueError, "give it the `max_sequence_length` that they were made with"):
+        run(pipe, None, **given, text_self_attention=cut)
+
+
+def test_a_denoiser_that_skips_a_layer_is_told_of_and_draws_without_t_sam(pipe):
+    blocks = {name: value for name, value in kind_of(pipe).call.items() if name == "attention_layers"}
+    layer = pipe.layers_of(pipe.settings(**blocks))[0]
+    with tsam_pipeline.shadowed(layer, "forward", lambda hidden_states, *args, **kwargs: hidden_states):
+        with pytest.raises(
+            RuntimeError, match="maps of one size were expected, but .* came.* DeepCache"
+        ):
+            run(pipe)
+        assert run(pipe, tsam_steps=0).images.isfinite().all()
+    assert run(pipe).losses.isfinite().all()
+
+
+@only_sd
+def test_two_comparisons_of_one_model_wait_for_each_other(pipe):
+    def draw(seed):
+        own = make(type(pipe), pipe.components)
+        pair = compare(own, PROMPT, seed, own.settings(alpha=5.0), num_inference_steps=2)
+        return [drawn.losses for drawn in pair]
+
+    alone = [draw(seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(draw, range(2))) == alone
