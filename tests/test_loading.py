@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import diffusers_tsam
@@ -191,3 +191,11 @@ def test_the_installed_package_is_this_checkout():
 def test_an_unknown_name_of_the_package_is_an_attribute_error():
     with pytest.raises(AttributeError, match="PixArtSigma"):
         diffusers_tsam.PixArtSigma  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl-pipeline"], indirect=True)
+@pytest.mark.parametrize("auto", [AutoPipelineForImage2Image, AutoPipelineForInpainting])
+def test_diffusers_auto_pipelines_take_ours_as_they_take_stocks(kind, pipe, stock, auto):
+    ours, theirs = auto.from_pipe(pipe), auto.from_pipe(stock)
+    assert type(ours) is type(theirs)
+    assert ours.components["unet"] is pipe.unet and ours.components["vae"] is pipe.vae

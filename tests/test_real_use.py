@@ -260,9 +260,7 @@ def test_a_denoiser_that_skips_a_layer_is_told_of_and_draws_without_t_sam(pipe):
     blocks = {name: value for name, value in kind_of(pipe).call.items() if name == "attention_layers"}
     layer = pipe.layers_of(pipe.settings(**blocks))[0]
     with tsam_pipeline.shadowed(layer, "forward", lambda hidden_states, *args, **kwargs: hidden_states):
-        with pytest.raises(
-            RuntimeError, match="maps of one size were expected, but .* came.* DeepCache"
-        ):
+        with pytest.raises(RuntimeError, match="maps of one size were expected, but .* came.* DeepCache"):
             run(pipe)
         assert run(pipe, tsam_steps=0).images.isfinite().all()
     assert run(pipe).losses.isfinite().all()
