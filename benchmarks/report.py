@@ -30,6 +30,7 @@ from rows import (
 
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import BLUE, Scores, markdown, table_of
+from diffusers_tsam.evaluation.report import interval as interval_of_means
 from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.figures import GREY, save
 from diffusers_tsam.tsam_arguments import PRESETS, T5_PRESETS
@@ -141,6 +142,21 @@ def counted_table():
         cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
         rows.append(row("the best peer of these pictures, told the words", cells))
     return markdown(["counted right", *map(SMALL.get, models)], rows) if rows else "Not drawn yet."
+
+
+def overall_sentence():
+    """What one setting adds to stock over the pictures of all models, two and three solids: ours, and the best peer."""
+    gains, cells = {}, [scores for solids in (2, 3) for scores in counted_runs(solids).values()]
+    for scores in cells:
+        counted = scores.values["counted"]
+        for name, own in zip(scores.run.methods, counted):
+            gains.setdefault(name, []).append(np.nanmean(own - counted[scores.stock], 1))
+    found = {name: interval_of_means(np.concatenate(own)) for name, own in gains.items() if len(own) == len(cells)}
+    best = max((name for name in found if name.partition(":")[0] in PEERS), key=found.get, default=None)
+    words = {name: OURS[name].removeprefix("T-SAM, ") for name in OURS if name in found}
+    words |= {best: f"the best peer at one preset, {named(best)}," if best else ""}
+    said = [f"{word} {100 * found[name][0]:+.1f} ± {100 * found[name][1]:.1f}" for name, word in words.items() if name]
+    return f"Over all {sum(map(len, gains['stock']))} pictures, points over stock: {'; '.join(said)}."
 
 
 def counted_tables(solids):
@@ -323,6 +339,7 @@ def parts():
         "long-cost": windows_table(),
         "presets": presets_table(),
         "counted": counted_table(),
+        "overall": overall_sentence(),
         "tuning": tuning.tables(),
         **{f"starts-{solids}": starts.tables(found) for solids, found in read("starts.json").items()},
         "launches": launches_table(),
