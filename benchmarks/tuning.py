@@ -98,8 +98,8 @@ def tables():
     best = np.mean([max(mean(model, name) for name in CHANGED) for model in models])
     said = (
         f"The best of these for each model would gain {best:.1f} points in the mean, where `fast` gains"
-        f" {np.mean([mean(model, '') for model in models]):.1f}: an upper bound of what tuning per model adds, picked on"
-        " these pictures."
+        f" {np.mean([mean(model, '') for model in models]):.1f}: an upper bound of what tuning per model adds,"
+        " picked on these pictures."
     )
     columns = [(n, m) for n, of in found.items() for m in SMALL if "areas" in of.get(m, {})]
     areas = [[name, *(f"{found[n][m]['areas'][name][STEPS.index(5)]:.2f}" for n, m in columns)] for name in VARIANTS]
