@@ -43,7 +43,8 @@ PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen
 OURS = {f"tsam:preset={name}": f'T-SAM, `preset="{name}"`' for name in ("fast", "light")}
 OURS["tsam"] = 'T-SAM, `preset="paper"`'
 WRONG = {"double": "a solid too many", "touching": "touching", "missing": "a solid missing", "swap": "a swap"}
-COLUMNS_OF = {  # of prompts with regions, and of long ones
+COLUMNS_OF = {  # of four solids, of prompts with regions, and of long ones
+    "four": ("counted", "missing", "swap"),
     "layout": ("counted", "placed", "all_placed", "missing"),
     "sentences": ("counted", "double", "missing"),
     "filled": ("counted", "double", "missing"),
