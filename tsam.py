@@ -115,8 +115,7 @@ def normalize_text_attention(attention, content, gamma):
     Eq. (3), (14).
     """
     attention = attention.float().where(_pairs(content).tril(), 0)
-    largest = attention.amax(-1, keepdim=True)  # dividing by it keeps the power from underflowing and changes nothing
-    return _normalize_rows((attention / torch.where(largest > 0, largest, 1)) ** gamma)
+    return _normalize_rows(_by_largest(attention) ** gamma)  # which keeps the power from underflowing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,9 +237,13 @@ def lift_of(attention, content):
 
 def relation_of(attention, content):
     """R: rows of the lift divided by their largest, 0 to 1, zero where j >= i: T' (B, N, N) -> (B, N, N). Ours."""
-    lift = lift_of(attention, content)
-    largest = lift.amax(-1, keepdim=True)
-    return lift / torch.where(largest > 0, largest, 1)
+    return _by_largest(lift_of(attention, content))
+
+
+def _by_largest(matrix):
+    """Divide each row by its largest; a row of zeros stays zero."""
+    largest = matrix.amax(-1, keepdim=True)
+    return matrix / torch.where(largest > 0, largest, 1)
 
 
 def weight_of(maps, content):

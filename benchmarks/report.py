@@ -18,15 +18,7 @@ import numpy as np
 import starts
 import tuning
 from matplotlib.figure import Figure
-from rows import (
-    COMPARED,
-    RESULTS,
-    SMALL,
-    compared,
-    of_run,
-    settings_of,
-    share,
-)
+from rows import COMPARED, RESULTS, SMALL, compared, of_run, settings_of, share
 
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import BLUE, Scores, markdown, table_of

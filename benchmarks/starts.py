@@ -63,10 +63,10 @@ def cost_of_fast(model):
     return 1 + found["passes"]["fast"] * found["guided_pass_flop"] / found["plain_step_flop"] / found["steps"]
 
 
-def draw(model, solids, prompts, seeds):
-    folder = ROOT / "runs" / f"starts-{model}-{solids}"
-    common = {"steps": OF, "batch": 10, "keep": losses_of, "output_attentions": True}
-    generate(model, [WATCHED, FAST], f"shapes:{solids}:test:{prompts}", seeds, folder, **common)
+def draw(name, model, methods, prompts, seeds=1, **more):
+    """A judged run of `prompts`, in the folder runs/NAME-MODEL-SOLIDS."""
+    folder = ROOT / "runs" / f"{name}-{model}-{prompts.split(':')[1]}"
+    generate(model, methods, prompts, seeds, folder, steps=OF, batch=10, **more)
     score(folder, ["judge"])
     return folder
 
@@ -174,7 +174,9 @@ def main():
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     if args.command == "draw":
         for model in args.what:
-            print(draw(model, args.solids, args.prompts, args.seeds))
+            kept = {"keep": losses_of, "output_attentions": True}
+            prompts = f"shapes:{args.solids}:test:{args.prompts}"
+            print(draw("starts", model, [WATCHED, FAST], prompts, args.seeds, **kept))
     elif args.command == "keep":
         for folder in args.what:
             run = Run(folder)

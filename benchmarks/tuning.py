@@ -8,22 +8,18 @@ python benchmarks/tuning.py keep runs/...         # a run's numbers, into result
 import argparse
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 from rows import RESULTS, SMALL, auc, interval, of_run
-from starts import OF, STEPS, WATCHED, losses_of
+from starts import FAST, STEPS, WATCHED, draw, losses_of
 from variants import VARIANTS
 
-from diffusers_tsam.evaluation.generate import generate
 from diffusers_tsam.evaluation.report import markdown
 from diffusers_tsam.evaluation.runs import Run
-from diffusers_tsam.evaluation.score import score
 
 
-ROOT = Path(__file__).resolve().parent.parent
 FILE = RESULTS / "tuning.json"
-FAST = "tsam:preset=fast"
+LIGHT = "tsam:preset=light"
 LAW = "objective=benchmarks/variants.py:"
 CHANGED = {  # what is changed of `fast`: in words
     "": "`fast`",
@@ -38,25 +34,18 @@ CHANGED = {  # what is changed of `fast`: in words
 }
 
 
+def method_of(change, model):
+    """A change of `fast` as a method. {all}: as many updates, less one, as `fast` makes of 25 steps."""
+    return ":".join([FAST, *filter(None, [change])]).format(all=16 if model in ("pixart", "sd3") else 19)
+
+
 def methods_of(model):
-    """One a change. As many updates as `fast` makes of 25 steps."""
-    more = 16 if model in ("pixart", "sd3") else 19
-    return ["stock", "tsam:preset=light", *(":".join([FAST, *filter(None, [c])]).format(all=more) for c in CHANGED)]
+    return ["stock", LIGHT, *(method_of(change, model) for change in CHANGED)]
 
 
-def draw(model, solids, prompts):
-    folder = ROOT / "runs" / f"tuning-{model}-{solids}"
-    generate(model, methods_of(model), f"shapes:{solids}:tune:{prompts}", 1, folder, steps=OF, batch=10)
-    score(folder, ["judge"])
-    return folder
-
-
-def watch(model, solids, prompts):
-    folder, kept = ROOT / "runs" / f"watched-{model}-{solids}", functools.partial(losses_of, losses=VARIANTS)
-    common = {"steps": OF, "batch": 10, "keep": kept, "output_attentions": True}
-    generate(model, [f"{WATCHED}:gamma=1"], f"shapes:{solids}:tune:{prompts}", 1, folder, **common)
-    score(folder, ["judge"])
-    return folder
+def watched(model, prompts):
+    kept = {"keep": functools.partial(losses_of, losses=VARIANTS), "output_attentions": True}
+    return draw("watched", model, [f"{WATCHED}:gamma=1"], prompts, **kept)
 
 
 def keep(run):
@@ -73,9 +62,9 @@ def keep(run):
 
 
 def gains(found, model, solids, name):
-    """Of each prompt, what a method adds to stock."""
+    """Of each prompt, what a change of `fast`, or LIGHT, adds to stock."""
     right = found[solids][model]["right"]
-    own = right[name.format(all=16 if model in ("pixart", "sd3") else 19)]
+    own = right[name if name == LIGHT else method_of(name, model).removeprefix(FAST).lstrip(":")]
     return [a - b for a, b in zip(own, right["stock"])]
 
 
@@ -85,7 +74,7 @@ def tables():
     cells = {solids: [m for m in SMALL if "right" in of.get(m, {})] for solids, of in found.items()}
     head = ["changed", *(f"{n} solids ({', '.join(SMALL[m] for m in own)})" for n, own in cells.items()), "together"]
     rows = []
-    for name, words in {"tsam:preset=light": "`light`", **CHANGED}.items():
+    for name, words in {LIGHT: "`light`", **CHANGED}.items():
         each = [[x for model in own for x in gains(found, model, n, name)] for n, own in cells.items()]
         each.append(sum(each, []))
         numbers = (interval(some, range(len(some))) for some in each)
@@ -122,7 +111,9 @@ def main():
             solids = run.settings["prompt_set"].split(":")[1]
             found.setdefault(solids, {}).setdefault(run.settings["model"], {}).update(keep(run))
         else:
-            print({"draw": draw, "watch": watch}[args.command](what, args.solids, args.prompts))
+            prompts = f"shapes:{args.solids}:tune:{args.prompts}"
+            watching = args.command == "watch"
+            print(watched(what, prompts) if watching else draw("tuning", what, methods_of(what), prompts))
     if args.command == "keep":
         FILE.write_text(json.dumps(dict(sorted(found.items())), separators=(",", ":")) + "\n", encoding="utf-8")
 

@@ -1,7 +1,5 @@
 """The contrast objective with one constant changed, for `tuning.py`: objective=benchmarks/variants.py:place_1."""
 
-import torch
-
 from diffusers_tsam import tsam
 
 
@@ -23,13 +21,7 @@ def variant(related=tsam.RELATED_WEIGHT, place=tsam.PLACE_WEIGHT, exponent=2, re
 
 def shares_of(attention, content):
     """A_ij, zero where j >= i."""
-    pairs = content.unsqueeze(-1) & content.unsqueeze(-2)
-    return tsam._normalize_rows(attention.float().where(pairs.tril(), 0)).tril(-1)
-
-
-def by_largest(values):
-    largest = values.amax(-1, keepdim=True)
-    return values / torch.where(largest > 0, largest, 1)
+    return tsam.normalize_text_attention(attention, content, 1).tril(-1)
 
 
 def corrected(attention, content):
@@ -37,7 +29,7 @@ def corrected(attention, content):
     shares = shares_of(attention, content)
     rows, columns = shares.sum(-1, keepdim=True), shares.sum(-2, keepdim=True)
     expected = rows * columns / rows.sum(-2, keepdim=True).clamp(min=tsam.TINY)
-    return by_largest((shares - expected).clamp(min=0).tril(-1))
+    return tsam._by_largest((shares - expected).clamp(min=0).tril(-1))
 
 
 VARIANTS = {
@@ -52,6 +44,6 @@ VARIANTS = {
     "exponent_1": variant(exponent=1),
     "exponent_4": variant(exponent=4),
     "apc": variant(relation=corrected),
-    "share": variant(relation=lambda attention, content: by_largest(shares_of(attention, content))),
+    "share": variant(relation=lambda attention, content: tsam._by_largest(shares_of(attention, content))),
 }
 globals().update(VARIANTS)  # so that an argument can name one
