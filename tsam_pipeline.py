@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from threading import get_ident
 
@@ -450,6 +450,21 @@ def extends(stock, settings_class, deprecated=()):
     return decorate
 
 
+def alone(method):
+    """Make a pipeline's method that tokenizes wait for other threads' with the same text encoder: a tokenizer sets its
+    padding and truncation before each call, so that calls at once would get each other's."""
+
+    @functools.wraps(method)
+    def waiting(self, *args, **kwargs):
+        with ExitStack() as stack:
+            for encoder in self.text_encoders:
+                stack.enter_context(nullcontext() if encoder is None else lock_of(encoder))
+            return method(self, *args, **kwargs)
+
+    waiting.alone = True
+    return waiting
+
+
 @dataclass
 class TSAMOutput:
     """What T-SAM saw, behind the fields of a stock output.
@@ -474,6 +489,13 @@ class TSAMPipelineMixin:
     """
 
     loop = GuidedLoop
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in ("encode_prompt", "words_of", "windows_of"):
+            method = getattr(cls, name, None)
+            if method is not None and not hasattr(method, "alone"):
+                setattr(cls, name, alone(method))
 
     @property
     def text_encoders(self):
