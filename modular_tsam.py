@@ -335,11 +335,10 @@ class AlignedLoop:
             with self.maps_of(components, block_state, i, t) as maps_at:
                 scale = input_scale(components.scheduler, t)
                 raise Scouted(block_state.alignment.loss_of(maps_at(scale * block_state.latents)))
-        moved = None
-        if block_state.updates[i] > 0:
+        moving = block_state.updates[i] > 0
+        if moving:
             self.align(components, block_state, i, t)
-            moved = block_state.alignment.moved
-        with uncorrected(components.scheduler, moved):
+        with uncorrected(components.scheduler, block_state.alignment if moving else None):
             return super().loop_step(components, block_state, i=i, t=t)
 
     def begin(self, components, block_state):

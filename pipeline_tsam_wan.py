@@ -43,7 +43,7 @@ class WanLoop(GuidedLoop):
     def call(self, hidden_states, **kwargs):
         if self.latents is not None:  # the step's second call
             return self.network(self.latents, None, **kwargs)
-        self.t, self.moved, self.halves = self.pipe.current_timestep, None, 1
+        self.t, self.moved, self.halves = self.pipe.current_timestep, False, 1
         self.cast, self.latents = hidden_states, hidden_states.float()
         return self.predict(hidden_states, **kwargs)
 
@@ -51,7 +51,7 @@ class WanLoop(GuidedLoop):
         return self.model(sample.to(self.cast.dtype), *args, **kwargs)
 
     def step(self, stock, prediction, t, sample, *args, **kwargs):
-        if self.moved is not None:
+        if self.moved:
             self.latents = sample + (self.latents - self.cast)
         return super().step(stock, prediction, t, sample, *args, **kwargs)
 

@@ -27,7 +27,8 @@ SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
 RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
 PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
-TINY = torch.finfo(torch.float32).tiny  # keeps divisors above zero
+TINY = torch.finfo(torch.float32).tiny  # keeps divisors above zero; added, because clamping costs a backward pass more
+EPSILON = 1e-12  # the same for norms, whose gradient it bounds
 ROUNDING = 1e-6  # of a mean over a map in float32
 FP16_LOSS_SCALE = 2.0**12
 FP16_LOSS_SCALE_BACKOFF = 2.0**-4
@@ -146,7 +147,7 @@ def _blur(side, dtype, device):
 
 def cosine_similarity(maps):
     """C: cosine similarity between every two tokens' maps. maps (B, N, P) -> (B, N, N). Eq. (7)."""
-    maps = F.normalize(maps, dim=-1)
+    maps = maps / (torch.linalg.vector_norm(maps, dim=-1, keepdim=True) + EPSILON)
     return torch.bmm(maps, maps.mT)
 
 
@@ -257,20 +258,21 @@ def weight_of(maps, content):
     return F.threshold(localised, ROUNDING, 0) ** 2 * words  # the blur's error on a flat map
 
 
-def relation_loss(relation, similarity, weight):
+def relation_loss(relation, similarity, weight, related_weight=RELATED_WEIGHT):
     """How much unrelated words overlap, plus λ times how far related ones are apart, each 0 to 1: (B,). Ours.
 
     Σ w_i w_j (1 - R_ij) C_ij / Σ w_i w_j (1 - R_ij) + λ Σ w_i w_j R_ij (1 - C_ij) / Σ w_i w_j R_ij over j < i;
     R, C (B, N, N), w (B, N).
     """
     both = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).tril(-1)
-    apart, together = _shares(both * (1 - relation)), RELATED_WEIGHT * _shares(both * relation)
+    apart, together = _shares(torch.stack([1 - relation, relation]) * both, (-2, -1))
+    together = related_weight * together
     return ((apart - together) * similarity + together).sum((-2, -1))
 
 
-def _shares(weights):
-    """Divide by the sum over all but the batch; zeros stay. (B, ...) -> (B, ...)."""
-    return weights / weights.sum([*range(1, weights.dim())], keepdim=True).clamp(min=TINY)
+def _shares(weights, dim=-1):
+    """Divide by the sum; zeros stay."""
+    return weights / (weights.sum(dim, keepdim=True) + TINY)
 
 
 def spread_of(maps):
@@ -282,16 +284,16 @@ def spread_of(maps):
     height, width = maps.shape[-2:]
     maps = maps.reshape(*maps.shape[:2], -1, height * width)
     moments = (maps - maps.amin(-1, keepdim=True)) @ _places(height, width, maps.dtype, maps.device)
-    total, square, y, x = moments.unbind(-1)
-    total = total.clamp(min=TINY)
-    return 6 * (square / total - (y / total) ** 2 - (x / total) ** 2).mean(-1)
+    total, moments = moments.split((1, 3), -1)
+    square, y, x = (moments / (total + TINY)).unbind(-1)
+    return (square - y * y - x * x).mean(-1)
 
 
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _places(height, width, dtype, device):
-    """1, y² + x², y and x of each position's middle, from -0.5 to 0.5 around the picture's: (H·W, 4)."""
-    y, x = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (height, width))
+    """1, y² + x², y and x of each position's middle, from the picture's, whose sides are √6: (H·W, 4)."""
+    y, x = (6**0.5 * ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5) for side in (height, width))
     y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([torch.ones_like(y), y**2 + x**2, y, x], -1).flatten(0, 1).to(device, dtype)
 
@@ -333,8 +335,7 @@ class LatentAlignment:
     update). A user's objective gets a prompt's windows as rows, (B·K, n, H, W); an image's loss is their sum.
     device: the latents'. layout: a `Layout` of the images, adds its loss.
 
-    num_tokens: N, the number of map columns needed. losses: one (B,) tensor per update, taken before it. moved: (B,),
-    which images the last `update` moved.
+    num_tokens: N, the number of map columns needed. losses: one (B,) tensor per update, taken before it.
     """
 
     def __init__(self, text, settings, num_images_per_prompt=1, device=None, layout=None):
@@ -354,8 +355,8 @@ class LatentAlignment:
         self.relative_step = None if settings.relative_step is None else float(settings.relative_step)
         self.alpha: float | torch.Tensor = 0.0 if settings.alpha is None else float(settings.alpha)
         self.keep_maps = settings.output_attentions
-        self.losses, self.maps, self.moved, self.lost = [], [], None, None
-        self.loss_scale = torch.empty(0)  # (B,) from the first update in float16 on
+        self.losses, self.maps, self.finite = [], [], []
+        self.loss_scale = torch.empty(0)  # (B,) from the first update on; 1 except in float16
         if not self.possible:
             logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
 
@@ -367,7 +368,7 @@ class LatentAlignment:
 
     def split(self, values):
         """Windows as rows: (B, K·n, ...) -> (B·K, n, ...)."""
-        return values.unflatten(1, (self.windows, -1)).flatten(0, 1)
+        return values if self.windows == 1 else values.unflatten(1, (self.windows, -1)).flatten(0, 1)
 
     @staticmethod
     def _last_content(content):
@@ -406,14 +407,19 @@ class LatentAlignment:
                 kept = self.alpha if isinstance(self.alpha, torch.Tensor) else first
                 self.alpha = kept.where(kept > 0, first)
             moved = (_precise(latents) - self.alpha / input_scale * gradient).to(latents.dtype)
-            finite = _size(moved, torch.inf) < torch.inf
-            latents = moved.where(finite, latents)
-            self.lost = ~finite if self.lost is None else self.lost | ~finite
+            self.finite.append(_size(moved, torch.inf) < torch.inf)
+            latents = moved.where(self.finite[-1], latents)
             self.losses.append(loss)
             if self.keep_maps and iteration == 0:
                 self.maps.append(maps)
-        self.moved = (latents != start).flatten(1).any(1)
+        self.before_and_after = start, latents
         return latents
+
+    @property
+    def moved(self):
+        """Which images the last `update` moved, (B,)."""
+        before, after = self.before_and_after
+        return (before != after).flatten(1).any(1)
 
     def alpha_of_first(self, model_input, gradient):
         """α (B, 1, ...) that gives α ∇ loss `relative_step` times the norm of each model input, or 0. Not in the paper.
@@ -431,8 +437,8 @@ class LatentAlignment:
         RuntimeError if no gradient comes back.
         """
         half = latents.dtype == torch.float16
-        if half and not len(self.loss_scale):
-            self.loss_scale = torch.full((len(latents),), FP16_LOSS_SCALE, device=latents.device)
+        if not len(self.loss_scale):
+            self.loss_scale = torch.full((len(latents),), FP16_LOSS_SCALE if half else 1.0, device=latents.device)
         for _ in range(FP16_ATTEMPTS if half else 1):
             with torch.enable_grad():
                 model_input = (input_scale * _precise(latents)).requires_grad_()
@@ -441,8 +447,8 @@ class LatentAlignment:
                 loss = self.loss_of(maps)
                 gradient: Any = None
                 if loss.requires_grad:
-                    scale = self.loss_scale if half else torch.ones_like(loss)
-                    (gradient,) = torch.autograd.grad(loss, model_input, scale.to(loss.dtype), allow_unused=True)
+                    scale = self.loss_scale.to(loss.dtype)
+                    (gradient,) = torch.autograd.grad(loss, model_input, scale, allow_unused=True)
                 if gradient is None:
                     raise RuntimeError(
                         "No gradient comes back to the latents. Quantised activations let none through: quantise the"
@@ -486,7 +492,7 @@ class LatentAlignment:
     def losses_per_image(self):
         """(B, updates) on the CPU."""
         losses = torch.stack(self.losses, 1).cpu() if self.losses else torch.empty(len(self.tokens), 0)
-        if self.lost is not None and self.lost.any():  # here, once a call, because it waits for the device
+        if self.finite and not torch.stack(self.finite).all():  # here, once a call, because it waits for the device
             logger.warning("A gradient was not finite, and its image stayed as it was at that update.")
         return losses
 

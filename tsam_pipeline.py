@@ -81,7 +81,7 @@ class GuidedLoop:
         self.encoding, self.encoded = None, False  # by another loop of this call; whether by this one
         self.thread = get_ident()  # because others may read T meanwhile, by the same `encode_prompt`
         self.updates, self.index = None, 0
-        self.latents, self.moved = None, None  # this step's latents, and which of them moved
+        self.latents, self.moved = None, False  # this step's latents, and whether they were updated
         self.start = None  # what `prepare_latents` returns, and the generators' states after it
         self.interrupted = False  # during the choice of a start
 
@@ -181,7 +181,7 @@ class GuidedLoop:
 
     def scale_model_input(self, stock, sample, t):
         if self.latents is None:  # a step's first call is for the denoiser
-            self.t, self.moved = t, None
+            self.t, self.moved = t, False
             self.halves = 2 if self.pipe.do_classifier_free_guidance else 1
             self.latents = sample.chunk(self.halves)[-1]
         return stock(sample, t)
@@ -201,7 +201,7 @@ class GuidedLoop:
             return self.model(sample, *args, **kwargs)
         beside = sample[:, self.latents.shape[1] :]  # an inpainting model's mask and picture
         self.latents = self.move(beside, args, kwargs)
-        self.moved = self.alignment.moved
+        self.moved = True
         sample = scaled(self.scheduler, torch.cat([self.latents] * self.halves), self.t)
         return self.network(sample, beside, *args, **kwargs)
 
@@ -232,9 +232,9 @@ class GuidedLoop:
     def step(self, stock, prediction, t, sample, *args, **kwargs):
         if self.pipe.interrupt:
             return sample, sample
-        sample, self.latents = sample if self.moved is None else self.latents, None
+        sample, self.latents = self.latents if self.moved else sample, None
         index, self.index = self.index, self.index + 1
-        with uncorrected(self.scheduler, self.moved):
+        with uncorrected(self.scheduler, self.alignment if self.moved else None):
             latents, *others = stock(prediction, t, sample, *args, **kwargs)
         if self.on_step_end is not None:
             latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
@@ -370,17 +370,17 @@ def _keep(tensor):
 
 
 @contextmanager
-def uncorrected(scheduler, moved):
-    """While the context is open, the scheduler corrects no `moved` image, (B,) or None.
+def uncorrected(scheduler, alignment):
+    """While the context is open, the scheduler corrects no image that `alignment`, or None, has moved.
 
     The correctors of UniPC and SA-Solver start from the previous sample, which would undo the move.
     """
     names = ("multistep_uni_c_bh_update", "stochastic_adams_moulton_update")
     name = next((name for name in names if hasattr(scheduler, name)), None)
-    if name is None or moved is None or not moved.any():
+    if name is None or alignment is None:
         yield
         return
-    correct = getattr(scheduler, name)
+    correct, moved = getattr(scheduler, name), alignment.moved
 
     def correct_unmoved(*args, this_sample, **kwargs):
         corrected = correct(*args, this_sample=this_sample, **kwargs)

@@ -10,10 +10,7 @@ def variant(related=tsam.RELATED_WEIGHT, place=tsam.PLACE_WEIGHT, exponent=2, re
         blurred, content = tsam.smooth(maps), text.content
         r = text.relation if relation is None else relation(text.attention, content)
         weight = tsam.weight_of(blurred, content) ** (exponent / 2)
-        similarity = tsam.cosine_similarity(blurred.flatten(2))
-        both = (weight.unsqueeze(-1) * weight.unsqueeze(-2)).tril(-1)
-        apart, together = both * (1 - r), both * r
-        loss = (tsam._shares(apart) * similarity + related * tsam._shares(together) * (1 - similarity)).sum((-2, -1))
+        loss = tsam.relation_loss(r, tsam.cosine_similarity(blurred.flatten(2)), weight, related)
         return loss + place * (tsam._shares(weight) * tsam.spread_of(blurred)).sum(-1)
 
     return objective

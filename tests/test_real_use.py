@@ -1,6 +1,9 @@
 """What demanding users do: other text encoders, odd components, precision contexts, objectives of their own."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +103,10 @@ class TestCorrectors:
         name = next(name for name in names if hasattr(scheduler, name))
         vars(scheduler)[name] = lambda *args, this_sample, **kwargs: torch.zeros_like(this_sample)
         kept, sample = vars(scheduler)[name], torch.ones(2, 4, 8, 8)
-        with pytest.raises(KeyboardInterrupt), tsam_pipeline.uncorrected(scheduler, torch.tensor([True, False])):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            tsam_pipeline.uncorrected(scheduler, SimpleNamespace(moved=torch.tensor([True, False]))),
+        ):
             corrected = getattr(scheduler, name)(None, this_sample=sample)
             assert (corrected[0] == 1).all() and (corrected[1] == 0).all()
             raise KeyboardInterrupt
@@ -234,7 +240,7 @@ def test_after_a_step_without_a_finite_gradient_float16_guides_again():
         return (factor[len(alignment.losses)] * model_input.float()).exp()
 
     stayed = alignment.update(latents, 1.0, maps_at)
-    assert torch.equal(stayed, latents) and alignment.lost.item()
+    assert torch.equal(stayed, latents) and not alignment.finite[-1]
     gradient, _, _ = alignment.gradient(stayed, 1.0, maps_at)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
@@ -264,6 +270,27 @@ def test_a_denoiser_that_skips_a_layer_is_told_of_and_draws_without_t_sam(pipe):
             run(pipe)
         assert run(pipe, tsam_steps=0).images.isfinite().all()
     assert run(pipe).losses.isfinite().all()
+
+
+def test_threads_tokenize_one_after_another(pipe, monkeypatch):
+    """A tokenizer's padding and truncation are its state."""
+    cls, inside, most = type(pipe.tokenizer), [], []
+
+    def call(tokenizer, *args, stock=cls.__call__, **kwargs):
+        inside.append(1)
+        sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return stock(tokenizer, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "__call__", call)
+    encode = functools.partial(
+        pipe.encode_prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    calls = [pipe.words_of, pipe.get_text_self_attention, encode] * 2
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(lambda call: call(PROMPT), calls))
+    assert len(most) > len(calls) and max(most) == 1
 
 
 @only_sd

@@ -178,8 +178,9 @@ class TestRelativeStep:
 
 
 def test_without_an_iteration_nothing_moves():
-    moved, alignment = Toy(5).update(iterations=0)
-    assert not alignment.moved.any() and not alignment.losses
+    toy = Toy(5)
+    moved, alignment = toy.update(iterations=0)
+    assert torch.equal(moved, toy.latents) and not alignment.moved.any() and not alignment.losses
 
 
 class TestObjective:
@@ -283,7 +284,7 @@ def test_loss_and_gradient_use_nothing_that_is_not_deterministic_on_a_gpu(object
     text = tsam.Syntax(matrix, matrix, content, [], matrix)
     with Operations() as operations:
         OBJECTIVES[objective](maps, text).sum().backward()
-    assert operations.seen >= {"bmm", "where of integers"}
+    assert "bmm" in operations.seen
     assert not [name for name in operations.seen if name.startswith(NON_DETERMINISTIC)]
     assert "cumsum" not in operations.seen  # of integers it is deterministic
 
