@@ -10,7 +10,7 @@ from .tsam import LatentAlignment  # noqa: F401
 from .tsam_arguments import PixArtAlphaSettings
 from .tsam_candidates import choose  # noqa: F401
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import extends, observed, register
+from .tsam_pipeline import call_of, register
 from .tsam_pixart import PixArtTSAM
 
 
@@ -20,24 +20,7 @@ class PixArtSigmaTSAMPipeline(PixArtTSAM, PixArtSigmaPipeline):
     alpha, gamma and the layers read are PixArt-α's, because the paper has no settings for this model.
     """
 
-    @extends(PixArtSigmaPipeline, PixArtAlphaSettings, deprecated=("mask_feature",))
-    def __call__(
-        self, given, settings, *, callback_on_step_end=None, callback_on_step_end_tensor_inputs: list[str] = ["latents"]
-    ):
-        """Generate like `PixArtSigmaPipeline.__call__`; the arguments before `callback_on_step_end` are stock's.
-
-        Args:
-            callback_on_step_end, callback_on_step_end_tensor_inputs: As in `PixArtAlphaTSAMPipeline`.
-            {arguments}
-
-        Returns:
-            `PixArtAlphaTSAMPipelineOutput`, or with `return_dict=False` a tuple of its fields in their order.
-
-        Raises:
-            ValueError, TypeError: a wrong argument, before the denoiser runs.
-        """
-        on_step_end = observed(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self.guided_call(given, settings, on_step_end)
+    __call__ = call_of(PixArtSigmaPipeline, PixArtAlphaSettings, deprecated=("mask_feature",))
 
 
 register(PixArtSigmaTSAMPipeline, PixArtSigmaPipeline)

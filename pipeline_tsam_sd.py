@@ -11,27 +11,14 @@ from .tsam import LatentAlignment  # noqa: F401
 from .tsam_arguments import StableDiffusionSettings
 from .tsam_candidates import choose  # noqa: F401
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import extends, register
+from .tsam_pipeline import call_of, register
 from .tsam_sd import StableDiffusionTSAM, StableDiffusionTSAMPipelineOutput  # noqa: F401
 
 
 class StableDiffusionTSAMPipeline(StableDiffusionTSAM, StableDiffusionPipeline):
     """`StableDiffusionPipeline` that aligns its first denoising steps with the prompt's syntax; same components."""
 
-    @extends(StableDiffusionPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
-    def __call__(self, given, settings):
-        """Generate like `StableDiffusionPipeline.__call__`; the arguments before `tsam_steps` are stock's.
-
-        Args:
-            {arguments}
-
-        Returns:
-            [`StableDiffusionTSAMPipelineOutput`], or with `return_dict=False` a tuple of its fields in their order.
-
-        Raises:
-            ValueError, TypeError: a wrong argument, before the denoiser runs.
-        """
-        return self.guided_call(given, settings)
+    __call__ = call_of(StableDiffusionPipeline, StableDiffusionSettings)
 
 
 register(StableDiffusionTSAMPipeline, StableDiffusionPipeline)

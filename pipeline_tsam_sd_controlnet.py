@@ -13,7 +13,7 @@ from .tsam import LatentAlignment  # noqa: F401, because diffusers' loader copie
 from .tsam_arguments import StableDiffusionSettings
 from .tsam_candidates import choose  # noqa: F401
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import StandIn, conditional_rows, extends, frozen
+from .tsam_pipeline import StandIn, call_of, conditional_rows, frozen
 from .tsam_sd import StableDiffusionTSAM, WindowedLoop
 
 
@@ -54,17 +54,4 @@ class StableDiffusionControlNetTSAMPipeline(StableDiffusionTSAM, StableDiffusion
 
     loop = ControlledLoop
 
-    @extends(StableDiffusionControlNetPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
-    def __call__(self, given, settings):
-        """Generate like `StableDiffusionControlNetPipeline.__call__`; the arguments before `tsam_steps` are stock's.
-
-        Args:
-            {arguments}
-
-        Returns:
-            `StableDiffusionTSAMPipelineOutput`, or with `return_dict=False` a tuple of its fields in their order.
-
-        Raises:
-            ValueError, TypeError: a wrong argument, before the denoiser runs.
-        """
-        return self.guided_call(given, settings)
+    __call__ = call_of(StableDiffusionControlNetPipeline, StableDiffusionSettings)

@@ -10,7 +10,7 @@ from .tsam import LatentAlignment  # noqa: F401
 from .tsam_arguments import StableDiffusionSettings
 from .tsam_candidates import choose  # noqa: F401
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import extends
+from .tsam_pipeline import call_of
 from .tsam_sd import StableDiffusionTSAM
 
 
@@ -19,21 +19,7 @@ class StableDiffusionInpaintTSAMPipeline(StableDiffusionTSAM, StableDiffusionInp
 
     The loss reads the maps of the whole picture, also of the part that the mask keeps. Name that part in the prompt,
     because otherwise a word may be held against it. As in stock, latents of 4-channel UNets are blended after every
-    step, and those of 9-channel UNets may change outside the mask.
+    step, and those of 9-channel UNets may change outside the mask. Steps count only those that `strength` leaves.
     """
 
-    @extends(StableDiffusionInpaintPipeline, StableDiffusionSettings, deprecated=("callback", "callback_steps"))
-    def __call__(self, given, settings):
-        """Fill `mask_image` like `StableDiffusionInpaintPipeline.__call__`; the arguments before
-        `tsam_steps` are stock's. Steps, and the presets' shares, count only the steps that `strength` leaves.
-
-        Args:
-            {arguments}
-
-        Returns:
-            `StableDiffusionTSAMPipelineOutput`, or with `return_dict=False` a tuple of its fields in their order.
-
-        Raises:
-            ValueError, TypeError: a wrong argument, before the denoiser runs.
-        """
-        return self.guided_call(given, settings)
+    __call__ = call_of(StableDiffusionInpaintPipeline, StableDiffusionSettings)

@@ -15,7 +15,7 @@ from .tsam import TextSelfAttention
 from .tsam_arguments import UNetSettings
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import TSAMOutput, TSAMPipelineMixin, extends, register
+from .tsam_pipeline import TSAMOutput, TSAMPipelineMixin, call_of, register
 from .tsam_sd import text_of_clips, unet_layers, words_of
 
 
@@ -61,20 +61,7 @@ class StableDiffusionXLTSAMPipeline(TSAMPipelineMixin, StableDiffusionXLPipeline
         """A phrase's tokens, as a `TextSelfAttention` has them."""
         return words_of(self, phrase, self.tokenizer or self.tokenizer_2)
 
-    @extends(StableDiffusionXLPipeline, UNetSettings, deprecated=("callback", "callback_steps"))
-    def __call__(self, given, settings):
-        """Generate like `StableDiffusionXLPipeline.__call__`; the arguments before `tsam_steps` are stock's.
-
-        Args:
-            {arguments}
-
-        Returns:
-            [`StableDiffusionXLTSAMPipelineOutput`], or with `return_dict=False` a tuple of its fields in their order.
-
-        Raises:
-            ValueError, TypeError: a wrong argument, before the denoiser runs.
-        """
-        return self.guided_call(given, settings)
+    __call__ = call_of(StableDiffusionXLPipeline, UNetSettings)
 
 
 register(StableDiffusionXLTSAMPipeline, StableDiffusionXLPipeline)

@@ -17,7 +17,7 @@ from .tsam import TextSelfAttention, texts_of
 from .tsam_arguments import BlocksSettings, blocks_between, shares_of
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import GuidedLoop, StandIn, TSAMOutput, extends
+from .tsam_pipeline import GuidedLoop, StandIn, TSAMOutput, call_of
 from .tsam_pixart import PixArtTSAM
 
 
@@ -82,17 +82,4 @@ class WanTSAMPipeline(PixArtTSAM, WanPipeline):
         """A phrase's tokens, as a `TextSelfAttention` has them."""
         return texts_of(self.tokenizer(prompt_clean(phrase), add_special_tokens=False).input_ids, self.tokenizer)
 
-    @extends(WanPipeline, BlocksSettings)
-    def __call__(self, given, settings):
-        """Generate like `WanPipeline.__call__`; the arguments before `tsam_steps` are stock's.
-
-        Args:
-            {arguments}
-
-        Returns:
-            [`WanTSAMPipelineOutput`], or with `return_dict=False` a tuple of its fields in their order.
-
-        Raises:
-            ValueError, TypeError: a wrong argument, before the denoiser runs.
-        """
-        return self.guided_call(given, settings)
+    __call__ = call_of(WanPipeline, BlocksSettings)

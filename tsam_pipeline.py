@@ -394,60 +394,63 @@ def uncorrected(scheduler, alignment):
 # The pipelines
 
 
-def extends(stock, settings_class, deprecated=()):
-    """Decorates a call (self, given, settings, **hooks): its public signature is stock's flat one, then the hooks and
-    the fields of `settings_class`. The fields replace `{arguments}` in its docstring.
+def call_of(stock, settings_class, deprecated=("callback", "callback_steps")):
+    """A pipeline's `__call__`: the stock one's flat signature, a callback if that has none, then the fields of
+    `settings_class`.
 
-    given: stock's arguments by name, defaults included. deprecated: what stock takes by **kwargs. TypeError for other
-    names, because stock would swallow them.
+    deprecated: what stock takes by **kwargs. TypeError for other names, because stock would swallow them.
     """
+    theirs = inspect.signature(stock.__call__).parameters
+    observers = {} if "callback_on_step_end" in theirs else OBSERVERS
+    named = [p for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
+    ours = [inspect.Parameter(name, named[-1].kind, default=default) for name, default in observers.items()]
+    ours += [named[-1].replace(name=f.name, default=f.default, annotation=f.type) for f in fields(settings_class)]
+    signature = inspect.Signature([*named, *ours, *(p for p in theirs.values() if p not in named)])
 
-    def decorate(call):
-        theirs = [*inspect.signature(stock.__call__).parameters.values()]
-        named, swallow = inspect.Parameter.POSITIONAL_OR_KEYWORD, [p for p in theirs if p.kind is p.VAR_KEYWORD]
-        own = [p for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        hooks = [p.replace(kind=named) for p in own]
-        names = [each.name for each in fields(settings_class)]
-        ours = [
-            inspect.Parameter(each.name, named, default=each.default, annotation=each.type)
-            for each in fields(settings_class)
-        ]
-        signature = inspect.Signature([*theirs[: len(theirs) - len(swallow)], *hooks, *ours, *swallow])
+    def bind(*args, **kwargs):
+        """Stock's arguments by name, defaults included, the settings, and the callback."""
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        others = given.pop("kwargs", {})
+        unknown = [name for name in others if name not in deprecated]
+        if unknown:
+            raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, unknown))}.")
+        given.pop("self")
+        settings = settings_class(**{each.name: given.pop(each.name) for each in fields(settings_class)})
+        callback = [given.pop(name) for name in observers]
+        return given | others, settings, observer(*callback) if callback else None
 
-        # Leave inference mode, because autograd cannot use tensors made in it; callers get the same results.
-        @torch.inference_mode(False)
-        @torch.no_grad()
-        @functools.wraps(call)
-        def flat(self, *args, **kwargs):
-            given, settings, hooked = bind(self, *args, **kwargs)
-            return call(self, given, settings, **hooked)
+    # Leave inference mode, because autograd cannot use tensors made in it; callers get the same results.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        return self.guided_call(*bind(self, *args, **kwargs))
 
-        def bind(*args, **kwargs):
-            """Stock's arguments, the settings and the hooks."""
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            given = dict(bound.arguments)
-            others = given.pop("kwargs", {})
-            unknown = [name for name in others if name not in deprecated]
-            if unknown:
-                raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, unknown))}.")
-            given.pop("self")
-            settings = settings_class(**{name: given.pop(name) for name in names})
-            hooked = {hook.name: given.pop(hook.name) for hook in hooks}
-            return given | others, settings, hooked
+    lines = [OBSERVERS_HELP] * bool(observers) + settings_class.documentation()
+    lines = (textwrap.fill(line, 112, subsequent_indent=" " * 4) for line in lines)
+    __call__.__doc__ = CALL_HELP.format(stock.__name__, ours[0].name, textwrap.indent("\n".join(lines), " " * 4))
+    __call__.bind, __call__.__signature__ = bind, signature
+    return __call__
 
-        flat.bind = bind
 
-        indent = " " * 12
-        lines = (
-            textwrap.fill(line, 120, initial_indent=indent, subsequent_indent=indent + "    ")
-            for line in settings_class.documentation()
-        )
-        flat.__doc__ = (call.__doc__ or "").replace(f"{indent}{{arguments}}", "\n".join(lines))
-        flat.__signature__ = signature
-        return flat
+OBSERVERS = {"callback_on_step_end": None, "callback_on_step_end_tensor_inputs": ["latents"]}
+OBSERVERS_HELP = (
+    "callback_on_step_end (`Callable`, *optional*): Called after every denoising step as `callback(self, step,"
+    " timestep, {'latents': latents})`; the `latents` it returns replace the step's. It may set `self._interrupt`. The"
+    " stock call has no such callback. `callback_on_step_end_tensor_inputs` may be [] or ['latents']."
+)
+CALL_HELP = """Generate like `{0}.__call__`; the arguments before `{1}` are stock's.
 
-    return decorate
+Args:
+{2}
+
+Returns:
+    The stock output with the fields of `TSAMOutput` behind its own, or with `return_dict=False` a tuple of them.
+
+Raises:
+    ValueError, TypeError: a wrong argument, before the denoiser runs.
+"""
 
 
 def alone(method):
@@ -632,7 +635,7 @@ def register(cls, stock):
             mapping[f"{name}-tsam"] = cls if mapping is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else mapping[name]
 
 
-def observed(callback, tensor_inputs, known=("latents",)):
+def observer(callback, tensor_inputs, known=("latents",)):
     """`callback_on_step_end` for a stock pipeline without one, checked: it may ask for `known` tensors only."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         tensor_inputs = callback.tensor_inputs
