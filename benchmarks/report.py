@@ -18,11 +18,10 @@ import numpy as np
 import starts
 import tuning
 from matplotlib.figure import Figure
-from rows import COMPARED, RESULTS, SMALL, compared, of_run, settings_of, share
+from rows import RESULTS, SMALL, of_run
 
 from diffusers_tsam import FAMILIES, MODULAR
-from diffusers_tsam.evaluation.report import BLUE, Scores, markdown, table_of
-from diffusers_tsam.evaluation.report import interval as interval_of_means
+from diffusers_tsam.evaluation.report import BLUE, Scores, interval, markdown, table_of
 from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.figures import GREY, save
 from diffusers_tsam.tsam_arguments import PRESETS, T5_PRESETS
@@ -144,7 +143,7 @@ def overall_sentence():
         counted = scores.values["counted"]
         for name, own in zip(scores.run.methods, counted):
             gains.setdefault(name, []).append(np.nanmean(own - counted[scores.stock], 1))
-    found = {name: interval_of_means(np.concatenate(own)) for name, own in gains.items() if len(own) == len(cells)}
+    found = {name: interval(np.concatenate(own)) for name, own in gains.items() if len(own) == len(cells)}
     best = max((name for name in found if name.partition(":")[0] in PEERS), key=found.get, default=None)
     words = {name: OURS[name].removeprefix("T-SAM, ") for name in OURS if name in found}
     words |= {best: f"the best peer at one preset, {named(best)}," if best else ""}
@@ -152,16 +151,26 @@ def overall_sentence():
     return f"Over all {sum(map(len, gains['stock']))} pictures, points over stock: {'; '.join(said)}."
 
 
+def share(scores, method, key):
+    """In how many pictures `key` holds, in words."""
+    return "{:.1f} ± {:.1f} %".format(*(100 * x for x in scores.of(method, key)))
+
+
 def counted_tables(solids):
-    """Every method of every model."""
-    tables = []
+    """Every method of every model: how many pictures are right, and what it makes of stock's wrong and right ones."""
+    tables, head = [], ["setting (pictures)", "right", "points over stock", "fixes", "keeps", *WRONG.values()]
     for model, scores in counted_runs(solids).items():
-        rows, lines = of_run(scores.run), []
-        for name in settings_of(rows):
-            own = [row for row in rows if row["setting"] == name]
-            words = OURS.get(name) or described(name).replace(", relative step 0.05", "")
-            lines.append([*compared(rows, name, words), *(share(own, key) for key in WRONG)])
-        tables.append(f"The small {SMALL[model]}:\n\n" + markdown([*COMPARED, *WRONG.values()], lines))
+        right, lines = scores.values["counted"], {}
+        for method, name in enumerate(scores.run.methods):
+            if counted_right(scores, name):
+                words = OURS.get(name) or described(name).replace(", relative step 0.05", "")
+                parts = [right[method][np.isfinite(right[method]) & (right[scores.stock] == k)] for k in (0, 1)]
+                parts = [f"{100 * part.mean():.0f} % of {part.size}" if part.size else "-" for part in parts]
+                parts = [cell(scores, name), *parts] if method != scores.stock else [""] * 3
+                shares = [share(scores, method, key) for key in ("counted", *WRONG)]
+                line = [f"{words} ({np.isfinite(right[method]).sum()})", shares[0], *parts, *shares[1:]]
+                lines[method != scores.stock, -np.nanmean(right[method]), method] = line
+        tables.append(f"The small {SMALL[model]}:\n\n" + markdown(head, [lines[key] for key in sorted(lines)]))
     return "\n\n".join(tables) or "Not drawn yet."
 
 
@@ -286,10 +295,10 @@ def sink_sentence(sink="sink", control="sd", ours="tsam:preset=fast"):
     """What the documents say of the model with a sink that ships, beside the one without."""
     runs, said = counted_runs(2), {}
     for name in (sink, control):
-        rows = of_run(runs[name].run)
         for setting in ("stock", ours):
-            own = [row for row in rows if row["setting"] == setting]
-            said[name, setting] = f"{share(own, 'right')} of {len(own)} pictures right", share(own, "swap")
+            method, pictures = runs[name].run.methods.index(setting), runs[name].run.done("drawn")
+            right, swap = (share(runs[name], method, key) for key in ("counted", "swap"))
+            said[name, setting] = f"{right} of {pictures[method].sum()} pictures right", swap
     (stock, swapped), (guided, mended), (without, few) = said[sink, "stock"], said[sink, ours], said[control, "stock"]
     return (
         f"stock gets two solids in {stock}, and T-SAM in {guided} ({cell(runs[sink], ours)} points); colours are"

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import RESULTS, SMALL, auc, interval, of_run
+from rows import RESULTS, SMALL, auc, of_run
 
 from diffusers_tsam.evaluation.baselines import BASELINES, told
 from diffusers_tsam.evaluation.generate import generate
-from diffusers_tsam.evaluation.report import markdown
+from diffusers_tsam.evaluation.report import interval, markdown
 from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.evaluation.score import score
 from diffusers_tsam.figures import GREY, INK, save
@@ -97,7 +97,7 @@ def chosen(prompts, number, by, step, drawn="stock"):
             continue
         keys = [not own for own in right] if by == "judge" else [start[by][STEPS.index(step)] for start in starts]
         shares.append(best_of(number, np.argsort(keys, kind="stable"), right))
-    return tuple(100 * x for x in interval(shares, range(len(shares))))
+    return tuple(100 * x for x in interval(shares))
 
 
 def tables(found):

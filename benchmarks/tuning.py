@@ -10,11 +10,11 @@ import functools
 import json
 
 import numpy as np
-from rows import RESULTS, SMALL, auc, interval, of_run
+from rows import RESULTS, SMALL, auc, of_run
 from starts import FAST, STEPS, WATCHED, draw, losses_of
 from variants import VARIANTS
 
-from diffusers_tsam.evaluation.report import markdown
+from diffusers_tsam.evaluation.report import interval, markdown
 from diffusers_tsam.evaluation.runs import Run
 
 
@@ -77,7 +77,7 @@ def tables():
     for name, words in {LIGHT: "`light`", **CHANGED}.items():
         each = [[x for model in own for x in gains(found, model, n, name)] for n, own in cells.items()]
         each.append(sum(each, []))
-        numbers = (interval(some, range(len(some))) for some in each)
+        numbers = map(interval, each)
         rows.append([words, *(f"{100 * mean:+.1f} ± {100 * half:.1f}" for mean, half in numbers)])
     models = dict.fromkeys(model for own in cells.values() for model in own)
 
