@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..shapes.judge import Judge, count, verdict
-from ..shapes.scenes import words_of_solids
+from ..shapes.scenes import solids_of
 from ..tsam_arguments import check_integer
 from .prompts import json_of, phrases
 from .runs import Run, opened, processes, write
@@ -217,16 +217,15 @@ class Shapes:
     keys = ("counted", "right", "double", "touching", "missing", "swap")
 
     def __init__(self, prompts):
-        self.judge, other = Judge.from_pretrained(), [p.text for p in prompts if not words_of_solids(p.text)]
+        self.judge, other = Judge.from_pretrained(), [p.text for p in prompts if not solids_of(p.text)]
         if other:
             raise ValueError(f"The judge reads coloured solids only, and no pictures of {other[0]!r}.")
 
     def __call__(self, images, prompts):
         rows = []
         for image, prompt, seen in zip(images, prompts, self.judge.locate(images)):
-            words, (solids, fragments) = prompt.text.split(), count(image)
-            wanted = [(words[colour], words[solid]) for colour, solid in words_of_solids(prompt.text)]
-            found = verdict(wanted, seen, solids)
+            solids, fragments = count(image)
+            found = verdict(solids_of(prompt.text), seen, solids)
             row = {key: int(found["present" if key == "right" else key]) for key in self.keys}
             rows.append(row | {"seen": sorted(map(list, seen)), "count": solids, "fragments": fragments})
             if prompt.regions:

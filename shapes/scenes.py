@@ -176,5 +176,10 @@ def random_scene(rng, split="train"):
 
 def words_of_solids(caption):
     """Positions of each solid's colour and noun among the caption's words: list of (colour, noun)."""
+    return [(k - 1, k) for k, word in enumerate(caption.split()) if word in SOLIDS]
+
+
+def solids_of(caption):
+    """The (colour, solid) that a caption asks for."""
     words = caption.split()
-    return [(k - 1, k) for k, word in enumerate(words) if word in SOLIDS]
+    return [(words[colour], words[solid]) for colour, solid in words_of_solids(caption)]

@@ -3,71 +3,67 @@
 import json
 import re
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from unittest import mock
 
+import cost
+import mechanism
 import numpy as np
 import pytest
+import report
+import starts
 import torch
+import tuning
+from rows import of_run
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import T5Config
+from variants import VARIANTS, variant
 
 from diffusers_tsam import tsam
 from diffusers_tsam.evaluation.prompts import Prompt
 from diffusers_tsam.evaluation.runs import Run
 
 
-@pytest.fixture
-def cost():
-    import cost
+COUNTED = [  # the forward pass as far as the last map, back, and the maps: GFLOP, of a plain step's
+    (cost.simulate, "sd", 512, (398 + 445 + 6) / 1607),
+    (cost.simulate, "pixart", 512, (817 + 896 + 44) / 2472),
+    (cost.simulate_modular, "sdxl", 1024, 11268 / 13522),
+]
 
-    return cost
 
-
-# The forward pass as far as the last map, and back, 398 + 445 of 1607 GFLOP and 817 + 896 of 2472, and the maps beside
-@pytest.mark.parametrize("kind, ratio, memory", [("sd", 849 / 1607, 1.25), ("pixart", 1757 / 2472, 1.25)])
-def test_a_guided_pass_computes_and_keeps_only_what_it_needs(cost, kind, ratio, memory):
-    (plain, _, guided), _ = cost.simulate(kind, 512, "meta")
+@pytest.mark.parametrize("simulate, kind, size, ratio", COUNTED)
+def test_a_guided_pass_computes_and_keeps_only_what_it_needs(simulate, kind, size, ratio):
+    (plain, *_, guided), _ = simulate(kind, size, "meta")
     assert guided / plain == pytest.approx(ratio, rel=0.005)
-    _, (step, decoding, guidance) = cost.simulate(kind, 512, "cpu")
-    assert guidance < memory * max(step, decoding)
+    if simulate is cost.simulate:
+        _, (*others, guidance) = simulate(kind, size, "cpu")
+        assert guidance < 1.25 * max(others)
 
 
-def test_a_guided_pass_of_sdxl_costs_less_than_its_plain_step(cost):
-    (plain, guided), _ = cost.simulate_modular("sdxl", 1024, "meta")
-    assert guided / plain == pytest.approx(11268 / 13522, rel=0.005)
+def test_the_presets_make_the_updates_that_are_counted_and_a_fast_picture_takes_at_most_half_as_much_again():
+    updates = cost.number_of_updates
+    expected = {"sd": (85, 40), "pixart": (55, 34), "sdxl": (85, 40), "sd3": (55, 34), "flux": (55, 34)}
+    assert {kind: (updates(kind, "paper", 50), updates(kind, "fast", 50)) for kind in expected} == expected
+    for (kind, ratio), steps in product({"sd": 0.528, "pixart": 0.711}.items(), (10, 20, 25, 50, 100)):
+        assert 1 + ratio * updates(kind, "fast", steps) / steps <= 1.5
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixart"])
-@pytest.mark.parametrize("steps", [10, 20, 25, 50, 100])
-def test_a_fast_picture_takes_at_most_one_and_a_half_times_the_operations(cost, kind, steps):
-    ratio = {"sd": 0.528, "pixart": 0.711}[kind]
-    assert 1 + ratio * cost.number_of_updates(kind, "fast", steps) / steps <= 1.5
-    assert cost.number_of_updates(kind, "paper", 50) == {"sd": 85, "pixart": 55}[kind]
-
-
-def test_counting_without_data_leaves_none_behind(cost):
-    from diffusers_tsam.tsam import smooth, spread_of
-
-    def read(maps):
-        return smooth(maps), spread_of(maps)
+def test_counting_without_data_leaves_none_behind():
+    def types():
+        maps = torch.rand(1, 2, 16, 16)
+        return type(tsam.smooth(maps)), type(tsam.spread_of(maps))
 
     with cost.without_data("cpu", torch.float32):
-        assert all(type(found) is FakeTensor for found in read(torch.rand(1, 2, 16, 16)))
-    assert all(type(found) is torch.Tensor for found in read(torch.rand(1, 2, 16, 16)))
+        assert types() == (FakeTensor, FakeTensor)
+    assert types() == (torch.Tensor, torch.Tensor)
     assert torch.get_default_dtype() is torch.float32
 
 
-def test_the_models_that_are_counted_have_no_dropout(cost):
+def test_the_models_that_are_counted_have_no_dropout():
     config = {"d_model": 8, "d_ff": 8, "num_heads": 1, "vocab_size": 9}
     with mock.patch.multiple(cost, T5Config=lambda **_: T5Config(**config, num_layers=1), build_denoiser=mock.Mock()):
         encoder = cost.build_components("pixart")["text_encoder"]
     assert encoder.config.dropout_rate > 0 and not any(module.training for module in encoder.modules())
-
-
-@pytest.mark.parametrize("kind, passes", [("sdxl", (85, 40)), ("sd3", (55, 34)), ("flux", (55, 34))])
-def test_blocks_are_counted_with_their_own_presets(cost, kind, passes):
-    assert tuple(cost.number_of_updates(kind, name, 50) for name in ("paper", "fast")) == passes
 
 
 @pytest.mark.parametrize(
@@ -82,24 +78,18 @@ def test_blocks_are_counted_with_their_own_presets(cost, kind, passes):
     ],
 )
 def test_a_method_has_words(setting, words):
-    import report
-
     assert report.described(setting) == words
 
 
-@pytest.fixture
-def counted(tmp_path, monkeypatch):
-    """A run of known verdicts in the place of the committed ones: of four pictures, two, three and four are right."""
-    import report
-
-    found = {"stock": 2, "tsam:preset=fast": 4, "conform:preset=light:alpha=1": 3, "syngen": None}
+def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_counted(tmp_path, monkeypatch):
+    found = {"stock": 2, "tsam:preset=fast": 4, "conform:preset=light:alpha=1": 3, "syngen": None}  # right, of four
     settings = {"methods": {name: {} for name in found}, "seeds": 2, "format": "png", "model": "pixart"}
     settings |= {"prompt_set": "shapes:2:test:2", "kind": "pixart", "arguments": {"num_inference_steps": 25}}
     prompts = [Prompt(str(k), text, []) for k, text in enumerate(("a red cube and a blue ring", "a white star"))]
     run = Run.create(tmp_path / "evaluation" / "run", settings, prompts)
     (run.folder / "score-judge.json").write_text('{"counted": true}')
-    for method, right in enumerate(found.values()):
-        for k in range(4 if right else 0):
+    for (method, right), k in product(enumerate(found.values()), range(4)):
+        if right:
             own = {"method": method, "prompt": k // 2, "seed": k % 2}
             seen = [["red", "cube"], ["blue", "ring"]] if k < 2 else [["white", "star"]]
             with run.writer("drawn", 0) as drawn, run.writer("score-judge", 0) as scored:
@@ -108,54 +98,35 @@ def counted(tmp_path, monkeypatch):
                 more = dict.fromkeys(("touching", "missing", "swap"), 0) | {"double": int(k >= right)}
                 scored([own | more | {"counted": int(k < right), "right": 1, "seen": seen, "count": count}])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    return report
 
-
-def test_the_headline_is_of_counted_runs(counted):
-    rows = counted.counted_table().splitlines()
-    assert rows[0] == "| counted right | PixArt-α |" and rows[2].startswith("| stock, two solids | 50.0 ± 98.0 % |")
-    assert rows[3] == '| T-SAM, `preset="fast"` | +50.0 ± 98.0 |'
-    assert rows[4] == "| the best peer of these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"
-    assert len(rows) == 5
-    every = counted.counted_tables(2)
+    table = report.counted_table().splitlines()
+    assert table[0] == "| counted right | PixArt-α |" and table[2].startswith("| stock, two solids | 50.0 ± 98.0 % |")
+    assert table[3] == '| T-SAM, `preset="fast"` | +50.0 ± 98.0 |'
+    assert table[4:] == ["| the best peer of these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"]
+    every = report.counted_tables(2)
     assert "| CONFORM's loss, words given, preset light, α 1 (4) | 75.0 ± 49.0 % | +25.0 ± 49.0 | 50 % of 2 |" in every
     assert "| 100 % of 2 | 25.0 ± 49.0 % |" in every and "nan" not in every
     assert "(4) | 100.0 ± 0.0 % | +50.0 ± 98.0 | 100 % of 2 | 100 % of 2 |" in every
-    assert counted.counted_tables(3) == "Not drawn yet."
-    assert len(counted.counted_figure().axes[0].containers) == 3  # light was not drawn
-    (counted.RESULTS / "summary.json").write_text('{"card": {"sd": "as it was"}}')
-    cards = counted.card_sentences()
+    assert report.counted_tables(3) == "Not drawn yet."
+    assert len(report.counted_figure().axes[0].containers) == 3  # light was not drawn
+    (tmp_path / "summary.json").write_text('{"card": {"sd": "as it was"}}')
+    cards = report.card_sentences()
     assert cards["sd"] == "as it was" and "100.0 ± 0.0 % of 4 pictures" in cards["pixart"]
-
-
-def test_a_runs_rows_are_those_of_its_lines(counted):
-    from rows import of_run
-
-    rows = of_run(Run(counted.RESULTS / "evaluation" / "run"))
+    rows = of_run(run)
     assert [row["right"] for row in rows if row["setting"] == "stock"] == [True, True, False, False]
     assert [row["caption"] for row in rows[:4]] == ["a red cube and a blue ring"] * 2 + ["a white star"] * 2
     assert {row["updates"] for row in rows} == {0, 1, 2}  # what was kept of drawing it
 
 
-def test_the_documents_say_what_the_data_say():
-    import report
-
+def test_the_documents_say_what_the_data_say_and_ask_only_for_what_is_there():
     for path, text in report.outputs().items():
         assert path.read_text() == text, f"{path.name}: run `python benchmarks/report.py`"
     assert not re.search(r"<!-- ([\w-]+) -->\n<!-- /\1 -->", "".join(path.read_text() for path in report.DOCUMENTS))
-
-
-def test_a_document_asks_only_for_what_is_there():
-    import report
-
     with pytest.raises(ValueError, match="No part is called 'nothing'; there are operations"):
         report.filled("<!-- nothing -->\n<!-- /nothing -->", {"operations": ""})
 
 
 def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path, monkeypatch):
-    import mechanism
-    from rows import of_run
-
     argv = f"mechanism.py --prompts 2 --seeds 1 --steps 2 --output {tmp_path}".split()
     for _ in range(2):  # the second time nothing is left to do
         monkeypatch.setattr(sys, "argv", argv)
@@ -172,8 +143,6 @@ def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path,
 
 
 def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
-    import starts
-
     right, losses = [True, False, True, False, False], [0.3, 0.1, 0.2, 0.5, 0.4]
     for number in (1, 2, 3, 5):
         groups = list(combinations(range(5), number))
@@ -187,9 +156,6 @@ def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
 
 
 def test_variants_change_one_constant_of_the_contrast_and_are_counted_beside_stock(tmp_path, monkeypatch):
-    import tuning
-    from variants import VARIANTS, variant
-
     torch.manual_seed(0)
     maps, t, content = torch.rand(2, 6, 4, 4), torch.rand(2, 6, 6).tril(), torch.ones(2, 6, dtype=torch.bool)
     text = tsam.Syntax(t, t, content, [], tsam.relation_of(t, content))
