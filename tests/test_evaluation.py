@@ -102,10 +102,11 @@ def test_a_picture_is_whole_if_nothing_of_its_end_is_missing(format, tmp_path):
     path = tmp_path / f"picture.{format}"
     assert not whole(path)
     save(Image.new("RGB", (9, 7)), path)
+    assert whole(path)
     content = path.read_bytes()
-    for part, there in ((content, True), (content[:-1], False), (content[:5], False), (b"", False), (bytes(99), False)):
+    for part in (content[:-1], content[:5], b"", bytes(len(content))):
         path.write_bytes(part)
-        assert whole(path) == there
+        assert not whole(path)
 
 
 SCRIPT = """import runpy, sys
