@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from safetensors.torch import load_file
-from test_contrast import GRID, case_of, close, loss_of, positions, ragged
+from test_contrast import GRID, case_of, check_rows, loss_of, positions, prompts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,19 +45,14 @@ def test_text_attention_is_that_of_each_prompt_alone_also_under_a_huge_exponent(
     case = case_of(sink=sink)
     product = tsam.normalize_text_attention(case.attention.float(), case.content, gamma)
     literal, rel = (oracle.text_attention, 1e-5) if gamma < 60 else (oracle.text_attention_in_logs, 2e-5)
-    for matrix, attention, mask in zip(product, case.attention.tolist(), case.content):
-        rows, outside = ragged(matrix, mask)
-        assert close(rows, literal(attention, positions(mask), gamma), rel)
-        assert outside == pytest.approx(0, abs=1e-5)
+    check_rows(product, case.content, [literal(*of_prompt, gamma) for of_prompt in prompts_of(case)], rel)
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2), (2, 2), (4, 7), (16, 12)])
 def test_smoothing_reflects_at_every_border(grid):
     maps = torch.rand(2, 3, *grid, dtype=torch.float64)
-    product = tsam.smooth(maps.float())
-    for image in range(2):
-        for token in range(3):
-            assert close(product[image, token].tolist(), oracle.smooth(maps[image, token].tolist()))
+    expected = [[oracle.smooth(image) for image in images] for images in maps.tolist()]
+    torch.testing.assert_close(tsam.smooth(maps.float()), torch.tensor(expected), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("grid", [(1, 5), (5, 1), (1, 1)])
@@ -68,11 +63,8 @@ def test_smoothing_a_single_row_or_column_leaves_a_flat_map_flat(grid):
 
 def test_similarity_is_summed_over_the_tokens_up_to_a_words_own():
     case = case_of()
-    product = tsam.similarity_of(case.maps.float(), case.content)
-    for matrix, maps, mask in zip(product, case.maps, case.content):
-        rows, outside = ragged(matrix, mask)
-        assert close(rows, oracle.normalized(oracle.similarity(maps[positions(mask)].tolist())))
-        assert outside == pytest.approx(0, abs=1e-5)
+    expected = [oracle.normalized(oracle.similarity(maps[own].tolist())) for maps, own in zip(case.maps, case.content)]
+    check_rows(tsam.similarity_of(case.maps.float(), case.content), case.content, expected)
 
 
 @pytest.mark.parametrize("strongest", [1.0, 1e-2, 1e-4])
@@ -329,74 +321,78 @@ def test_the_presets_scale_with_the_number_of_steps(settings, preset, number, ex
     assert settings(preset=preset).plan(number) == expected
 
 
-def test_what_is_given_is_taken_as_it_is():
-    given = Settings(preset="fast", tsam_steps=7, refinement_steps=[6, 0, 6], refinement_iterations=3)
-    assert given.plan(20) == (7, {0, 6}, 3)
-    assert Settings(tsam_steps=4).plan(20) == (4, {0}, 8)  # of 0, 4 and 8, what is guided
-
-
-def test_a_preset_gives_what_is_left_out_and_what_is_given_wins():
+def test_a_preset_gives_what_is_left_out_and_what_is_given_is_taken_as_it_is():
     paper, fast, light = (SD(preset=preset) for preset in ("paper", "fast", "light"))
     assert (paper.objective, paper.alpha, paper.relative_step, paper.gamma) == ("l1", 10.0, None, 2.0)
     assert fast.objective == light.objective == "contrast" and fast.relative_step == light.relative_step == 0.05
     assert (PIXART().alpha, PIXART().gamma) == (15.0, 4.0)
     assert fast.alpha is None and light.plan(50).refinement_iterations == 0
-    given = Settings(preset="fast", alpha=3.0, objective="l1")
+    steps = {"tsam_steps": 7, "refinement_steps": [6, 0, 6], "refinement_iterations": 3}
+    given = Settings(preset="fast", alpha=3.0, objective="l1", **steps)
     assert (given.alpha, given.relative_step, given.objective, given.gamma) == (3.0, None, "l1", 4.0)
+    assert given.plan(20) == (7, {0, 6}, 3)
+    assert Settings(tsam_steps=4).plan(20) == (4, {0}, 8)  # of 0, 4 and 8, what is guided
 
 
 NAN, INF, NAMES = math.nan, math.inf, ", ".join(map(repr, OBJECTIVE_NAMES))
+NO_INTEGER, NO_NUMBER = "has to be an integer but is", "has to be a number but is"
 WRONG = [
-    ({"tsam_steps": -1}, ValueError, r"`tsam_steps` is -1, but .* at least 0. Pass 0 for off, or None"),
-    ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps. Pass 0 to 4"),
-    ({"tsam_steps": 1.5}, TypeError, "`tsam_steps` has to be an integer but is 1.5"),
-    ({"candidates": 0}, ValueError, "`candidates` is 0, but has to be at least 1"),
-    ({"alpha": -1.0}, ValueError, "`alpha` is -1.0, but has to be at least 0.* Pass .* 10.0"),
-    ({"alpha": math.inf}, ValueError, "`alpha` is inf, but has to be finite"),
-    ({"alpha": "10"}, TypeError, "`alpha` has to be a number but is '10'"),
-    ({"relative_step": 1.5}, ValueError, "`relative_step` is 1.5, but has to be between 0 and 1"),
-    ({"alpha": 10.0, "relative_step": 0.1}, ValueError, "`alpha` is 10.0 and `relative_step` 0.1.* Leave one out"),
-    ({"gamma": 0.0}, ValueError, "`gamma` is 0.0, but has to be above 0.* Pass .* 2.0"),
-    ({"region_weight": -1}, ValueError, "`region_weight` is -1, but has to be at least 0.* 10.0"),
-    ({"refinement_iterations": -1}, ValueError, "`refinement_iterations` is -1, .* Pass 0 for no refinement"),
-    ({"refinement_steps": (2,)}, ValueError, "`refinement_steps` has 2, but only steps 0 to 1.* or raise `tsam_steps`"),
-    ({"refinement_steps": (-1,)}, ValueError, r"`refinement_steps` is -1, .* pass \(\) for no refinement"),
-    ({"refinement_steps": 0}, TypeError, r"`refinement_steps` has to be a sequence but is 0. Pass \(0, 10\)"),
-    ({"preset": "slow"}, ValueError, "`preset` is 'slow', but has to be one of 'paper', 'fast', 'light'"),
-    ({"objective": "l2"}, ValueError, rf"`objective` is 'l2', but .* one of {NAMES}, or a function \(maps, text\)"),
-    ({"objective": "layout"}, ValueError, "`objective` is 'layout', but there are no `regions`"),
+    ("tsam_steps", [-1], ValueError, "is -1, but .* at least 0. Pass 0 for off, or None"),
+    ("tsam_steps", [5], ValueError, "is 5, but there are only 4 denoising steps. Pass 0 to 4"),
+    ("tsam_steps", [1.5, True, 1.0, "1", NAN, [1]], TypeError, NO_INTEGER),
+    ("candidates", [0, -1], ValueError, "is (0|-1), but has to be at least 1"),
+    ("candidates", [1.5, True, "2", None], TypeError, NO_INTEGER),
+    *((f"candidate_{name}", [0, -1], ValueError, "has to be at least 1") for name in ("steps", "batch")),
+    *((f"candidate_{name}", [1.5, True, "2"], TypeError, NO_INTEGER) for name in ("steps", "batch")),
+    ("alpha", [-1, -1e-9], ValueError, "is -1.*, but has to be at least 0.* Pass .* 10.0"),
+    ("alpha", [NAN, INF, -INF, 10**400], ValueError, "is .*, but has to be finite"),
+    ("alpha", ["10", True, torch.ones(1)], TypeError, NO_NUMBER),
+    ("relative_step", [-0.1, 1.1, 1.5], ValueError, "is .*, but has to be between 0 and 1"),
+    ("relative_step", [NAN, INF], ValueError, "has to be finite"),
+    ("relative_step", ["0.1", True, [0.1]], TypeError, NO_NUMBER),
+    ("gamma", [0, 0.0, -2.0], ValueError, "is .*, but has to be above 0.* Pass .* 2.0"),
+    ("gamma", [NAN, INF, 10**400], ValueError, "has to be finite"),
+    ("gamma", ["2", False], TypeError, NO_NUMBER),
+    ("region_weight", [-1], ValueError, "is -1, but has to be at least 0.* 10.0"),
+    ("region_weight", [NAN, INF], ValueError, "has to be finite"),
+    ("region_weight", ["1", True], TypeError, NO_NUMBER),
+    ("refinement_iterations", [-1], ValueError, "is -1, .* Pass 0 for no refinement"),
+    ("refinement_iterations", [1.0, True, "1", INF], TypeError, NO_INTEGER),
+    ("refinement_steps", [(2,)], ValueError, "has 2, but only steps 0 to 1.* or raise `tsam_steps`"),
+    ("refinement_steps", [(-1,)], ValueError, r"is -1, .* pass \(\) for no refinement"),
+    ("refinement_steps", [(0.0,), (None,), (True,)], TypeError, NO_INTEGER),
+    ("refinement_steps", [0, "0", b"0"], TypeError, r"has to be a sequence but is .* Pass \(0, 10\)"),
+    (
+        "preset",
+        ["slow", "", None, 3, ["fast"], ("paper", "fast")],
+        ValueError,
+        "is .*, but has to be one of 'paper', 'fast', 'light'",
+    ),
+    (
+        "objective",
+        ["contrasts", "L1", "", 3, ["l1"], {"l1"}, torch.ones(1)],
+        ValueError,
+        f"is .*, but has to be one of {NAMES}",
+    ),
+    ("objective", ["l2"], ValueError, r"is 'l2', but .*, or a function \(maps, text\)"),
+    ("objective", ["layout"], ValueError, "is 'layout', but there are no `regions`"),
 ]
 
 
-@pytest.mark.parametrize("arguments, error, message", WRONG)
-def test_a_wrong_value_is_named_with_its_limit_and_remedy_unless_no_step_is_guided(arguments, error, message):
-    with pytest.raises(error, match=message):
-        Settings(**arguments).plan(4)
-    if not arguments.keys() & {"tsam_steps", "candidates"}:
-        assert Settings(**arguments, tsam_steps=0).plan(4) == (0, set(), 0)
+@pytest.mark.parametrize("name, values, error, message", WRONG)
+def test_a_wrong_value_is_named_with_its_limit_and_remedy_unless_no_step_is_guided(name, values, error, message):
+    for value in values:
+        with pytest.raises(error, match=f"^`{name}` .*{message}"):
+            Settings(**{name: value}).plan(4)
+        if name not in ("tsam_steps", "candidates", "candidate_steps", "candidate_batch"):
+            assert Settings(**{name: value}, tsam_steps=0).plan(4) == (0, set(), 0)
 
 
-WRONG_VALUES = {
-    "tsam_steps": [-1, 4, True, 1.0, "1", NAN, [1]],
-    "candidates": [0, -1, 1.5, True, "2", None],
-    "candidate_steps": [0, -1, 1.5, True, "2"],
-    "candidate_batch": [0, -1, 1.5, True, "2"],
-    "alpha": [-1, -1e-9, NAN, INF, -INF, 10**400, "10", True, torch.ones(1)],
-    "relative_step": [-0.1, 1.1, NAN, INF, "0.1", True, [0.1]],
-    "gamma": [0, -2.0, NAN, INF, 10**400, "2", False],
-    "region_weight": [-1, NAN, INF, "1", True],
-    "refinement_steps": [(3,), (-1,), (0.0,), (None,), (True,), 0, "0", b"0"],
-    "refinement_iterations": [-1, 1.0, True, "1", INF],
-    "preset": ["slow", "", None, 3, ["fast"], ("paper", "fast")],
-    "objective": ["contrasts", "L1", "", 3, ["l1"], {"l1"}, "layout", torch.ones(1)],
-}
-
-
-@pytest.mark.parametrize("name", WRONG_VALUES)
-def test_every_wrong_value_is_refused_by_its_name(name):
-    for value in WRONG_VALUES[name]:
-        with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
-            Settings(**{name: value}).plan(3)
+def test_alpha_and_a_relative_step_exclude_each_other_unless_no_step_is_guided():
+    both = {"alpha": 10.0, "relative_step": 0.1}
+    with pytest.raises(ValueError, match="`alpha` is 10.0 and `relative_step` 0.1.* Leave one out"):
+        Settings(**both)
+    assert Settings(**both, tsam_steps=0).off
 
 
 def test_off_counts_no_steps_that_are_not_there():
