@@ -27,13 +27,8 @@ def content(ids, bos, eos):
 
 def symmetrized(attention):
     """T' of an encoder whose tokens see those behind them, as if they did not: tril((T' + T'ᵀ)/2). App. B.2."""
-    matrix = []
-    for i in range(len(attention)):
-        row = []
-        for j in range(len(attention)):
-            row.append((attention[i][j] + attention[j][i]) / 2 if j <= i else 0.0)
-        matrix.append(row)
-    return matrix
+    tokens = range(len(attention))
+    return [[(attention[i][j] + attention[j][i]) / 2 if j <= i else 0.0 for j in tokens] for i in tokens]
 
 
 def text_attention(attention, own, gamma):
@@ -85,10 +80,7 @@ def smooth(image):
 
 
 def cosine(a, b):
-    dot, aa, bb = 0.0, 0.0, 0.0
-    for x, y in zip(a, b):
-        dot, aa, bb = dot + x * y, aa + x * x, bb + y * y
-    return dot / (aa * bb) ** 0.5
+    return sum(x * y for x, y in zip(a, b)) / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
 
 
 def similarity(images):
@@ -99,10 +91,7 @@ def similarity(images):
 
 def normalized(matrix):
     """S_ij = C_ij / Σ_k C_ik for j <= i; k <= i. Eq. (7)."""
-    rows = []
-    for i, row in enumerate(matrix):
-        rows.append([value / sum(row[: i + 1]) for value in row[: i + 1]])
-    return rows
+    return [[value / sum(row[: i + 1]) for value in row[: i + 1]] for i, row in enumerate(matrix)]
 
 
 def loss(text, images, objective):
@@ -153,19 +142,14 @@ def mask_on(mask, height, width):
 
 def share_inside(image, region):
     """Σ_a A_a R_a / Σ_a A_a of one map and one region on its grid."""
-    inside, total = 0.0, 0.0
-    for row, own in zip(image, region):
-        for value, part in zip(row, own):
-            inside, total = inside + value * part, total + value
-    return inside / total
+    inside = sum(value * part for row, own in zip(image, region) for value, part in zip(row, own))
+    return inside / sum(value for row in image for value in row)
 
 
 def layout(phrases):
     """mean over phrases (maps of its tokens, region) of mean over tokens of 1 - Σ_a A_a R_a / Σ_a A_a."""
-    total = 0.0
-    for images, region in phrases:
-        total = total + sum(1 - share_inside(image, region) for image in images) / len(images)
-    return total / len(phrases) if phrases else 0.0
+    outside = [sum(1 - share_inside(image, region) for image in images) / len(images) for images, region in phrases]
+    return sum(outside) / len(phrases) if phrases else 0.0
 
 
 def probabilities(query, key, heads, scale=None, bias=None):
@@ -189,29 +173,35 @@ def attended(heads, value):
     return torch.cat([head @ own for head, own in zip(heads, value.chunk(len(heads), -1))], -1)
 
 
+def double(model):
+    return copy.deepcopy(model).double().requires_grad_(False)
+
+
+def linear(x, layer):
+    x = x @ layer.weight.T
+    return x if layer.bias is None else x + layer.bias
+
+
 def clip_self_attention(encoder, ids):
     """T' (N, N) of one prompt's token ids, from the weights of a CLIP text encoder. Eq. (2)."""
-    config = encoder.config
-    weights = {name.removeprefix("text_model."): value.double() for name, value in encoder.state_dict().items()}
+    config, model = encoder.config, double(encoder)
+    model = getattr(model, "text_model", model)
 
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(x, name):
+    def norm(x, layer):
         x = x - x.mean(-1, keepdim=True)
         x = x / (x.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+        return x * layer.weight + layer.bias
 
-    x = weights["embeddings.token_embedding.weight"][ids] + weights["embeddings.position_embedding.weight"][: len(ids)]
+    x = model.embeddings.token_embedding.weight[ids] + model.embeddings.position_embedding.weight[: len(ids)]
     later = torch.full((len(ids), len(ids)), -math.inf).triu(1)
     seen = []
-    for layer in (f"encoder.layers.{number}" for number in range(config.num_hidden_layers)):
-        y = norm(x, f"{layer}.layer_norm1")
-        query, key, value = (linear(y, f"{layer}.self_attn.{name}_proj") for name in "qkv")
+    for layer in model.encoder.layers:
+        own, y = layer.self_attn, norm(x, layer.layer_norm1)
+        query, key, value = linear(y, own.q_proj), linear(y, own.k_proj), linear(y, own.v_proj)
         heads = probabilities(query, key, config.num_attention_heads, bias=[later] * config.num_attention_heads)
-        x = x + linear(attended(heads, value), f"{layer}.self_attn.out_proj")
-        y = linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")
-        x = x + linear(y / (1 + (-1.702 * y).exp()), f"{layer}.mlp.fc2")  # "quick_gelu"
+        x = x + linear(attended(heads, value), own.out_proj)
+        y = linear(norm(x, layer.layer_norm2), layer.mlp.fc1)
+        x = x + linear(y / (1 + (-1.702 * y).exp()), layer.mlp.fc2)  # "quick_gelu"
         seen += heads
     return sum(seen) / len(seen)
 
@@ -232,34 +222,28 @@ def bucket(distance, buckets, max_distance):
 
 def t5_self_attention(encoder, ids, mask):
     """T' (N, N) of one prompt's token ids, from the weights of a T5 encoder; mask (N) is 0 at padding. Eq. (2)."""
-    config = encoder.config
-    weights = {name: value.double() for name, value in encoder.state_dict().items()}
+    config, model = encoder.config, double(encoder)
 
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T
+    def norm(x, layer):
+        return x / (x.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt() * layer.weight
 
-    def norm(x, name):
-        x = x / (x.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()
-        return x * weights[f"{name}.weight"]
-
-    positions = range(len(ids))
+    positions, blocks = range(len(ids)), model.encoder.block
     buckets, max_distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
     number = torch.tensor([[bucket(key - query, buckets, max_distance) for key in positions] for query in positions])
     padding = torch.tensor([0.0 if own else -math.inf for own in mask.tolist()])
-    table = weights["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]  # for all layers
+    table = blocks[0].layer[0].SelfAttention.relative_attention_bias.weight  # for all layers
     bias = [table[number, head] + padding for head in range(config.num_heads)]
 
-    x = weights["shared.weight"][ids]
+    x = model.shared.weight[ids]
     seen = []
-    for layer in (f"encoder.block.{number}.layer" for number in range(config.num_layers)):
-        y = norm(x, f"{layer}.0.layer_norm")
-        query, key, value = (linear(y, f"{layer}.0.SelfAttention.{name}") for name in "qkv")
-        heads = probabilities(query, key, config.num_heads, 1.0, bias)
-        x = x + linear(attended(heads, value), f"{layer}.0.SelfAttention.o")
-        y = norm(x, f"{layer}.1.layer_norm")
-        gate = linear(y, f"{layer}.1.DenseReluDense.wi_0")
+    for attention, feed in (block.layer for block in blocks):
+        own, y = attention.SelfAttention, norm(x, attention.layer_norm)
+        heads = probabilities(linear(y, own.q), linear(y, own.k), config.num_heads, 1.0, bias)
+        x = x + linear(attended(heads, linear(y, own.v)), own.o)
+        own, y = feed.DenseReluDense, norm(x, feed.layer_norm)
+        gate = linear(y, own.wi_0)
         gate = gate / 2 * (1 + (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh())  # "gelu_new"
-        x = x + linear(gate * linear(y, f"{layer}.1.DenseReluDense.wi_1"), f"{layer}.1.DenseReluDense.wo")
+        x = x + linear(gate * linear(y, own.wi_1), own.wo)
         seen += heads
     return sum(seen) / len(seen)
 
@@ -296,11 +280,6 @@ def layers_of_blocks(first, last):
     return [f"transformer_blocks.{number}.attn2" for number in range(first, last + 1)]
 
 
-def linear(x, layer):
-    x = x @ layer.weight.T
-    return x if layer.bias is None else x + layer.bias
-
-
 def mean_cross_attention(layers, inputs, mask=None):
     """A (P, N) of the one image in `inputs`: mean over heads, then over the layers {name: module}. Eq. (6).
 
@@ -313,10 +292,6 @@ def mean_cross_attention(layers, inputs, mask=None):
         heads = probabilities(linear(hidden, layer.to_q), linear(context, layer.to_k), layer.heads, bias=bias)
         maps.append(sum(heads) / len(heads))
     return sum(maps) / len(maps)
-
-
-def double(model):
-    return copy.deepcopy(model).double().requires_grad_(False)
 
 
 def loss_at(model, model_input, given, names, windows, grid, objective, phrases=(), weight=0.0):
@@ -361,11 +336,8 @@ def lift(attention, own):
         row = [attention[i][j] for j in own if j <= i]
         shares.append([value / sum(row) if sum(row) > 0 else 0.0 for value in row])
     for i in range(len(shares)):
-        row = []
-        for j in range(i):
-            later = [shares[k][j] for k in range(j + 1, len(shares))]
-            row.append(shares[i][j] * len(later) / sum(later) if sum(later) > 0 else 0.0)
-        matrix.append(row)
+        later = [[shares[k][j] for k in range(j + 1, len(shares))] for j in range(i)]
+        matrix.append([shares[i][j] * len(own) / sum(own) if sum(own) > 0 else 0.0 for j, own in enumerate(later)])
     return matrix
 
 
@@ -391,39 +363,30 @@ def spread(image):
     total = sum(value - least for row in image for value in row)
     if not total > 0:
         return 0.0
-    places = []
-    for h in range(height):
-        for w in range(width):
-            places.append(((image[h][w] - least) / total, (h + 0.5) / height, (w + 0.5) / width))
-    y_mean, x_mean = sum(q * y for q, y, x in places), sum(q * x for q, y, x in places)
-    return 6 * sum(q * ((y - y_mean) ** 2 + (x - x_mean) ** 2) for q, y, x in places)
+    places = [((h + 0.5) / height, (w + 0.5) / width) for h in range(height) for w in range(width)]
+    parts = [(value - least) / total for row in image for value in row]
+    y_mean, x_mean = (sum(q * place[axis] for q, place in zip(parts, places)) for axis in (0, 1))
+    return 6 * sum(q * ((y - y_mean) ** 2 + (x - x_mean) ** 2) for q, (y, x) in zip(parts, places))
 
 
 def weighted_mean(values, weights):
     """Σ w v / Σ w; 0 where no weight is left."""
-    total, sum_of_weights = 0.0, 0.0
-    for value, own in zip(values, weights):
-        total, sum_of_weights = total + own * value, sum_of_weights + own
-    return total / sum_of_weights if sum_of_weights > 0 else 0.0
+    total = sum(weights)
+    return sum(own * value for value, own in zip(values, weights)) / total if total > 0 else 0.0
 
 
-def contrast_terms(related, images, weights=None):
-    """How much unrelated words share a place, how far related ones are apart, how many places a word has.
+def contrast(related, images, objective="contrast", weights=None):
+    """How much unrelated words share a place + λ how far related ones are apart + μ how many places a word has, which
+    "relation" leaves out.
 
     related: R. images: the content tokens' maps. weights: each map's w; their own unless given.
     """
     weights = [weight(image) for image in images] if weights is None else weights
     similar, pairs = similarity(images), [(i, j) for i in range(len(images)) for j in range(i)]
     both = [weights[i] * weights[j] for i, j in pairs]
-    shared = weighted_mean(
-        [similar[i][j] for i, j in pairs], [w * (1 - related[i][j]) for w, (i, j) in zip(both, pairs)]
-    )
+    unrelated = [w * (1 - related[i][j]) for w, (i, j) in zip(both, pairs)]
+    shared = weighted_mean([similar[i][j] for i, j in pairs], unrelated)
     parted = weighted_mean([1 - similar[i][j] for i, j in pairs], [w * related[i][j] for w, (i, j) in zip(both, pairs)])
-    places = weighted_mean([spread(smooth(image)) for image in images], weights)
-    return shared, parted, places if len(images) > 1 else 0.0  # one word alone is left as it is
-
-
-def contrast(related, images, objective="contrast", weights=None):
-    """The first term + λ the second, + μ the third for "contrast"; "relation" has two."""
-    shared, parted, places = contrast_terms(related, images, weights)
-    return shared + RELATED * parted + (PLACE * places if objective == "contrast" else 0.0)
+    if objective == "relation" or len(images) < 2:  # one word alone is left as it is
+        return shared + RELATED * parted
+    return shared + RELATED * parted + PLACE * weighted_mean([spread(smooth(image)) for image in images], weights)

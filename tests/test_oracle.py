@@ -4,14 +4,12 @@ code with the product."""
 import pytest
 import torch
 import torch.nn.functional as F
+from test_contrast import positions
+from torch.utils._pytree import tree_map_only
 
 import oracle
-from diffusers_tsam.attention_processors import (
-    mean_maps,
-    mean_self_attention,
-    record_cross_attention,
-    record_self_attention,
-)
+from diffusers_tsam import attention_processors as processors
+from diffusers_tsam.attention_processors import record_cross_attention, record_self_attention
 from kinds import KINDS, OF_T, aligned, alignment_of, conditions_of, denoiser_of, kind_of, make
 from tiny import tiny_pixart_components
 
@@ -19,10 +17,6 @@ from tiny import tiny_pixart_components
 PROMPTS = ("a black car", "a red cube and a blue sphere on the table", "dog on a green table")
 GAMMA = 3.0
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-def positions(mask):
-    return mask.nonzero().flatten().tolist()
 
 
 def tokenize(pipe, prompts=PROMPTS, length=120):
@@ -36,14 +30,10 @@ def tokenize(pipe, prompts=PROMPTS, length=120):
 @torch.no_grad()
 def self_attention(pipe, input_ids, attention_mask=None):
     """The oracle's T' of every prompt, (B, N, N)."""
-    found = []
-    for image, ids in enumerate(input_ids):
-        if attention_mask is None:
-            found.append(oracle.clip_self_attention(pipe.text_encoder, ids))
-        else:
-            both_ways = oracle.t5_self_attention(pipe.text_encoder, ids, attention_mask[image])
-            found.append(torch.tensor(oracle.symmetrized(both_ways.tolist()), dtype=torch.float64))
-    return torch.stack(found)
+    if attention_mask is None:
+        return torch.stack([oracle.clip_self_attention(pipe.text_encoder, ids) for ids in input_ids])
+    both_ways = [oracle.t5_self_attention(pipe.text_encoder, *each).tolist() for each in zip(input_ids, attention_mask)]
+    return torch.tensor([oracle.symmetrized(matrix) for matrix in both_ways], dtype=torch.float64)
 
 
 def test_special_tokens_written_in_the_prompt_are_not_content_and_an_end_ends_it(pipe):
@@ -118,8 +108,8 @@ def test_two_encoders_are_recorded_apart_and_each_until_its_own_forward_ends():
     alone = [self_attention(pipe, **given) for pipe, given in zip(pipes, inputs)]
     for recording, given, expected in zip(recordings, inputs, alone):
         assert recording.layers == 2 and torch.equal(recording.input_ids, given["input_ids"])
-        torch.testing.assert_close(mean_self_attention([recording]).double(), expected, **CLOSE)
-    torch.testing.assert_close(mean_self_attention(recordings).double(), sum(alone) / 2, **CLOSE)
+        torch.testing.assert_close(processors.mean_self_attention([recording]).double(), expected, **CLOSE)
+    torch.testing.assert_close(processors.mean_self_attention(recordings).double(), sum(alone) / 2, **CLOSE)
 
 
 def test_the_maps_grid_follows_from_their_number_of_positions():
@@ -129,26 +119,19 @@ def test_the_maps_grid_follows_from_their_number_of_positions():
             grid = height, width
             for _ in range(4):
                 maps = {0: torch.empty(1, 1, 1).expand(1, grid[0] * grid[1], 1)}
-                assert mean_maps(maps, height, width).shape[-2:] == grid and not maps
+                assert processors.mean_maps(maps, height, width).shape[-2:] == grid and not maps
                 grid = tuple((side + 1) // 2 for side in grid)
 
 
 @torch.no_grad()
 def test_recorded_maps_are_the_softmax_of_what_each_layer_was_given(scene):
     model, layers, tokens, given = scene.model, scene.layers, 11, scene.given()
-    processors = [layer.processor for layer in layers]
-    outputs, hooks = [], [layer.register_forward_hook(lambda m, a, output: outputs.append(output)) for layer in layers]
-    plain = model(scene.latents, **given).sample
+    before, plain = [layer.processor for layer in layers], model(scene.latents, **given).sample
     with oracle.captured_inputs(model) as inputs, record_cross_attention(layers, tokens) as maps:
-        recorded = model(scene.latents, **given).sample
-    for hook in hooks:
-        hook.remove()
-    assert all(layer.processor is before for layer, before in zip(layers, processors))
-    assert torch.equal(recorded, plain) and len(outputs) == 2 * len(layers)
-    assert all(map(torch.equal, outputs[: len(layers)], outputs[len(layers) :]))
-
+        assert torch.equal(model(scene.latents, **given).sample, plain)
+    assert [layer.processor for layer in layers] == before
     modules, each = dict(oracle.double(model).named_modules()), list(maps.values())
-    mean = mean_maps(maps, *scene.latents.shape[-2:])
+    mean = processors.mean_maps(maps, *scene.latents.shape[-2:])
     assert len(scene.names) == len(layers) == len(each) and mean.shape == (len(PROMPTS), tokens, *scene.grid)
     for image in range(len(PROMPTS)):
         mask = given["encoder_attention_mask"][image] if "encoder_attention_mask" in given else None
@@ -187,19 +170,13 @@ class Scene:
             sizes = torch.cat([sizes + 1, sizes])  # the unconditional half has other ones
             ratios = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
             self.conditions["added_cond_kwargs"] = ratios
-        self.layers = pipe.cross_attention_layers(where or default)
+        where = where or default
+        self.layers, self.names = pipe.cross_attention_layers(where), self.LAYERS[self.kind.name](self.model, where)
         self.layout, self.weight, self.phrases = None, 0.0, [()] * len(prompts)
-        self.names = self.LAYERS[self.kind.name](self.model, where or default)
 
     def given(self, images=slice(None), dtype=torch.float32):
         """What the model is called with beside the latents, the conditional half."""
-
-        def own(conditions):
-            if isinstance(conditions, dict):
-                return {name: own(value) for name, value in conditions.items()}
-            return None if conditions is None else conditions.chunk(2)[1][images].to(dtype)
-
-        given = own(self.conditions)
+        given = tree_map_only(torch.Tensor, lambda both: both.chunk(2)[1][images].to(dtype), self.conditions)
         return {"timestep": torch.full((len(given["encoder_hidden_states"]),), self.t), **given}
 
     def update(self, objective, scale, alpha):
@@ -252,13 +229,14 @@ def test_update_is_a_step_down_the_gradient_at_the_models_input(scene, objective
 
 
 @pytest.mark.parametrize("blocks", [(0, 2), (3, 3)])
-def test_update_reads_the_blocks_that_it_is_told_to(blocks):
-    check_update(Scene(make(KINDS["pixart"].tsam, KINDS["pixart"].components), where=blocks))
+@pytest.mark.parametrize("kind", [KINDS["pixart"]], ids=["pixart"])
+def test_update_reads_the_blocks_that_it_is_told_to(pipe, blocks):
+    check_update(Scene(pipe, where=blocks))
 
 
 def test_update_tells_the_transformer_the_pictures_size():
     """As the 1024-pixel PixArt-α is told it, here another for every image."""
-    pipe = make(KINDS["pixart"].tsam, tiny_pixart_components(sample_size=128))
+    pipe = make(KINDS["pixart"].tsam, tiny_pixart_components(sample_size=128, blocks=4))
     assert pipe.transformer.use_additional_conditions
     check_update(Scene(pipe, sizes=torch.tensor([[64.0, 96.0], [512.0, 512.0], [1024.0, 768.0]])))
 
