@@ -13,18 +13,9 @@ import torch
 from diffusers import DDIMScheduler, ModularPipelineBlocks
 
 import diffusers_tsam
+import tiny
 from diffusers_tsam import FAMILIES, MODULAR, VARIANTS, LatentAlignment
 from diffusers_tsam.tsam_arguments import Settings
-from tiny import (
-    tiny_anima_components,
-    tiny_components,
-    tiny_controlnet_components,
-    tiny_flux_components,
-    tiny_pixart_components,
-    tiny_sd3_components,
-    tiny_sdxl_components,
-    tiny_wan_components,
-)
 
 
 PROMPT = "a black car and a white clock"
@@ -78,28 +69,27 @@ class Kind:
         return set(ours) - set(theirs)
 
 
+def named(*kinds):
+    return {kind.name: kind for kind in kinds}
+
+
 RAW = {"use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32}
 SHALLOW = RAW | {"attention_layers": (1, 2)}  # of 4 blocks, which take a fifth of the time of the default's 20
-shallow_pixart = functools.partial(tiny_pixart_components, blocks=4)
-KINDS = {
-    kind.name: kind for kind in (Kind("sd", tiny_components, 20.0, {}), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
-}
+shallow_pixart = functools.partial(tiny.tiny_pixart_components, blocks=4)
+KINDS = named(Kind("sd", tiny.tiny_components, 20.0, {}), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
 assert KINDS.keys() == FAMILIES.keys()
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(1, 1, 64, 64).index_fill(3, torch.arange(32), 1.0)  # the left half is filled
 # Latents, because stock draws those of a masked image from the first of several generators alone.
 FILLED = {"image": IMAGE, "mask_image": MASK, "masked_image_latents": IMAGE[:, :, ::2, ::2].repeat(1, 2, 1, 1)[:, :4]}
-FURTHER = {
-    kind.name: kind
-    for kind in (
-        Kind("sd_img2img", tiny_components, 20.0, {"image": IMAGE, "strength": 1.0}),
-        Kind("sd_inpaint", functools.partial(tiny_components, in_channels=9), 20.0, FILLED),
-        Kind("sd_controlnet", tiny_controlnet_components, 20.0, {"image": IMAGE}),
-        Kind("sdxl", tiny_sdxl_components, 10.0, {"height": 64, "width": 64}),
-        Kind("pixart_sigma", shallow_pixart, 500.0, SHALLOW),
-        Kind("wan", tiny_wan_components, 50.0, {"height": 64, "width": 96, "num_frames": 9}),
-    )
-}
+FURTHER = named(
+    Kind("sd_img2img", tiny.tiny_components, 20.0, {"image": IMAGE, "strength": 1.0}),
+    Kind("sd_inpaint", functools.partial(tiny.tiny_components, in_channels=9), 20.0, FILLED),
+    Kind("sd_controlnet", tiny.tiny_controlnet_components, 20.0, {"image": IMAGE}),
+    Kind("sdxl", tiny.tiny_sdxl_components, 10.0, {"height": 64, "width": 64}),
+    Kind("pixart_sigma", shallow_pixart, 500.0, SHALLOW),
+    Kind("wan", tiny.tiny_wan_components, 50.0, {"height": 64, "width": 96, "num_frames": 9}),
+)
 assert FURTHER.keys() == VARIANTS.keys()
 PIPELINES = KINDS | {f"{name}-pipeline" if name == "sdxl" else name: kind for name, kind in FURTHER.items()}
 
@@ -119,12 +109,12 @@ class Blocks(Kind):
 
 
 SMALL = {"height": 32, "width": 32, "max_sequence_length": 16}
-SDXL = Blocks("sdxl", tiny_sdxl_components, 10.0, {"height": 64, "width": 64}, "StableDiffusionXLPipeline", "unet")
-SD3 = Blocks("sd3", tiny_sd3_components, 30.0, SMALL | {"negative_prompt": ""}, "StableDiffusion3Pipeline")
-FLUX = Blocks("flux", tiny_flux_components, 100.0, SMALL, "FluxPipeline")
+SDXL = Blocks("sdxl", tiny.tiny_sdxl_components, 10.0, {"height": 64, "width": 64}, "StableDiffusionXLPipeline", "unet")
+SD3 = Blocks("sd3", tiny.tiny_sd3_components, 30.0, SMALL | {"negative_prompt": ""}, "StableDiffusion3Pipeline")
+FLUX = Blocks("flux", tiny.tiny_flux_components, 100.0, SMALL, "FluxPipeline")
 IN_PIXELS = {"height": 64, "width": 64, "max_sequence_length": 64, "output_type": "pt"}  # Anima ends with no latents
-ANIMA = Blocks("anima", tiny_anima_components, 50.0, IN_PIXELS, "AnimaPipeline")  # which does not exist
-BLOCKS = {kind.name: kind for kind in (SDXL, SD3, FLUX, ANIMA)}
+ANIMA = Blocks("anima", tiny.tiny_anima_components, 50.0, IN_PIXELS, "AnimaPipeline")  # which does not exist
+BLOCKS = named(SDXL, SD3, FLUX, ANIMA)
 assert BLOCKS.keys() == MODULAR.keys()
 ALL = PIPELINES | BLOCKS
 every = pytest.mark.parametrize("kind", ALL, indirect=True)  # for a law that all keep
@@ -134,13 +124,13 @@ every_pipeline = pytest.mark.parametrize("kind", PIPELINES, indirect=True)
 def make(cls, components, workflow="text2image"):
     """A quiet pipeline with its own scheduler; of blocks, of their `workflow`."""
     scheduler = type(components["scheduler"]).from_config(components["scheduler"].config)
+    components = {**components, "scheduler": scheduler}
     if issubclass(cls, ModularPipelineBlocks):
         pipe = cls().get_workflow(workflow).init_pipeline()
-        pipe.update_components(**{**components, "scheduler": scheduler})
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-    optional = {"requires_safety_checker": False} if "safety_checker" in components else {}
-    pipe = cls(**{**components, "scheduler": scheduler}, **optional)
+        pipe.update_components(**components)
+    else:
+        optional = {"requires_safety_checker": False} if "safety_checker" in components else {}
+        pipe = cls(**components, **optional)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -186,8 +176,7 @@ def run(pipe, prompt=PROMPT, seed=0, **kwargs):
 def run_blocks(kind, pipe, prompt, seed, kwargs):
     if not isinstance(pipe.blocks, kind.tsam):
         kwargs = {name: value for name, value in kwargs.items() if name in pipe.blocks.input_names}
-    if prompt is not None:
-        kwargs["prompt"] = prompt
+    kwargs |= {} if prompt is None else {"prompt": prompt}
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     values = pipe(**kwargs).values
     return SimpleNamespace(**values | {"images": values["latents"]})
@@ -219,23 +208,18 @@ def embeddings(pipe, prompt):
 def conditions_of(pipe, prompt):
     """What the denoiser is called with for a prompt, beside latents and timestep, both halves of guidance."""
     given = embeddings(pipe, prompt)
-    conditions = {"encoder_hidden_states": torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])}
-    if "prompt_attention_mask" in given:
-        masks = given["negative_prompt_attention_mask"], given["prompt_attention_mask"]
-        conditions |= {"encoder_attention_mask": torch.cat(masks)}
-        conditions |= {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    return conditions
+    names = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+    both = {name: (given[f"negative_{own}"], given[own]) for name, own in names.items() if own in given}
+    sizes = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if len(both) > 1 else {}
+    return {name: torch.cat(halves) for name, halves in both.items()} | sizes
 
 
 def alignment_of(text, alpha, gamma, objective="l1", keep_maps=False, region_weight=10.0, relative_step=None, **others):
     """A `LatentAlignment` with these settings."""
-    size = {"alpha": alpha} if relative_step is None else {"relative_step": relative_step}
-    if objective == "layout":
-        size["regions"] = others["layout"].regions
-    settings = Settings(
-        gamma=gamma, objective=objective, output_attentions=keep_maps, region_weight=region_weight, **size
-    )
-    return LatentAlignment(text, settings, **others)
+    given = {"alpha": alpha} if relative_step is None else {"relative_step": relative_step}
+    given |= {"regions": others["layout"].regions} if objective == "layout" else {}
+    given |= {"gamma": gamma, "objective": objective, "output_attentions": keep_maps, "region_weight": region_weight}
+    return LatentAlignment(text, Settings(**given), **others)
 
 
 def aligned(pipe, alignment, latents, t, conditions, layers):
@@ -249,13 +233,8 @@ def aligned(pipe, alignment, latents, t, conditions, layers):
 def calls_of(module):
     """A list of the (positional, keyword) arguments that `module` is called with while the context is open."""
     calls = []
-    handle = module.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
-    try:
+    with module.register_forward_pre_hook(lambda _, *arguments: calls.append(arguments), with_kwargs=True):
         yield calls
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -271,16 +250,11 @@ def state_of(pipe):
     """All that a call must leave as it found it."""
     models = models_of(pipe)
     modules = [(name, module) for model in models for name, module in model.named_modules()]
-    parameters = [parameter for model in models for parameter in model.parameters()]
     return {
-        "processors": {
-            name: id(module.processor) for name, module in models[0].named_modules() if hasattr(module, "processor")
-        },
-        "modules": [
-            (name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
-            for name, module in modules
-        ],
-        "parameters": [(parameter.requires_grad, parameter.grad) for parameter in parameters],
+        "processors": [id(getattr(module, "processor", None)) for module in models[0].modules()],
+        "modules": [(name, module.training) for name, module in modules],
+        "hooks": [(len(module._forward_hooks), len(module._forward_pre_hooks)) for _, module in modules],
+        "parameters": [(each.requires_grad, each.grad) for model in models for each in model.parameters()],
         "implementation": pipe.text_encoder.config._attn_implementation,
         "config": dict(pipe.config),
         "attributes": sorted(set(vars(pipe)) - {f"_{name}" for name in SET_BY_CALLS.split()}),

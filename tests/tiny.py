@@ -54,78 +54,58 @@ def tiny_tokenizer(length=77, alphabet=ASCII):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
-def tiny_vae():
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    ).eval()
+def sharpened(model, factor, *names):
+    """Ready to use, with the weights of layers that these names end grown, because random weights attend evenly."""
+    for name, layer in model.named_modules():
+        if name.endswith(names):
+            layer.weight.data *= factor
+    return model.eval()
+
+
+CROSS, JOINT = ("attn2.to_q", "attn2.to_k"), ("to_q", "to_k", "add_q_proj", "add_k_proj")
+
+
+def tiny_vae(**config):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 64}
+    return AutoencoderKL(**blocks, **sizes, layers_per_block=1, **config).eval()
+
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def tiny_scheduler():
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def tiny_clip(tokenizer, cls=CLIPTextModel, width=16):
-    text_encoder = cls(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    ).eval()
-    for layer in text_encoder.modules():  # random initialisation attends evenly; spread it
-        if hasattr(layer, "q_proj"):
-            layer.q_proj.weight.data *= 12
-            layer.k_proj.weight.data *= 12
-    return text_encoder
+    sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 24}
+    depths = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": tokenizer.model_max_length}
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **depths, **tokens)
+    return sharpened(cls(config), 12, "q_proj", "k_proj")
 
 
-def sharpen_cross_attention(unet):
-    for name, layer in unet.named_modules():
-        if name.endswith("attn2"):
-            layer.to_q.weight.data *= 4
-            layer.to_k.weight.data *= 4
+def tiny_unet(in_channels, widths, cross_attention_dim, **config):
+    """Of blocks with these widths, of which all but the outermost attend to the text."""
+    inner = len(widths) - 1
+    blocks = {
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * inner),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * inner, "UpBlock2D"),
+    }
+    sizes = {"in_channels": in_channels, "block_out_channels": widths, "cross_attention_dim": cross_attention_dim}
+    small = {"sample_size": 32, "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4}
+    return sharpened(UNet2DConditionModel(**blocks, **sizes, **small, **config), 4, *CROSS)
 
 
 def tiny_components(length=77, alphabet=ASCII, in_channels=4):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(length, alphabet)
-    text_encoder = tiny_clip(tokenizer)
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        in_channels=in_channels,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
-    sharpen_cross_attention(unet)
     return {
-        "vae": tiny_vae(),
-        "text_encoder": text_encoder,
         "tokenizer": tokenizer,
-        "unet": unet,
+        "text_encoder": tiny_clip(tokenizer),
+        "unet": tiny_unet(in_channels, (8, 16), 16),
+        "vae": tiny_vae(),
         "scheduler": tiny_scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
@@ -149,19 +129,9 @@ def tiny_t5_tokenizer():
 
 
 def tiny_t5(tokenizer, width=16, config=T5Config, cls=T5EncoderModel):
-    return cls(
-        config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=4,
-            d_ff=24,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    ).eval()
+    sizes = {"d_model": width, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    of_encoder = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False}
+    return cls(config(vocab_size=len(tokenizer), **sizes, **of_encoder)).eval()
 
 
 def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
@@ -170,23 +140,13 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
     torch.manual_seed(0)
     tokenizer = tiny_t5_tokenizer()
     text_encoder = tiny_t5(tokenizer)
-    transformer = PixArtTransformer2DModel(
-        sample_size=sample_size,
-        num_layers=blocks,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        cross_attention_dim=24,
-        caption_channels=16,
-        **kwargs,
-    ).eval()
-    for block in transformer.transformer_blocks:
-        block.attn2.to_q.weight.data *= 12
-        block.attn2.to_k.weight.data *= 12
+    sizes = {"sample_size": sample_size, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}
+    transformer = PixArtTransformer2DModel(num_layers=blocks, num_attention_heads=2, **sizes, **kwargs)
     return {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
         "vae": tiny_vae(),
-        "transformer": transformer,
+        "transformer": sharpened(transformer, 12, *CROSS),
         "scheduler": tiny_scheduler(),
     }
 
@@ -201,13 +161,11 @@ def tiny_wan_components():
     transformer = WanTransformer3DModel(
         num_layers=4, num_attention_heads=2, attention_head_dim=12, text_dim=16, ffn_dim=32
     )
-    for block in transformer.blocks:
-        block.attn2.norm_q.weight.data *= 3
     return {
         "tokenizer": tokenizer,
         "text_encoder": tiny_t5(tokenizer, config=UMT5Config, cls=UMT5EncoderModel),
         "vae": vae.eval(),
-        "transformer": transformer.eval(),
+        "transformer": sharpened(transformer, 3, "attn2.norm_q"),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "transformer_2": None,
     }
@@ -217,21 +175,8 @@ def tiny_sdxl_components(in_channels=4):
     """Cross-attention on grids of 16 and 8, a quarter of the latent's side, at 64 pixels; two text encoders."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        in_channels=in_channels,
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16 + 24,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=24 + 6 * 4,
-    ).eval()
-    sharpen_cross_attention(unet)
+    sizes = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 24 + 6 * 4}
+    unet = tiny_unet(in_channels, (8, 16, 16), 16 + 24, addition_embed_type="text_time", **sizes)
     return {
         "vae": tiny_vae(),
         "text_encoder": tiny_clip(tokenizer),
@@ -239,47 +184,27 @@ def tiny_sdxl_components(in_channels=4):
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
         "unet": unet,
-        "scheduler": EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        "scheduler": EulerDiscreteScheduler(**BETAS),
     }
-
-
-def sharpened(transformer, factor):
-    """With joint attention that is not even."""
-    for name, layer in transformer.named_modules():
-        if name.endswith(("to_q", "to_k", "add_q_proj", "add_k_proj")):
-            layer.weight.data *= factor
-    return transformer.eval()
 
 
 def tiny_sd3_components(**kwargs):
     torch.manual_seed(0)
     tokenizer, tokenizer_3 = tiny_tokenizer(), tiny_t5_tokenizer()
     clips = [tiny_clip(tokenizer, CLIPTextModelWithProjection, width) for width in (8, 16)]
-    transformer = SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        joint_attention_dim=24,
-        caption_projection_dim=16,
-        pooled_projection_dim=24,
-        pos_embed_max_size=16,
-        **kwargs,
-    )
-    vae = tiny_vae()
-    vae.register_to_config(shift_factor=0.0)
+    sizes = {"sample_size": 16, "patch_size": 2, "pos_embed_max_size": 16, "in_channels": 4, "out_channels": 4}
+    widths = {"joint_attention_dim": 24, "caption_projection_dim": 16, "pooled_projection_dim": 24}
+    heads = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
+    transformer = SD3Transformer2DModel(**sizes, **widths, **heads, **kwargs)
     return {
-        "vae": vae,
+        "vae": tiny_vae(shift_factor=0.0),
         "text_encoder": clips[0],
         "text_encoder_2": clips[1],
         "text_encoder_3": tiny_t5(tokenizer_3, 24),
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
         "tokenizer_3": tokenizer_3,
-        "transformer": sharpened(transformer, 3),
+        "transformer": sharpened(transformer, 3, *JOINT),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
@@ -287,25 +212,16 @@ def tiny_sd3_components(**kwargs):
 def tiny_flux_components():
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_t5_tokenizer()
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=24,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-    vae = tiny_vae()
-    vae.register_to_config(shift_factor=0.0)
+    sizes = {"in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    heads = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16}
+    transformer = FluxTransformer2DModel(**sizes, **heads)
     return {
-        "vae": vae,
+        "vae": tiny_vae(shift_factor=0.0),
         "text_encoder": tiny_clip(tokenizer),
         "text_encoder_2": tiny_t5(tokenizer_2, 24),
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer_2,
-        "transformer": sharpened(transformer, 3),
+        "transformer": sharpened(transformer, 3, *JOINT),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
@@ -316,39 +232,16 @@ def tiny_anima_components():
     torch.manual_seed(0)
     vocab = {piece: number for number, piece in enumerate([*BYTES, "<|endoftext|>"])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
-    text_encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=4,
-        )
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+    config = Qwen3Config(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes)
+    text_encoder = Qwen3Model(config)
     t5_tokenizer = tiny_t5_tokenizer()
-    conditioner = AnimaTextConditioner(
-        source_dim=16,
-        target_dim=16,
-        model_dim=16,
-        num_layers=2,
-        num_attention_heads=2,
-        target_vocab_size=len(t5_tokenizer),
-        min_sequence_length=24,
-    )
-    transformer = CosmosTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=4,
-        mlp_ratio=2.0,
-        text_embed_dim=16,
-        adaln_lora_dim=4,
-        max_size=(4, 32, 32),
-        concat_padding_mask=False,
-    )
-    for block in transformer.transformer_blocks:
-        block.attn2.norm_q.weight.data *= 3
+    widths = dict.fromkeys(("source_dim", "target_dim", "model_dim"), 16)
+    sizes = {"num_layers": 2, "target_vocab_size": len(t5_tokenizer), "min_sequence_length": 24}
+    conditioner = AnimaTextConditioner(num_attention_heads=2, **widths, **sizes)
+    heads = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+    sizes = {"mlp_ratio": 2.0, "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (4, 32, 32)}
+    transformer = CosmosTransformer3DModel(**heads, **sizes, concat_padding_mask=False)
     vae = AutoencoderKLQwenImage(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True]
     )
@@ -357,7 +250,7 @@ def tiny_anima_components():
         "tokenizer": tokenizer,
         "t5_tokenizer": t5_tokenizer,
         "text_conditioner": conditioner.eval(),
-        "transformer": transformer.eval(),
+        "transformer": sharpened(transformer, 3, "attn2.norm_q"),
         "vae": vae.eval(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
