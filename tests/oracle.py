@@ -60,10 +60,10 @@ def attainable(text):
 
 
 def reflect(index, size):
-    """Where a position one outside 0 .. size - 1 is found again, the border itself not repeated."""
-    if index < 0:
-        return -index
-    return index if index < size else 2 * (size - 1) - index
+    """Where a position one outside 0 .. size - 1 is found again, the border itself repeated only if it is all."""
+    if size == 1:
+        return 0
+    return abs(index) if index < size else 2 * (size - 1) - index
 
 
 def smooth(image):

@@ -3,6 +3,7 @@ with it, against the authors' released code, and on toys."""
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -48,17 +49,11 @@ def test_text_attention_is_that_of_each_prompt_alone_also_under_a_huge_exponent(
     check_rows(product, case.content, [literal(*of_prompt, gamma) for of_prompt in prompts_of(case)], rel)
 
 
-@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (2, 2), (4, 7), (16, 12)])
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (2, 2), (4, 7), (16, 12), (1, 5), (5, 1), (1, 1)])
 def test_smoothing_reflects_at_every_border(grid):
     maps = torch.rand(2, 3, *grid, dtype=torch.float64)
     expected = [[oracle.smooth(image) for image in images] for images in maps.tolist()]
     torch.testing.assert_close(tsam.smooth(maps.float()), torch.tensor(expected), rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("grid", [(1, 5), (5, 1), (1, 1)])
-def test_smoothing_a_single_row_or_column_leaves_a_flat_map_flat(grid):
-    assert tsam.smooth(torch.rand(2, 3, *grid)).isfinite().all()
-    torch.testing.assert_close(tsam.smooth(torch.full((2, 3, *grid), 0.3)), torch.full((2, 3, *grid), 0.3))
 
 
 def test_similarity_is_summed_over_the_tokens_up_to_a_words_own():
@@ -169,29 +164,26 @@ class TestRelativeStep:
         torch.testing.assert_close(*moved)
 
 
-def test_without_an_iteration_nothing_moves():
-    toy = Toy(5)
-    moved, alignment = toy.update(iterations=0)
-    assert torch.equal(moved, toy.latents) and not alignment.moved.any() and not alignment.losses
+@pytest.mark.parametrize("options, updates", [({"iterations": 0}, 0), ({"alpha": 1e300}, 1)])
+def test_without_an_iteration_or_by_an_update_that_is_not_finite_nothing_moves(options, updates):
+    toy = Toy(4, 6, 5)
+    moved, alignment = toy.update(**options)
+    assert torch.equal(moved, toy.latents) and not alignment.moved.any() and len(alignment.losses) == updates
 
 
 class TestObjective:
     def test_it_gets_the_maps_and_what_is_known_of_the_prompts(self):
-        toy, seen = Toy(4, 6, 5), []
-
-        def objective(maps, text):
-            seen.append((maps, text))
-            return tsam.l1(maps, text)
-
+        toy, objective = Toy(4, 6, 5), mock.Mock(side_effect=tsam.l1)
         toy.latents = toy.latents.repeat_interleave(2, 0)
         moved, alignment = toy.update(objective, num_images_per_prompt=2)
-        ((maps, text),) = seen
+        ((maps, text),) = (call.args for call in objective.call_args_list)
         assert alignment.num_tokens == 8 and maps.shape == (4, 8, *GRID) and maps.requires_grad
-        of_each = [k for k in range(2) for _ in range(2)]
+        of_each = [0, 0, 1, 1]
         content = toy.text.content[of_each, :8]
         assert torch.equal(text.content, content) and text.tokens == [toy.text.tokens[k] for k in of_each]
         assert torch.equal(text.attention, toy.text.attention[of_each, :8, :8])
         assert torch.equal(text.target, tsam.normalize_text_attention(text.attention, content, 2.0))
+        assert torch.equal(text.relation, tsam.relation_of(text.attention, content))
         assert torch.equal(moved, toy.update("l1", num_images_per_prompt=2)[0])
 
     @pytest.mark.parametrize(
@@ -214,37 +206,26 @@ class TestObjective:
 
 
 class TestHalfPrecision:
-    def test_a_gradient_that_overflows_is_tried_again_with_less(self, monkeypatch):
+    def test_a_gradient_that_overflows_is_tried_again_with_less(self):
         toy = Toy(4, 6, 5, half=True)
         expected, _ = toy.update()
-        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE", 2.0**30)
-        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE_BACKOFF", 2.0**-10)
-        moved, alignment = toy.update()
+        with mock.patch.multiple(tsam, FP16_LOSS_SCALE=2.0**30, FP16_LOSS_SCALE_BACKOFF=2.0**-10):
+            moved, alignment = toy.update()
         assert moved.dtype == torch.float16 and alignment.moved.all() and alignment.loss_scale.max() < 2.0**30
         torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-2)
 
     def test_an_image_that_overflows_leaves_the_others_their_scale(self):
-        toy = Toy(4, 6, 5, half=True)
-        steep = torch.tensor([1.0, 2.0**12])[:, None, None, None]
-        alignment = toy.alignment()
-        alignment.update(
-            (toy.latents / steep).half(), torch.ones(()), lambda x: toy.maps_at((x.float() * steep).half())
-        )
+        toy, steep = Toy(4, 6, 5, half=True), torch.tensor([1.0, 2.0**12])[:, None, None, None]
+        alignment, latents = toy.alignment(), (toy.latents / steep).half()
+        alignment.update(latents, torch.ones(()), lambda x: toy.maps_at((x.float() * steep).half()))
         assert alignment.moved[0] and alignment.loss_scale[0] == tsam.FP16_LOSS_SCALE > alignment.loss_scale[1]
 
-    def test_an_image_whose_gradient_never_is_finite_stays_and_that_is_said(self, monkeypatch, warnings_seen):
-        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE", 2.0**30)
-        monkeypatch.setattr(tsam, "FP16_LOSS_SCALE_BACKOFF", 1.0)
+    @mock.patch.multiple(tsam, FP16_LOSS_SCALE=2.0**30, FP16_LOSS_SCALE_BACKOFF=1.0)
+    def test_an_image_whose_gradient_never_is_finite_stays_and_that_is_said(self, warnings_seen):
         toy = Toy(4, 6, 5, half=True)
         moved, alignment = toy.update()
         assert torch.equal(moved, toy.latents) and not alignment.moved.any()
         assert "Try bfloat16" in warnings_seen.text
-
-
-def test_an_update_that_is_not_finite_is_never_written():
-    toy = Toy(4, 6, 5)
-    moved, alignment = toy.update(alpha=1e300)
-    assert torch.equal(moved, toy.latents) and not alignment.moved.any()
 
 
 # https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html: what raises or differs on CUDA
