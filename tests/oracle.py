@@ -6,7 +6,7 @@ floats, or scalars of float64 tensors where a gradient is wanted. "Eq. (n)" is t
 
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -16,13 +16,8 @@ SIGMA = 0.5  # App. B.2
 
 def content(ids, bos, eos):
     """Positions of the prompt's own tokens: not <bos>, nothing from the first <eos> on."""
-    own = []
-    for position, token in enumerate(ids):
-        if token == eos:
-            break
-        if token != bos:
-            own.append(position)
-    return own
+    end = ids.index(eos) if eos in ids else len(ids)
+    return [position for position in range(end) if ids[position] != bos]
 
 
 def symmetrized(attention):
@@ -31,32 +26,25 @@ def symmetrized(attention):
     return [[(attention[i][j] + attention[j][i]) / 2 if j <= i else 0.0 for j in tokens] for i in tokens]
 
 
+def parts(row):
+    """Of the row's sum."""
+    return [value / sum(row) for value in row]
+
+
 def text_attention(attention, own, gamma):
     """T_ij = T'_ij^γ / Σ_{m<=i} T'_im^γ over content tokens, row i of i + 1 columns. Eq. (3), (14)."""
-    matrix = []
-    for i in own:
-        powers = [attention[i][j] ** gamma for j in own if j <= i]
-        matrix.append([power / sum(powers) for power in powers])
-    return matrix
+    return [parts([attention[i][j] ** gamma for j in own if j <= i]) for i in own]
 
 
 def text_attention_in_logs(attention, own, gamma):
     """The same T where a power would leave even double precision."""
-    matrix = []
-    for i in own:
-        logs = [gamma * math.log(attention[i][j]) for j in own if j <= i]
-        total = max(logs) + math.log(sum(math.exp(log - max(logs)) for log in logs))
-        matrix.append([math.exp(log - total) for log in logs])
-    return matrix
+    logs = [[gamma * math.log(attention[i][j]) for j in own if j <= i] for i in own]
+    return [parts([math.exp(log - max(row)) for log in row]) for row in logs]
 
 
 def attainable(text):
     """T whose diagonal is the largest of its row, as S's is, each row divided by its sum."""
-    matrix = []
-    for row in text:
-        raised = [*row[:-1], max(row)]
-        matrix.append([value / sum(raised) for value in raised])
-    return matrix
+    return [parts([*row[:-1], max(row)]) for row in text]
 
 
 def reflect(index, size):
@@ -91,7 +79,7 @@ def similarity(images):
 
 def normalized(matrix):
     """S_ij = C_ij / Σ_k C_ik for j <= i; k <= i. Eq. (7)."""
-    return [[value / sum(row[: i + 1]) for value in row[: i + 1]] for i, row in enumerate(matrix)]
+    return [parts(row[: i + 1]) for i, row in enumerate(matrix)]
 
 
 def loss(text, images, objective):
@@ -101,17 +89,13 @@ def loss(text, images, objective):
     """
     if objective in ("relation", "contrast"):
         return contrast(text, images, objective)
-    size, total, similar = len(text), 0.0, similarity(images)
+    size, similar = len(text), similarity(images)
     if objective == "cosine":
-        for r in range(1, size):
-            total = total + 0.2 * r * (1 - cosine(text[r][:r], similar[r][:r]))
-        return total
-    if objective == "attainable":
-        text = attainable(text)
-    rows = normalized(similar)
+        return sum(0.2 * r * (1 - cosine(text[r][:r], similar[r][:r])) for r in range(1, size))
+    text, rows = attainable(text) if objective == "attainable" else text, normalized(similar)
+    total = 0.0
     for i in range(1, size + 1):
-        for j in range(1, i + 1):
-            total = total + i / size * abs(text[i - 1][j - 1] - rows[i - 1][j - 1])
+        total = total + i / size * sum(abs(text[i - 1][j - 1] - rows[i - 1][j - 1]) for j in range(1, i + 1))
     return total
 
 
@@ -131,13 +115,12 @@ def box_on(box, height, width):
 def mask_on(mask, height, width):
     """The mean of a mask (rows of numbers) over each position, of which it holds a whole number."""
     tall, wide = len(mask) // height, len(mask[0]) // width
-    return [
-        [
-            sum(mask[h * tall + y][w * wide + x] for y in range(tall) for x in range(wide)) / tall / wide
-            for w in range(width)
-        ]
-        for h in range(height)
-    ]
+
+    def mean(h, w):
+        own = [value for row in mask[h * tall : (h + 1) * tall] for value in row[w * wide : (w + 1) * wide]]
+        return sum(own) / len(own)
+
+    return [[mean(h, w) for w in range(width)] for h in range(height)]
 
 
 def share_inside(image, region):
@@ -251,19 +234,16 @@ def t5_self_attention(encoder, ids, mask):
 @contextmanager
 def captured_inputs(model):
     """What every cross-attention layer is given while the context is open: {name: (hidden states, context)}."""
-    inputs, hooks = {}, []
-    for name, module in model.named_modules():
-        if name.endswith("attn2"):
+    inputs = {}
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name.endswith("attn2"):
 
-            def hook(module, args, kwargs, name=name):
-                inputs[name] = args[0], kwargs["encoder_hidden_states"]
+                def hook(module, args, kwargs, name=name):
+                    inputs[name] = args[0], kwargs["encoder_hidden_states"]
 
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def layers_at(unet, resolution):
@@ -331,23 +311,18 @@ RELATED, PLACE = 0.5, 0.25  # λ and μ
 
 def lift(attention, own):
     """A_ij / mean_{k>j} A_kj with A_ij = T'_ij / Σ_{k<=i} T'_ik over content tokens, row i of its columns j < i."""
-    shares, matrix = [], []
-    for i in own:
-        row = [attention[i][j] for j in own if j <= i]
-        shares.append([value / sum(row) if sum(row) > 0 else 0.0 for value in row])
+    rows = [[attention[i][j] for j in own if j <= i] for i in own]
+    shares, matrix = [parts(row) if sum(row) > 0 else row for row in rows], []
     for i in range(len(shares)):
         later = [[shares[k][j] for k in range(j + 1, len(shares))] for j in range(i)]
-        matrix.append([shares[i][j] * len(own) / sum(own) if sum(own) > 0 else 0.0 for j, own in enumerate(later)])
+        matrix.append([shares[i][j] * len(seen) / sum(seen) if sum(seen) > 0 else 0.0 for j, seen in enumerate(later)])
     return matrix
 
 
 def relation(attention, own):
     """R_ij = lift_ij / max_{k<i} lift_ik, row i of its columns j < i."""
-    matrix = []
-    for row in lift(attention, own):
-        largest = max(row, default=0.0)
-        matrix.append([value / largest if largest > 0 else 0.0 for value in row])
-    return matrix
+    rows = lift(attention, own)
+    return [[value / max(row) if max(row) > 0 else 0.0 for value in row] for row in rows]
 
 
 def weight(image):
