@@ -120,7 +120,7 @@ class Toy:
         return alignment.update(self.latents, torch.tensor(scale), self.maps_at, iterations), alignment
 
 
-@pytest.mark.parametrize("shape", [(37,), (4, 7, 5), (2, 3, 4, 5)], ids=["L", "CHW", "CFHW"])
+@pytest.mark.parametrize("shape", [(37,), (2, 3, 4, 5)], ids=["L", "CFHW"])  # CHW is in test_oracle.py
 @pytest.mark.parametrize("objective", OF_T)
 def test_update_moves_latents_of_any_shape_down_the_gradient_of_any_maps(objective, shape):
     toy, scale, alpha = Toy(*shape), 0.5, 3.0
@@ -143,9 +143,9 @@ def test_update_moves_latents_of_any_shape_down_the_gradient_of_any_maps(objecti
 class TestRelativeStep:
     @pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
     def test_the_first_update_moves_every_images_input_by_that_share_of_its_norm(self, share):
-        toy, scale = Toy(4, 6, 5), 0.5
+        toy = Toy(4, 6, 5)
         toy.latents[1] *= 7
-        moved, _ = toy.update(scale=scale, relative_step=share)
+        moved, _ = toy.update(scale=0.5, relative_step=share)
         norms, moves = toy.latents.flatten(1).norm(dim=1), (moved - toy.latents).flatten(1).norm(dim=1)
         torch.testing.assert_close(moves, share * norms, rtol=1e-4, atol=1e-6)
 
@@ -157,11 +157,8 @@ class TestRelativeStep:
 
     def test_it_moves_alike_however_steep_the_objective_is(self):
         toy = Toy(4, 6, 5)
-        moved = [
-            toy.update(lambda maps, text, steep=steep: steep * tsam.l1(maps, text), relative_step=0.1, iterations=2)[0]
-            for steep in (1.0, 1e3)
-        ]
-        torch.testing.assert_close(*moved)
+        steep, options = lambda *known: 1e3 * tsam.l1(*known), {"relative_step": 0.1, "iterations": 2}
+        torch.testing.assert_close(toy.update(steep, **options)[0], toy.update("l1", **options)[0])
 
 
 @pytest.mark.parametrize("options, updates", [({"iterations": 0}, 0), ({"alpha": 1e300}, 1)])
