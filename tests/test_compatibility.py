@@ -1,10 +1,12 @@
 """What diffusers, peft and torch add to a pipeline acts beside guidance, and without guidance is stock's to the bit."""
 
 import copy
+import functools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from time import sleep
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_tsam.attention_processors import LastMapRecorded, lock_of, record_cross_attention
+from diffusers_tsam.comparing import compare
 from kinds import (
     BLOCKS,
     KINDS,
@@ -55,6 +58,12 @@ def pipe(own):
 def of_sd():
     """What only Stable Diffusion has."""
     return make(SD.tsam, SD.build())
+
+
+@functools.cache
+def plainly_guided(kind):
+    """What everything else is compared with: the same weights without anything added."""
+    return guided(make(kind.tsam, kind.components))
 
 
 def components_of(pipe):
@@ -114,18 +123,15 @@ class TestLora:
     @pytest.fixture
     def pipe(self, of_sd):
         pytest.importorskip("peft")
-        of_sd.plain = guided(of_sd)
         of_sd.load_lora_weights(lora_of(of_sd), adapter_name="one")
         return of_sd
 
-    def test_it_acts_at_the_scale_of_the_call_or_of_the_adapter(self, pipe):
-        half = holds(pipe, holds(pipe, pipe.plain), cross_attention_kwargs={"scale": 0.5})
-        same(guided(pipe, cross_attention_kwargs={"scale": 0.0}), pipe.plain)
+    def test_it_acts_at_the_scale_of_the_call_or_of_the_adapter_and_two_are_weighed(self, pipe):
+        one = holds(pipe, plainly_guided(SD))
+        half = holds(pipe, one, cross_attention_kwargs={"scale": 0.5})
+        same(guided(pipe, cross_attention_kwargs={"scale": 0.0}), plainly_guided(SD))
         pipe.set_adapters("one", 0.5)
-        same(holds(pipe), half)
-
-    def test_two_of_them_are_weighed(self, pipe):
-        one = guided(pipe)
+        same(guided(pipe), half)
         pipe.load_lora_weights(lora_of(pipe), adapter_name="two")
         pipe.set_adapters(["one", "two"], [1.0, 0.0])
         same(guided(pipe), one)
@@ -135,11 +141,11 @@ class TestLora:
     def test_fused_it_guides_to_the_same_and_unloaded_as_if_it_never_was(self, pipe):
         unfused = guided(pipe)
         pipe.fuse_lora()
-        same(holds(pipe, pipe.plain), unfused)
+        same(holds(pipe, plainly_guided(SD)), unfused)
         pipe.unfuse_lora()
         same(guided(pipe), unfused)
         pipe.unload_lora_weights()
-        same(guided(pipe), pipe.plain)
+        same(guided(pipe), plainly_guided(SD))
 
     def test_t_is_read_with_the_text_encoders_lora_at_the_calls_scale(self, pipe):
         half = {"cross_attention_kwargs": {"scale": 0.5}}
@@ -153,10 +159,9 @@ class TestLora:
     @pytest.mark.parametrize("kind", ["pixart"], indirect=True)
     def test_pixarts_is_pefts_own(self, own):
         peft = pytest.importorskip("peft")
-        plain = guided(own)
         config = peft.LoraConfig(r=2, lora_alpha=1, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
         own.transformer = peft.get_peft_model(own.transformer, config)
-        unfused = holds(own, plain)
+        unfused = holds(own, plainly_guided(KINDS["pixart"]))
         own.transformer.merge_adapter()
         same(holds(own), unfused)
 
@@ -210,7 +215,6 @@ class TestIPAdapter:
 
     @pytest.fixture
     def pipe(self, of_sd):
-        of_sd.plain = guided(of_sd)
         of_sd.register_modules(
             image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).eval(),
             feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
@@ -219,25 +223,25 @@ class TestIPAdapter:
         return of_sd
 
     def test_an_image_acts_at_its_scale_until_it_is_unloaded(self, pipe):
-        full = holds(pipe, pipe.plain, **self.GIVEN)
+        full = holds(pipe, plainly_guided(SD), **self.GIVEN)
         assert differ(guided(pipe, ip_adapter_image=self.OTHER).images, full.images)
         pipe.set_ip_adapter_scale(0.5)
         holds(pipe, full, **self.GIVEN)
         pipe.set_ip_adapter_scale(0.0)
-        same(guided(pipe, **self.GIVEN), pipe.plain)
+        same(guided(pipe, **self.GIVEN), plainly_guided(SD))
         pipe.unload_ip_adapter()
-        assert torch.equal(guided(pipe).images, pipe.plain.images)
+        assert torch.equal(guided(pipe).images, plainly_guided(SD).images)
 
     def test_a_mask_is_obeyed(self, pipe):
         mask = torch.zeros(1, 1, 64, 64)
         masks = {"ip_adapter_masks": [mask]}
-        same(guided(pipe, cross_attention_kwargs=masks, **self.GIVEN), pipe.plain)
+        same(guided(pipe, cross_attention_kwargs=masks, **self.GIVEN), plainly_guided(SD))
         mask[..., :32] = 1
         holds(pipe, guided(pipe, **self.GIVEN), cross_attention_kwargs=masks, **self.GIVEN)
 
     def test_prepared_embeddings_are_the_images(self, pipe):
         embeds = pipe.prepare_ip_adapter_image_embeds(self.IMAGE, None, CPU, 1, True)
-        output = holds(pipe, pipe.plain, ip_adapter_image_embeds=embeds)
+        output = holds(pipe, plainly_guided(SD), ip_adapter_image_embeds=embeds)
         assert torch.equal(output.images, guided(pipe, **self.GIVEN).images)
 
     def test_each_image_of_a_batch_has_its_prompts_own(self, pipe):
@@ -247,18 +251,16 @@ class TestIPAdapter:
 
 
 def test_freeu_acts_with_guidance_on_and_off_again(of_sd):
-    plain = guided(of_sd)
     of_sd.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-    holds(of_sd, plain)
+    holds(of_sd, plainly_guided(SD))
     of_sd.disable_freeu()
-    assert torch.equal(guided(of_sd).images, plain.images)
+    assert torch.equal(guided(of_sd).images, plainly_guided(SD).images)
 
 
 SWITCHES = {
     "fused projections": lambda pipe: denoiser_of(pipe).fuse_qkv_projections(),
     "gradient checkpointing": lambda pipe: denoiser_of(pipe).enable_gradient_checkpointing(),
-    "attention slicing": lambda pipe: pipe.enable_attention_slicing(),
-    "largest attention slicing": lambda pipe: pipe.enable_attention_slicing("max"),
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing("auto" if pipe.denoiser == "unet" else "max"),
     "plain attention": lambda pipe: denoiser_of(pipe).set_attn_processor(AttnProcessor()),
     "attention backend": lambda pipe: denoiser_of(pipe).set_attention_backend("native"),
     "channels last": lambda pipe: denoiser_of(pipe).to(memory_format=torch.channels_last),
@@ -273,22 +275,21 @@ COMPILE = {"sdxl": "compile_repeated_blocks", "sd3": "compile", "flux": "compile
 
 
 @pytest.mark.parametrize("kind, switch", [*product(KINDS, SWITCHES), *product(BLOCKS, OF_BLOCKS)], indirect=["kind"])
-def test_what_only_computes_in_another_way_guides_to_the_same(pipe, switch):
-    expected = guided(pipe)
+def test_what_only_computes_in_another_way_guides_to_the_same(kind, pipe, switch):
     (SWITCHES | OF_BLOCKS)[switch](pipe)
-    same(holds(pipe), expected)
+    same(holds(pipe), plainly_guided(kind))
 
 
-VAES = {  # and how often each decodes two pictures
-    "slices": (lambda vae: vae.enable_slicing(), 2),
-    "tiles": (lambda vae: (vae.enable_slicing(), vae.enable_tiling()), 2 * 3 * 3),
-    "casts": (lambda vae: vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), 1),
-}
-
-
-@pytest.mark.parametrize("way", VAES)
-def test_the_vae_slices_and_tiles_what_was_guided(pipe, way):
-    switch, calls = VAES[way]
+@pytest.mark.parametrize(
+    "switch, calls",  # to decode two pictures
+    [
+        (lambda vae: vae.enable_slicing(), 2),
+        (lambda vae: (vae.enable_slicing(), vae.enable_tiling()), 2 * 3 * 3),
+        (lambda vae: vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), 1),
+    ],
+    ids=["slices", "tiles", "casts"],
+)
+def test_the_vae_slices_and_tiles_what_was_guided(pipe, switch, calls):
     options = {"num_images_per_prompt": 2, "height": 32, "width": 32}
     latents = guided(pipe, **options)
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 8, 16
@@ -305,18 +306,18 @@ def test_the_vae_slices_and_tiles_what_was_guided(pipe, way):
 
 class TestSafetyChecker:
     @pytest.mark.filterwarnings("ignore:Potential NSFW")
-    @pytest.mark.parametrize("flagged", [False, True])
-    def test_it_blackens_what_it_flags_as_in_stock_and_losses_stay(self, of_sd, flagged):
+    def test_it_blackens_what_it_flags_as_in_stock_and_losses_stay(self, of_sd):
         config = CLIPConfig(vision_config=VISION, text_config={"num_hidden_layers": 1}, projection_dim=12)
         checker, extractor = StableDiffusionSafetyChecker(config).eval(), CLIPImageProcessor(size=16, crop_size=16)
         checker.special_care_embeds_weights.data.fill_(2)  # above every cosine similarity
-        checker.concept_embeds_weights.data.fill_(-2 if flagged else 2)
         of_sd.register_modules(safety_checker=checker, feature_extractor=extractor)
         options = {"prompt": [PROMPT, SHORT], "output_type": "np"}
-        output, theirs = guided(of_sd, **options), plain(of_sd, **options)
-        assert output.nsfw_content_detected == theirs.nsfw_content_detected == [flagged] * 2
-        assert output.images.any() == theirs.images.any() == (not flagged) and output.losses.shape == (2, 3)
-        assert guided(of_sd, return_dict=False, **options)[1] == [flagged] * 2
+        for flagged in (False, True):
+            checker.concept_embeds_weights.data.fill_(-2 if flagged else 2)
+            output, theirs = guided(of_sd, **options), plain(of_sd, **options)
+            assert output.nsfw_content_detected == theirs.nsfw_content_detected == [flagged] * 2
+            assert output.images.any() == theirs.images.any() == (not flagged) and output.losses.shape == (2, 3)
+            assert guided(of_sd, return_dict=False, **options)[1] == [flagged] * 2
 
 
 def offload_in_sequence(pipe, device, folder):
@@ -377,29 +378,31 @@ class TestOffload:
 
 class TestLayerwiseCasting:
     def test_it_guides_as_the_rounded_weights_do_with_gradient_checkpointing_too(self, kind, pipe):
-        without, denoiser, rounded = guided(pipe), denoiser_of(pipe), make(kind.tsam, kind.build())
+        denoiser, rounded = denoiser_of(pipe), make(kind.tsam, kind.build())
         denoiser.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
         weights = {name: weight.float() for name, weight in denoiser.state_dict().items()}
         denoiser_of(rounded).load_state_dict(weights)
         expected = guided(rounded)
-        same(holds(pipe, without), expected)
+        same(holds(pipe, plainly_guided(kind)), expected)
         assert any(weight.dtype == torch.float8_e4m3fn for weight in denoiser.parameters())
         denoiser.enable_gradient_checkpointing()
         same(guided(pipe), expected)
 
 
-COMPILED = {
-    "model": lambda pipe, counter: setattr(pipe, "unet", torch.compile(pipe.unet, backend=counter)),
-    "in place": lambda pipe, counter: denoiser_of(pipe).compile(backend=counter),
-    "blocks": lambda pipe, counter: denoiser_of(pipe).compile_repeated_blocks(backend=counter),
-}
-
-
-@pytest.mark.parametrize("kind, way", [("sd", "model"), ("sd", "blocks"), ("pixart", "in place")], indirect=["kind"])
-def test_it_guides_to_the_same_with_one_graph_beside_stocks(pipe, way):
+@pytest.mark.parametrize(
+    "kind, compiled",
+    [
+        ("sd", lambda pipe, counter: setattr(pipe, "unet", torch.compile(pipe.unet, backend=counter))),
+        ("sd", lambda pipe, counter: pipe.unet.compile_repeated_blocks(backend=counter)),
+        ("pixart", lambda pipe, counter: pipe.transformer.compile(backend=counter)),
+    ],
+    ids=["model", "blocks", "in place"],
+    indirect=["kind"],
+)
+def test_it_guides_to_the_same_with_one_graph_beside_stocks(kind, pipe, compiled):
     torch.compiler.reset()
-    expected, counter = guided(pipe), CompileCounterWithBackend("eager")
-    COMPILED[way](pipe, counter)
+    expected, counter = plainly_guided(kind), CompileCounterWithBackend("eager")
+    compiled(pipe, counter)
     theirs = plain(pipe).images
     assert counter.frame_count == 1 and torch.equal(off(pipe).images, theirs)
     before = state_of(pipe)
@@ -422,13 +425,13 @@ def test_image_to_image_goes_on_from_a_guided_picture(of_sd):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_in_half_precision_losses_are_float32s_and_fall_and_the_picture_has_stocks_dtype(pipe, dtype):
+def test_in_half_precision_losses_are_float32s_and_fall_and_the_picture_has_stocks_dtype(pipe):
     first = guided(pipe, num_inference_steps=1, tsam_steps=1, refinement_steps=()).losses[0, 0]
-    output = holds(pipe.to(getattr(torch, dtype)))
-    assert output.images.dtype == getattr(torch, dtype)
-    assert output.losses.dtype == torch.float32 and output.losses.isfinite().all()
-    torch.testing.assert_close(output.losses[0, 0], first, rtol=0.05, atol=0.05)
+    for dtype in (torch.bfloat16, torch.float16):  # which holds the first's numbers
+        output = holds(pipe.to(dtype))
+        assert output.images.dtype == dtype
+        assert output.losses.dtype == torch.float32 and output.losses.isfinite().all()
+        torch.testing.assert_close(output.losses[0, 0], first, rtol=0.05, atol=0.05)
 
 
 def test_in_float64_alpha_zero_is_bit_identical_to_stock(pipe):
@@ -439,7 +442,7 @@ def test_in_float64_alpha_zero_is_bit_identical_to_stock(pipe):
 class TestClipSkip:
     @pytest.mark.parametrize("layers", [0, 1])
     def test_the_prompt_is_what_an_earlier_layer_says_and_t_is_still_of_all(self, of_sd, layers):
-        without, text = guided(of_sd), of_sd.get_text_self_attention(PROMPT)
+        without, text = plainly_guided(SD), of_sd.get_text_self_attention(PROMPT)
         with torch.no_grad():
             embeds, negative = of_sd.encode_prompt(PROMPT, CPU, 1, True, clip_skip=layers)
         given, before = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}, state_of(of_sd)
@@ -541,6 +544,31 @@ class TestThreads:
         counter = CompileCounterWithBackend("eager")
         torch.compile(lambda x: x + 1, backend=counter)(torch.ones(1))
         assert counter.frame_count == 1
+
+    def test_they_tokenize_one_after_another(self, pipe, monkeypatch):
+        """A tokenizer's padding and truncation are its state."""
+        cls, inside, most = type(pipe.tokenizer), [], []
+
+        def call(tokenizer, *args, stock=cls.__call__, **kwargs):
+            inside.append(1)
+            sleep(0.01)
+            most.append(len(inside))
+            inside.pop()
+            return stock(tokenizer, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "__call__", call)
+        whole = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+        methods = [pipe.words_of, pipe.get_text_self_attention, functools.partial(pipe.encode_prompt, **whole)]
+        at_once(*(functools.partial(method, PROMPT) for method in methods * 2))
+        assert len(most) > 2 * len(methods) and max(most) == 1
+
+    def test_two_comparisons_of_one_model_wait_for_each_other(self, of_sd):
+        def draw(seed):
+            own = make(SD.tsam, of_sd.components)
+            return [drawn.losses for drawn in compare(own, PROMPT, seed, own.settings(alpha=5.0), **STEPS)]
+
+        calls = [functools.partial(draw, seed) for seed in range(2)]
+        assert at_once(*calls) == [call() for call in calls]
 
     def test_a_model_that_was_used_can_be_copied_and_pickled(self, pipe):
         guided(pipe)

@@ -45,16 +45,14 @@ def split(prompt, room=5, limit=100):
 
 WHOLE = [[""], ["a b c d e"], ["a b.", "c d e f"], ["a. b.", "c d e f"], ['a b."', "c d e f"], ["a,", "b c d e f"]]
 WHOLE += [["a.", "b,", "c d e f g"], ["a b c d e", "f g"], ["a , b c .", "d e f"]]
+SPLIT = [(" ".join(windows), windows) for windows in WHOLE]
+# Space may be of any length, and is not needed behind a stop of Chinese or Japanese.
+SPLIT += [("a b  c d e\n f", ["a b  c d e", "f"]), ("猫。犬、象 鳥 a b", ["猫。", "犬、", "象 鳥 a b"])]
 
 
-@pytest.mark.parametrize("windows", WHOLE, ids="|".join)
-def test_a_window_ends_with_a_sentence_else_behind_a_comma_else_between_words(windows):
-    assert split(" ".join(windows)) == windows
-
-
-def test_space_between_words_may_be_of_any_length_and_is_not_needed_behind_a_stop_of_chinese_or_japanese():
-    assert split("a b  c d e\n f") == ["a b  c d e", "f"]
-    assert split("猫。犬、象 鳥 a b") == ["猫。", "犬、", "象 鳥 a b"]
+@pytest.mark.parametrize("prompt, windows", SPLIT)
+def test_a_window_ends_with_a_sentence_else_behind_a_comma_else_between_words(prompt, windows):
+    assert split(prompt) == windows
 
 
 def test_windows_are_as_full_as_may_be_and_lose_no_word():
@@ -99,20 +97,14 @@ def compared(objective, text, image, window):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_loss_is_the_sum_of_every_windows(objective):
-    text, maps = windowed()
-    product = alignment_of(text, 1.0, GAMMA, objective).loss_of(maps)
-    for image in range(len(LENGTHS)):
-        windows = [compared(objective, text, image, window) for window in range(K)]
-        expected = sum(oracle.loss(matrix, maps[image, own].tolist(), objective) for matrix, own in windows)
-        assert product[image].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_words_of_different_windows_neither_attract_nor_repel_each_other(objective):
+def test_the_loss_is_the_sum_of_every_windows_and_words_of_different_ones_neither_attract_nor_repel(objective):
     """The gradient on the first window's maps is the same to the bit whatever the others look at."""
     text, maps = windowed()
     alignment, gradients = alignment_of(text, 1.0, GAMMA, objective), []
+    for image, loss in enumerate(alignment.loss_of(maps).tolist()):
+        windows = [compared(objective, text, image, window) for window in range(K)]
+        expected = sum(oracle.loss(matrix, maps[image, own].tolist(), objective) for matrix, own in windows)
+        assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
     for others in (maps, torch.rand_like(maps), maps[:, :N].repeat(1, K, 1, 1)):  # the last: at the very same places
         seen = torch.cat([maps[:, :N], others[:, N:]], 1).requires_grad_()
         (gradient,) = torch.autograd.grad(alignment.loss_of(seen).sum(), seen)
@@ -157,13 +149,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", OF_T)
 def test_memory_grows_with_the_number_of_windows_and_not_with_its_square(objective):
-    largest, length, grid = [], 40, (4, 4)  # so that S, not the maps, is the largest
+    largest, length = [], 40  # with maps so small that S is the largest
     for windows in (2, 8):
         content = torch.ones(1, windows * length, dtype=torch.bool)
         text = TextSelfAttention(torch.rand(1, windows * length, length), content, [["word"] * windows * length])
         with Largest() as operations:
             alignment = alignment_of(text, 1.0, GAMMA, objective)
-            maps = torch.rand(1, windows * length, *grid, requires_grad=True)
+            maps = torch.rand(1, windows * length, 4, 4, requires_grad=True)
             alignment.loss_of(maps).sum().backward()
         largest.append(operations.numbers)
     assert largest == [2 * length**2, 8 * length**2]
@@ -199,9 +191,8 @@ def test_a_long_prompt_is_encoded_and_read_window_by_window(pipe):
     assert torch.equal(embeddings[0], pipe.encode_prompt(WINDOWS, "cpu", 1, False)[0].flatten(0, 1))
     text = pipe.get_text_self_attention(LONG, max_sequence_length=60)
     assert " ".join(text.tokens[0]) == re.sub(r"([.,])", r" \1", LONG)
-    expected = torch.cat([attention for _, attention in read_by_the_oracle(pipe, WINDOWS)])
-    assert text.attention.shape == (1, 4 * LENGTH, LENGTH)
-    torch.testing.assert_close(text.attention[0].double(), expected, rtol=1e-4, atol=1e-6)
+    expected = torch.stack([attention for _, attention in read_by_the_oracle(pipe, WINDOWS)])
+    torch.testing.assert_close(text.attention.double(), expected.flatten(0, 1)[None], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", OF_T)
@@ -215,9 +206,8 @@ def test_update_of_long_prompts_is_the_oracles(pipe, objective):
     assert mask.sum(-1).tolist() == [LENGTH, LENGTH, 4 * LENGTH, LENGTH]
     alignment = alignment_of(pipe.get_text_self_attention(prompts, max_sequence_length=60), alpha, GAMMA, objective)
     latents, pipe.scheduler = torch.randn(2, 4, 7, 6), Scaling(1.0)
-    layers = pipe.cross_attention_layers()
     with torch.no_grad():
-        moved = aligned(pipe, alignment, latents, 500, conditions, layers)
+        moved = aligned(pipe, alignment, latents, 500, conditions, pipe.cross_attention_layers())
     names, model = oracle.layers_at(pipe.unet, 16), oracle.double(pipe.unet)
     for image, own in enumerate(windows):
         known = []
@@ -268,9 +258,10 @@ def test_embeddings_of_windows_are_drawn_as_the_prompt_is(pipe):
         positive, negative, _ = pipe.encode_windows([WINDOWS], "cpu", 1, True, LONG, max_sequence_length=60)
     given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
     text = pipe.get_text_self_attention(LONG, max_sequence_length=60)
-    expected = run(pipe, LONG, negative_prompt=LONG, **SHORTLY)
-    for prompt, more in ((None, given), (LONG, {"negative_prompt": LONG})):
-        output = run(pipe, prompt, text_self_attention=text, **more, **SHORTLY)
+    prompts = {"prompt": LONG, "negative_prompt": LONG}
+    expected = run(pipe, **prompts, **SHORTLY)
+    for more in ({"prompt": None, **given}, prompts):
+        output = run(pipe, text_self_attention=text, **more, **SHORTLY)
         assert torch.equal(output.images, expected.images) and torch.equal(output.losses, expected.losses)
     one_window = pipe.get_text_self_attention(LONG)
     with refused(pipe, ValueError, r"these prompts need \(1, 48, 12\)"):
@@ -303,8 +294,7 @@ def test_wrong_values_are_refused_with_the_remedy(pipe, arguments, error, messag
 @pytest.mark.parametrize("name", KINDS)
 def test_every_word_of_a_prompt_of_300_tokens_has_a_map(name):
     """PixArt-α has them in one window, where its last is </s>."""
-    kind = KINDS[name]
-    pipe = make(kind.tsam, kind.components)
+    pipe = make(KINDS[name].tsam, KINDS[name].components)
     words = [WORDS[k * 7 % len(WORDS)] + ("." if k % 9 == 8 else "") for k in range(270)]
     prompt = " ".join(words)
     length = 300 if name == "sd" else 301

@@ -6,11 +6,9 @@ from diffusers import PixArtTransformer2DModel
 
 from diffusers_tsam import TextSelfAttention
 from kinds import KINDS, PROMPT, SHORT, aligned, alignment_of, calls_of, make, refused, run
-from kinds import RAW as RAW_CALL
 from tiny import tiny_pixart_components
 
 
-ON_DEVICE = "target", "attention", "content"
 RAW = "A RED cube &amp; a <b>Blue</b> sphere"
 SHORTLY = {"num_inference_steps": 2, "refinement_iterations": 1}
 
@@ -20,73 +18,52 @@ def kind():
     return KINDS["pixart"]
 
 
-def both(kind, components):
-    """Stock's and T-SAM's pipeline of the same components."""
-    return make(kind.stock, components), make(kind.tsam, components)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": RAW, "height": None, "width": None, "max_sequence_length": 20},
+        {"prompt": RAW, "clean_caption": True, "max_sequence_length": 5, "negative_prompt": "a dog on the table"},
+        {"eta": 1.0, "guidance_scale": 1.0, "mask_feature": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.filterwarnings("ignore:`mask_feature`:FutureWarning")
+def test_off_is_bit_identical_to_stock_with_every_option(stock, pipe, options):
+    if "clean_caption" in options:
+        pytest.importorskip("bs4"), pytest.importorskip("ftfy")
+    options = SHORTLY | options
+    assert torch.equal(run(stock, **options).images, run(pipe, tsam_steps=0, **options).images)
 
 
-def with_transformer(kind, **config):
-    """The tiny components with another transformer, of two blocks."""
+def both(kind, **config):
+    """Stock's and T-SAM's pipeline of the tiny components with another transformer, of two blocks."""
     torch.manual_seed(0)
     config = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, **config}
     transformer = PixArtTransformer2DModel(num_layers=2, caption_channels=16, **config).eval()
-    return {**kind.components, "transformer": transformer}
+    return [make(cls, {**kind.components, "transformer": transformer}) for cls in (kind.stock, kind.tsam)]
 
 
-class TestOff:
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"height": None, "width": None},
-            {"max_sequence_length": 20},
-            {"max_sequence_length": 5, "negative_prompt": "a dog on the white table"},
-            {"prompt": RAW},
-            {"num_inference_steps": 1, "eta": 1.0, "guidance_scale": 1.0},
-            {"num_inference_steps": 1, "mask_feature": True},
-        ],
-        ids=lambda options: "-".join(options),
-    )
-    @pytest.mark.filterwarnings("ignore:`mask_feature`:FutureWarning")
-    def test_off_is_bit_identical_to_stock_with_every_option(self, stock, pipe, options):
-        assert torch.equal(run(stock, **options).images, run(pipe, tsam_steps=0, **options).images)
+class TestOtherTransformers:
+    """Off they draw what they draw in stock, to the bit."""
 
-    def test_off_with_a_cleaned_prompt_is_bit_identical_to_stock(self, stock, pipe):
-        pytest.importorskip("bs4"), pytest.importorskip("ftfy")
-        theirs = run(stock, RAW, clean_caption=True).images
-        assert torch.equal(theirs, run(pipe, RAW, tsam_steps=0, clean_caption=True).images)
-        assert not torch.equal(theirs, run(stock, RAW).images)
-
-    def test_off_with_binned_resolutions_is_bit_identical_to_stock(self, kind):
-        stock, pipe = both(kind, with_transformer(kind, sample_size=32))
-        options = {"height": 40, "width": 80, "use_resolution_binning": True, "output_type": "np"}
-        options |= {"num_inference_steps": 1, "guidance_scale": 1.0}
-        theirs, ours = run(stock, **options).images, run(pipe, tsam_steps=0, **options).images
-        assert theirs.shape[1:3] == (40, 80) and (theirs == ours).all()
-
-    def test_off_with_the_pictures_size_as_a_condition_is_bit_identical_to_stock(self, kind):
-        options = {"height": 32, "width": 48, "num_images_per_prompt": 2}
-        stock, pipe = both(kind, with_transformer(kind, sample_size=128, attention_head_dim=6, cross_attention_dim=12))
-        assert stock.transformer.use_additional_conditions
-        assert torch.equal(run(stock, **options).images, run(pipe, tsam_steps=0, **options).images)
-
-    def test_off_with_a_variance_that_is_not_learned_is_bit_identical_to_stock(self, kind):
-        stock, pipe = both(kind, with_transformer(kind, sample_size=32, out_channels=4))
-        assert torch.equal(run(stock).images, run(pipe, tsam_steps=0).images)
-
-
-class TestGuidance:
     def test_a_binned_picture_is_guided_on_the_grid_that_it_is_drawn_on(self, kind):
-        _, pipe = both(kind, with_transformer(kind, sample_size=32))
+        stock, pipe = both(kind, sample_size=32)
         options = {"height": 40, "width": 80, "use_resolution_binning": True, "guidance_scale": 1.0}
-        options |= {"num_inference_steps": 1, "tsam_steps": 1, "refinement_steps": (), "attention_layers": (0, 0)}
-        output = run(pipe, output_attentions=True, output_type="np", **options)
+        options |= {"num_inference_steps": 1, "output_type": "np"}
+        theirs = run(stock, **options).images
+        assert theirs.shape == (1, 40, 80, 3) and (run(pipe, tsam_steps=0, **options).images == theirs).all()
+        guided = {"tsam_steps": 1, "refinement_steps": (), "attention_layers": (0, 0), "output_attentions": True}
+        output = run(pipe, **options, **guided)
         assert output.attentions[0]["maps"].shape == (1, 7, 44, 88)  # of 176 x 352 pixels
-        assert output.images.shape == (1, 40, 80, 3)
+        assert output.images.shape == theirs.shape
 
     def test_the_pictures_size_is_a_condition_of_the_guided_passes_too(self, kind):
-        _, pipe = both(kind, with_transformer(kind, sample_size=128, attention_head_dim=6, cross_attention_dim=12))
+        stock, pipe = both(kind, sample_size=128, attention_head_dim=6, cross_attention_dim=12)
+        assert stock.transformer.use_additional_conditions
+        options = {"prompt": [PROMPT, SHORT], "num_images_per_prompt": 2, "height": 32, "width": 48, **SHORTLY}
+        assert torch.equal(run(stock, **options).images, run(pipe, tsam_steps=0, **options).images)
         with calls_of(pipe.transformer) as calls:
-            output = run(pipe, [PROMPT, SHORT], height=32, width=48, attention_layers=(0, 1), **SHORTLY)
+            output = run(pipe, attention_layers=(0, 1), **options)
         assert output.losses.isfinite().all() and output.images.isfinite().all()
         for args, kwargs in calls:
             conditions = kwargs["added_cond_kwargs"]
@@ -94,18 +71,16 @@ class TestGuidance:
             torch.testing.assert_close(conditions["aspect_ratio"], torch.full((len(args[0]), 1), 32 / 48))
 
     def test_a_variance_that_is_not_learned_is_guided(self, kind):
-        stock, pipe = both(kind, with_transformer(kind, sample_size=32, out_channels=4))
-        output = run(pipe, attention_layers=(0, 1))
-        assert output.images.isfinite().all() and not torch.equal(output.images, run(stock).images)
+        stock, pipe = both(kind, sample_size=32, out_channels=4)
+        theirs, output = run(stock, **SHORTLY).images, run(pipe, attention_layers=(0, 1), **SHORTLY)
+        assert torch.equal(run(pipe, tsam_steps=0, **SHORTLY).images, theirs)
+        assert output.images.isfinite().all() and not torch.equal(output.images, theirs)
 
-    def test_a_single_step_can_be_guided(self, pipe, stock):
-        output = run(pipe, num_inference_steps=1, tsam_steps=1)
-        assert output.losses.shape == (1, 3) and output.images.isfinite().all()
-        assert not torch.equal(output.images, run(stock, num_inference_steps=1).images)
 
-    def test_a_longer_padding_does_not_change_the_losses(self, pipe):
-        losses = [run(pipe, [PROMPT, SHORT], seed=1, max_sequence_length=length).losses for length in (12, 120)]
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+def test_a_longer_padding_does_not_change_the_losses(pipe):
+    options = {"prompt": [PROMPT, SHORT], "seed": 1, **SHORTLY}
+    losses = [run(pipe, max_sequence_length=length, **options).losses for length in (12, 120)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
 class TestTextSelfAttention:
@@ -120,8 +95,7 @@ class TestTextSelfAttention:
     def test_it_is_of_the_raw_prompt_in_lower_case_where_nothing_is_cleaned(self, pipe):
         (tokens,) = pipe.get_text_self_attention(RAW).tokens
         assert tokens[:3] == ["a", "red", "cube"] and "&" in tokens and "A" not in tokens
-        output = run(pipe, RAW, output_attentions=True, **SHORTLY)
-        assert output.attentions[0]["tokens"] == tokens
+        assert run(pipe, RAW, output_attentions=True, **SHORTLY).attentions[0]["tokens"] == tokens
 
     def test_it_is_of_the_tokens_that_a_short_sequence_has_room_for(self, pipe):
         text = pipe.get_text_self_attention(PROMPT, max_sequence_length=5)
@@ -134,25 +108,20 @@ class TestTextSelfAttention:
             run(pipe, text_self_attention=text)
 
 
-class TestLayers:
-    def test_the_papers_nine_blocks_are_read_unless_others_are_asked_for(self, kind):
-        pipe = make(kind.tsam, tiny_pixart_components())
-        blocks = pipe.transformer.transformer_blocks
-        assert pipe.cross_attention_layers() == [blocks[k].attn2 for k in range(10, 19)]
-        assert pipe.cross_attention_layers([3, 3]) == [blocks[3].attn2]
-        assert pipe.layers_of(pipe.settings()) == pipe.cross_attention_layers()
-        default, named, other = (
-            pipe(PROMPT, generator=torch.Generator().manual_seed(0), **RAW_CALL | SHORTLY | arguments).losses
-            for arguments in ({}, {"attention_layers": (10, 18)}, {"attention_layers": (3, 3)})
-        )
-        assert torch.equal(default, named) and default[0, 0] != other[0, 0]
+def test_the_papers_nine_blocks_are_read_unless_others_are_asked_for(kind):
+    pipe = make(kind.tsam, tiny_pixart_components())
+    blocks = pipe.transformer.transformer_blocks
+    assert pipe.layers_of(pipe.settings()) == [blocks[k].attn2 for k in range(10, 19)] == pipe.cross_attention_layers()
+    assert pipe.cross_attention_layers([3, 3]) == [blocks[3].attn2]
+    losses = [run(pipe, attention_layers=layers, **SHORTLY).losses[0, 0] for layers in ((10, 18), (3, 3))]
+    assert losses[0] != losses[1]
 
-    def test_blocks_that_a_shallow_transformer_lacks_are_refused_and_the_remedy_works(self, kind):
-        pipe = make(kind.tsam, tiny_pixart_components(blocks=4))
-        with refused(pipe, ValueError, r"has 4 blocks, 0 to 3\..*, for instance \(1, 2\), or `tsam_steps=0`"):
-            run(pipe, attention_layers=(10, 18), **SHORTLY)
-        assert run(pipe, attention_layers=(1, 2), **SHORTLY).losses.isfinite().all()
-        assert run(pipe, tsam_steps=0, **SHORTLY).losses.shape == (1, 0)
+
+def test_blocks_that_a_shallow_transformer_lacks_are_refused_and_the_remedy_works(pipe):
+    with refused(pipe, ValueError, r"has 4 blocks, 0 to 3\..*, for instance \(1, 2\), or `tsam_steps=0`"):
+        run(pipe, attention_layers=(10, 18), **SHORTLY)
+    assert run(pipe, attention_layers=(1, 2), **SHORTLY).losses.isfinite().all()
+    assert run(pipe, tsam_steps=0, **SHORTLY).losses.shape == (1, 0)
 
 
 @pytest.mark.parametrize("side", [64, 128])  # of the latents of 512 and 1024 pixels
@@ -167,7 +136,8 @@ def test_pixart_xl_2_goes_through_a_guided_step(kind, side):
     pipe = make(kind.tsam, {**kind.components, "transformer": transformer})
     text = TextSelfAttention(torch.ones(1, 9, 9), torch.ones(1, 9, dtype=torch.bool), [["word"] * 9])
     alignment = alignment_of(text, 15.0, 4.0, keep_maps=True)
-    alignment.text = alignment.text._replace(**{name: getattr(alignment.text, name).to("meta") for name in ON_DEVICE})
+    on_device = {name: getattr(alignment.text, name).to("meta") for name in ("target", "attention", "content")}
+    alignment.text = alignment.text._replace(**on_device)
     layers = pipe.cross_attention_layers()
     with torch.no_grad():
         moved = aligned(pipe, alignment, latents, t, conditions, layers)
