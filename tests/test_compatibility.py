@@ -222,8 +222,10 @@ class TestIPAdapter:
         of_sd.load_ip_adapter(ip_adapter_of(of_sd.unet), subfolder="", weight_name="")
         return of_sd
 
-    def test_an_image_acts_at_its_scale_until_it_is_unloaded(self, pipe):
+    def test_an_image_or_its_embeddings_act_at_their_scale_until_it_is_unloaded(self, pipe):
         full = holds(pipe, plainly_guided(SD), **self.GIVEN)
+        prepared = pipe.prepare_ip_adapter_image_embeds(self.IMAGE, None, CPU, 1, True)
+        assert torch.equal(holds(pipe, ip_adapter_image_embeds=prepared).images, full.images)
         assert differ(guided(pipe, ip_adapter_image=self.OTHER).images, full.images)
         pipe.set_ip_adapter_scale(0.5)
         holds(pipe, full, **self.GIVEN)
@@ -238,11 +240,6 @@ class TestIPAdapter:
         same(guided(pipe, cross_attention_kwargs=masks, **self.GIVEN), plainly_guided(SD))
         mask[..., :32] = 1
         holds(pipe, guided(pipe, **self.GIVEN), cross_attention_kwargs=masks, **self.GIVEN)
-
-    def test_prepared_embeddings_are_the_images(self, pipe):
-        embeds = pipe.prepare_ip_adapter_image_embeds(self.IMAGE, None, CPU, 1, True)
-        output = holds(pipe, plainly_guided(SD), ip_adapter_image_embeds=embeds)
-        assert torch.equal(output.images, guided(pipe, **self.GIVEN).images)
 
     def test_each_image_of_a_batch_has_its_prompts_own(self, pipe):
         batch = guided(pipe, [PROMPT, SHORT], generator=generators(2), **self.GIVEN)
@@ -367,12 +364,11 @@ class TestOffload:
         pipe.to("cpu")
         OFFLOADS[way](pipe, torch.device(device), tmp_path)
         hooks, before = hooks_of(pipe), state_of(pipe)
-        for _ in range(2):
-            output = guided(pipe)
+        for output in (guided(pipe), guided(pipe)):
             same(output, expected)
             if device == "cpu" and "disk" not in way:  # where weights lie otherwise in memory, it rounds otherwise
                 assert torch.equal(output.images, expected.images)
-            torch.testing.assert_close(off(pipe).images, theirs, rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(off(pipe).images, theirs, rtol=5e-3, atol=5e-3)
         assert any(hooks) and hooks_of(pipe) == hooks and state_of(pipe) == before
 
 

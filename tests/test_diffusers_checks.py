@@ -1,7 +1,7 @@
 """The checks that diffusers makes of its own pipelines, under its names, on both of ours with guidance on.
 
 The others of its `PipelineTesterMixin` and of its tests of Stable Diffusion and PixArt-α are laws of test_pipelines.py,
-test_pipeline_pixart.py, test_loading.py and test_compatibility.py. Not made: test_save_load_dduf (diffusers loads none
+test_families.py, test_loading.py and test_compatibility.py. Not made: test_save_load_dduf (diffusers loads none
 any more); test_to_dtype, test_save_load_float16, test_cfg, and the tests of variants, of xformers and of equivalent
 inputs and outputs, which nothing here could change.
 """
