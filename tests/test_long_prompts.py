@@ -1,5 +1,6 @@
 """Prompts longer than the text encoder's window: what a window is, and that it is compared with nothing but itself."""
 
+import functools
 import random
 import re
 
@@ -14,7 +15,7 @@ import oracle
 from diffusers_tsam import TextSelfAttention
 from diffusers_tsam.tsam import OBJECTIVES
 from diffusers_tsam.tsam_sd import split_prompt
-from kinds import KINDS, OF_T, PROMPT, aligned, alignment_of, calls_of, generators, make, refused, run
+from kinds import KINDS, OF_T, PROMPT, Kind, aligned, alignment_of, calls_of, generators, make, refused, run
 from tiny import WORDS, tiny_components
 
 
@@ -26,14 +27,8 @@ SHORTLY = {"num_inference_steps": 2, "tsam_steps": 2, "refinement_steps": (), "m
 
 
 @pytest.fixture(scope="module")
-def components():
-    with torch.random.fork_rng():
-        return tiny_components(LENGTH)
-
-
-@pytest.fixture
-def pipe(components):
-    return make(KINDS["sd"].tsam, components)
+def kind():
+    return Kind("sd", functools.partial(tiny_components, LENGTH), 20.0, {})
 
 
 def split(prompt, room=5, limit=100):
@@ -234,11 +229,10 @@ def test_a_prompt_with_room_in_one_window_is_drawn_as_without(pipe, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_off_a_long_prompt_is_what_stock_draws_of_its_embeddings(pipe, components, options):
-    embeds = pipe.encode_prompt(WINDOWS, "cpu", 1, False)[0].flatten(0, 1)[None]
-    stock, options = make(KINDS["sd"].stock, components), {"num_inference_steps": 2, **options}
+def test_off_a_long_prompt_is_what_stock_draws_of_its_embeddings(stock, pipe, options):
+    embeds, options = pipe.encode_prompt(WINDOWS, "cpu", 1, False)[0].flatten(0, 1)[None], {**SHORTLY, **options}
     theirs = run(stock, None, prompt_embeds=embeds, negative_prompt_embeds=embeds.clone(), **options)
-    ours = run(pipe, LONG, negative_prompt=LONG, tsam_steps=0, max_sequence_length=60, **options)
+    ours = run(pipe, LONG, negative_prompt=LONG, **options | {"tsam_steps": 0})
     torch.testing.assert_close(ours.images, theirs.images)
 
 
