@@ -151,14 +151,15 @@ SD15 = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "cross_
 SD15 |= {"attention_head_dim": 8, "layers_per_block": 2}
 
 
-class TestStableDiffusion15:
-    @pytest.fixture(scope="class")
-    def sd15(self):
-        """Stable Diffusion 1.5's UNet, without memory or weights."""
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**SD15)
-        return make(KINDS["sd"].tsam, {**KINDS["sd"].components, "unet": unet})
+@pytest.fixture(scope="module")
+def sd15():
+    """Stable Diffusion 1.5's UNet, without memory or weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15)
+    return make(KINDS["sd"].tsam, {**KINDS["sd"].components, "unet": unet})
 
+
+class TestStableDiffusion15:
     @pytest.mark.parametrize("height, width, grid", [(512, 512, (16, 16)), (768, 512, (24, 16)), (520, 512, (17, 16))])
     def test_sd15_records_the_same_five_layers_at_every_size(self, sd15, height, width, grid):
         layers = sd15.cross_attention_layers()
