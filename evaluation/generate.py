@@ -32,6 +32,7 @@ from ..tsam_arguments import (
     check_number,
     kind_of_field,
 )
+from ..tsam_layout import check_regions
 from . import prompts as prompt_sets
 from .baselines import BASELINES, told
 from .prompts import json_of
@@ -39,6 +40,8 @@ from .runs import Run, processes, save
 
 
 OF_A_LOSS = ("sharpness",)
+OF_THE_RUN = ("prompt", "generator", "num_images_per_prompt", "num_inference_steps", "guidance_scale")
+OF_THE_RUN += ("prompt_embeds", "latents", "output_type", "return_dict")
 STOCK = {"tsam_steps": 0}
 KINDS = {
     each.name: kind_of_field(each)
@@ -112,6 +115,8 @@ def check_methods(methods, known, settings, steps, regions):
     for name, (arguments, baseline) in methods.items():
         loss = inspect.signature(baseline.loss).parameters if baseline else ()
         for key in arguments:
+            if key in OF_THE_RUN:
+                raise ValueError(f"The method {name!r} changes {key!r}, which all of a run's methods share.")
             if key not in loss if key in OF_A_LOSS else key not in known:
                 raise ValueError(f"The method {name!r} has no argument {key!r}.")
         if baseline and "objective" in arguments:
@@ -125,6 +130,18 @@ def check_methods(methods, known, settings, steps, regions):
             settings(**own).plan(steps)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The method {name!r}: {error}") from error
+
+
+def check_places(prompt):
+    """Whether a `Prompt` has regions. ValueError for those that its pictures would be refused for."""
+    try:
+        checked = check_regions(prompt.regions or None, 1)
+    except TypeError as error:
+        raise ValueError(f"The prompt {prompt.text!r}: {error}") from error
+    for phrase in checked[0] if checked else ():
+        if phrase.lower() not in prompt.text.lower():
+            raise ValueError(f"The prompt {prompt.text!r} has a region for {phrase!r}, which it does not have.")
+    return checked is not None
 
 
 def recorded(arguments):
@@ -167,7 +184,7 @@ class JointPipeline:
         self.scheduler = self.pipe.scheduler
         self.set_progress_bar_config = self.pipe.set_progress_bar_config
 
-    def __call__(self, prompt, **arguments):
+    def __call__(self, prompt, guidance_scale=None, **arguments):  # which the guider has
         state = self.pipe(prompt=prompt, negative_prompt="", max_sequence_length=SD3_TOKENS, **arguments)
         return SimpleNamespace(**{name: state.get(name) for name in ("images", "losses", "attentions")})
 
@@ -180,7 +197,7 @@ def load(model, device, dtype=None, guidance_scale=None):
     if model == "sd3":
         dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
         scale = ARGUMENTS["sd"]["guidance_scale"] if guidance_scale is None else guidance_scale
-        return JointPipeline(device, dtype, scale), model, {}
+        return JointPipeline(device, dtype, scale), model, {} if guidance_scale is None else {"guidance_scale": scale}
     pipe, kind = load_pipeline(str(SHIPPED.get(model, model)), device=device, dtype=dtype)
     if model == "sink":
         add_sink(pipe)
@@ -261,7 +278,7 @@ def generate(
     kind, known, settings = kind_of(model)
     methods = {name: parse_method(name, kind) for name in methods}
     wanted = prompt_sets.load(prompts, parser)
-    regions = any(prompt.regions for prompt in wanted)
+    regions = any([check_places(prompt) for prompt in wanted])
     if regions and "regions" not in known:
         raise ValueError(f"The prompts {prompts!r} have regions, which {model!r} cannot hold. Choose others.")
     check_methods(methods, known, settings, steps, regions)

@@ -7,6 +7,7 @@ it there and then writes its line, so that what a killed process leaves half-wri
 import json
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,11 @@ PATIENCE = timedelta(days=7)  # how long finished processes wait for others
 def processes():
     """The launcher's processes, which share the work."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+def folder_of(method):
+    """The name of a method's folder of pictures."""
+    return re.sub(r"[^\w.=+-]", "_", method)
 
 
 class Run:
@@ -66,15 +72,21 @@ class Run:
                     f" {old!r} and is now {new!r}. Choose another folder."
                 )
             settings = had | {"methods": methods, "seeds": max(had["seeds"], settings["seeds"])}
-        else:
+        folders = Counter(map(folder_of, settings["methods"]))
+        shared = [name for name in settings["methods"] if folders[folder_of(name)] > 1]
+        if shared:
+            raise ValueError(
+                f"The methods {' and '.join(shared)} would share a folder of pictures. Rename their files."
+            )
+        if not (folder / "settings.json").is_file():
             write(folder / "prompts.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in prompts))
         write(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
         return cls(folder)
 
     def picture(self, method, prompt, seed):
         """A picture's path; method, prompt and seed are numbers."""
-        name = re.sub(r"[^\w.=+-]", "_", self.methods[method])
-        return self.folder / "pictures" / name / f"{prompt:05}" / f"{seed:03}.{self.settings['format']}"
+        place = f"{folder_of(self.methods[method])}/{prompt:05}/{seed:03}.{self.settings['format']}"
+        return self.folder / "pictures" / place
 
     def rows(self, kind):
         """The lines of every process, as dicts that number their method, prompt and seed. A last line that a killed

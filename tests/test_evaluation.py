@@ -199,12 +199,34 @@ def test_errors_say_what_to_do(copy, tmp_path):
         ("--steps 0", "--steps is 0, but has to be at least 1"),
         ("--batch 0", "--batch is 0, but has to be at least 1"),
         ("--guidance-scale inf", "--guidance-scale is inf, but has to be finite"),
+        ("--methods stock:num_inference_steps=3", "changes 'num_inference_steps', which all of a run's methods share"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(arguments, said, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "load_pipeline", None)
     assert said in refused(*DRAW, tmp_path / "new", *arguments.split())
     assert not (tmp_path / "new").exists()
+
+
+REGIONS = [
+    ({"a green cube": [0, 0, 2, 1]}, "is (0.0, 0.0, 2.0, 1.0), but a box is"),
+    ({"a gren cube": [0, 0, 1, 1]}, "has a region for 'a gren cube', which it does not have"),
+    ("left", "`regions` has to be a dict"),
+]
+
+
+@pytest.mark.parametrize("regions, said", REGIONS)
+def test_regions_that_cannot_be_held_are_refused_before_anything_is_drawn(regions, said, tmp_path):
+    prompts = [{"prompt": "a red cube"}, {"prompt": "a green cube and a red star", "regions": regions}]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    assert said in refused(*DRAW, tmp_path / "run", "--prompts", tmp_path / "prompts.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_would_share_a_folder_of_pictures_are_refused(tmp_path):
+    methods = dict.fromkeys(("tsam:objective=a/b.py:one", "tsam:objective=a_b.py:one"), {})
+    with pytest.raises(ValueError, match="would share a folder of pictures"):
+        Run.create(tmp_path, {"methods": methods, "seeds": 1, "format": "png"}, named("a red cube"))
 
 
 def test_an_interrupted_command_says_in_one_line_that_it_goes_on(tmp_path, monkeypatch, capsys):
@@ -258,6 +280,7 @@ def test_every_small_model_is_drawn_by_the_same_methods(model, tmp_path):
     assert [each.get("preset") for each in arguments] == [None, "fast", "light"]
     other = {"pixart": "attention_keys=all", "sd3": "region_weight=2", "sink": "attention_layers=1+2"}[model]
     assert "has no argument" in refused(*command, f"tsam:{other}")
+    assert "drawn with other settings: arguments" in refused(*command, methods, "--guidance-scale", "9")
     if model == "sd3":
         quarters = ["--prompts", "quarters:2:test:1"]
         assert "have regions, which 'sd3' cannot hold" in refused(*command, methods, *quarters)
