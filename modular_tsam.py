@@ -10,7 +10,7 @@ The paper covers none of these models. "A choice" marks what had to be chosen.
 import functools
 import inspect
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -117,10 +117,14 @@ class TextStep:
 
     def __call__(self, components, state):
         remind(components)
-        if state.get("tsam_steps") == 0 and state.get("candidates") in (None, 1):
-            return super().__call__(components, state)
         names = self.encoders(components)
-        with record_self_attention(*dict.fromkeys(getattr(components, f"text_{name}") for name in names)) as recordings:
+        encoders = dict.fromkeys(getattr(components, f"text_{name}") for name in names)
+        if state.get("tsam_steps") == 0 and state.get("candidates") in (None, 1):
+            with ExitStack() as stack:  # as in `alone`
+                for encoder in encoders:
+                    stack.enter_context(nullcontext() if encoder is None else lock_of(encoder))
+                return super().__call__(components, state)
+        with record_self_attention(*encoders) as recordings:
             components, state = super().__call__(components, state)
         tokenizer = getattr(components, self.tokenizer or names[0].replace("encoder", "tokenizer"))
         state.set("text_self_attention", self.text(recordings, tokenizer, state.get("prompt_embeds").shape[1]))

@@ -6,7 +6,7 @@ Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.
 from diffusers import PixArtSigmaPipeline
 
 from .attention_processors import mean_maps  # noqa: F401, because diffusers' loader copies the files named here
-from .tsam import LatentAlignment  # noqa: F401
+from .tsam import TextSelfAttention
 from .tsam_arguments import PixArtAlphaSettings
 from .tsam_candidates import choose  # noqa: F401
 from .tsam_layout import Layout  # noqa: F401
@@ -19,6 +19,12 @@ class PixArtSigmaTSAMPipeline(PixArtTSAM, PixArtSigmaPipeline):
 
     alpha, gamma and the layers read are PixArt-α's, because the paper has no settings for this model.
     """
+
+    def get_text_self_attention(
+        self, prompt: str | list[str], clean_caption: bool = False, max_sequence_length: int = 300
+    ) -> TextSelfAttention:
+        """As in `PixArtAlphaTSAMPipeline`, with this model's length."""
+        return super().get_text_self_attention(prompt, clean_caption, max_sequence_length)
 
     __call__ = call_of(PixArtSigmaPipeline, PixArtAlphaSettings, deprecated=("mask_feature",))
 

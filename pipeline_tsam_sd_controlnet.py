@@ -3,12 +3,12 @@
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236).
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch.nn.functional as F
 from diffusers import StableDiffusionControlNetPipeline
 
-from .attention_processors import shadowed
+from .attention_processors import lock_of
 from .tsam import LatentAlignment  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_arguments import StableDiffusionSettings
 from .tsam_candidates import choose  # noqa: F401
@@ -26,16 +26,32 @@ class ControlledLoop(WindowedLoop):
     @contextmanager
     def open(self):
         self.controlnet = self.pipe.components["controlnet"]
-        with (
-            frozen(self.controlnet) if self.guided else nullcontext(),
-            shadowed(self.pipe, "controlnet", StandIn(self.controlnet, self.control)),
-            super().open(),
-        ):
+        with ExitStack() as stack:
+            for network in getattr(self.controlnet, "nets", [self.controlnet]):  # another UNet's pipeline may share it
+                stack.enter_context(lock_of(network))
+            saving = stack.enter_context(frozen(self.controlnet) if self.guided else nullcontext(nullcontext))
+            stack.enter_context(super().open())
+            self.saving = self.saving if saving is nullcontext else saving  # if either exchanges its weights
             yield
 
-    def control(self, sample, *args, **kwargs):
+    def encode(self, stock, *args, **kwargs):
+        encoded = super().encode(stock, *args, **kwargs)
+        mask = self.conditions.get("encoder_attention_mask")
+        halves = 2 if self.pipe.do_classifier_free_guidance else 1
+        if mask is not None and not mask.unflatten(0, (halves, -1)).any(0).all():
+            raise ValueError(
+                "These prompts take different numbers of windows, but a ControlNet reads a batch's empty ones, too."
+                " Draw them in calls of their own, or leave out `max_sequence_length`."
+            )
+        return encoded
+
+    def stand_ins(self):
+        control = StandIn(self.controlnet, self.answer(self.control, self.controlnet.__call__))
+        return super().stand_ins() | {"controlnet": control}
+
+    def control(self, stock, sample, *args, **kwargs):
         self.controlled = args, kwargs
-        return self.controlnet(sample, *args, **kwargs)
+        return stock(sample, *args, **kwargs)
 
     def network(self, sample, beside, *args, **kwargs):
         rows = min(len(sample), len(self.controlled[1]["encoder_hidden_states"]))  # `guess_mode`: the last half only

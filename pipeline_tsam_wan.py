@@ -4,7 +4,6 @@ Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.
 model: alpha, gamma and the blocks' share of the depth are PixArt-α's. A choice.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,12 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from .attention_processors import record_self_attention, shadowed
+from .attention_processors import record_self_attention
 from .tsam import TextSelfAttention, texts_of
 from .tsam_arguments import BlocksSettings, blocks_between, shares_of
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import GuidedLoop, StandIn, TSAMOutput, call_of
+from .tsam_pipeline import GuidedLoop, TSAMOutput, call_of
 from .tsam_pixart import PixArtTSAM
 
 
@@ -35,10 +34,8 @@ class WanLoop(GuidedLoop):
         if pipe.transformer_2 is not None and not (settings.off and settings.candidates == 1):
             raise ValueError("This Wan has a `transformer_2`, which T-SAM does not guide. Pass `tsam_steps=0`.")
 
-    @contextmanager
-    def open(self):
-        with super().open(), shadowed(self.pipe, "transformer", StandIn(self.model, self.call)):
-            yield
+    def stand_ins(self):
+        return super().stand_ins() | {"transformer": self.model_for(self.call)}
 
     def call(self, hidden_states, **kwargs):
         if self.latents is not None:  # the step's second call

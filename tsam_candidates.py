@@ -89,6 +89,8 @@ class Scouting:
         return super().step(step, prediction, t, sample, *args, **kwargs)
 
     def predict(self, sample, *args, **kwargs):
+        if self.pipe.interrupt:  # because some stock loops go on
+            return (torch.zeros_like(sample),)
         kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
         if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
             return self.model(sample, *args, **kwargs)
@@ -107,7 +109,8 @@ def scouted(pipe, stock, given, settings, own, states=None, encoding=None):
     images = next(name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in given)
     given = given | {images: given[images] * len(own)}
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
-    settings.chosen_after(loop.num_steps)  # refuses too many before a network runs
+    settings.chosen_after(loop.num_steps)  # refuse too many, and a wrong choice of layers, before a network runs
+    pipe.layers_of(settings)
     loop.own, loop.states, loop.encoding = own, states, encoding
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     try:
@@ -173,9 +176,9 @@ def chosen_of(starts, chosen):
 
 
 def prompts_of(given):
-    """Count a call's prompts."""
-    prompt, embeds = given["prompt"], given["prompt_embeds"]
-    return 1 if isinstance(prompt, str) else len(embeds if prompt is None else prompt)
+    """Count a call's prompts; 1 for what stock refuses."""
+    prompt = given["prompt_embeds"] if given["prompt"] is None else given["prompt"]
+    return 1 if isinstance(prompt, str) or not hasattr(prompt, "__len__") else len(prompt)
 
 
 def states_of(generators):

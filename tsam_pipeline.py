@@ -62,7 +62,7 @@ class GuidedLoop:
     denoiser predicts, the scheduler steps.
 
     It moves the latents before the prediction, and the scheduler steps from there. While the loop is `open`, only
-    `pipe` has stand-ins for its scheduler and denoiser; the models stay as they are.
+    `pipe` has stand-ins for its scheduler and denoiser, and not in callbacks; the models stay as they are.
 
     given: stock's arguments by name. settings: `Settings`. on_step_end: a callback that stock lacks.
     losses: (images, updates) float32 on the CPU, after the call. steps: one per column, counted as in callbacks.
@@ -79,7 +79,8 @@ class GuidedLoop:
         self.conditions = {}  # the denoiser's arguments beside stock's
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
         self.encoding, self.encoded = None, False  # by another loop of this call; whether by this one
-        self.thread = get_ident()  # because others may read T meanwhile, by the same `encode_prompt`
+        self.thread = get_ident()  # because others may use the pipeline's parts meanwhile
+        self.before = self.inside = {}  # the pipeline's own attributes, and what hides them
         self.updates, self.index = None, 0
         self.latents, self.moved = None, False  # this step's latents, and whether they were updated
         self.start = None  # what `prepare_latents` returns, and the generators' states after it
@@ -101,22 +102,62 @@ class GuidedLoop:
 
     @contextmanager
     def open(self):
-        def method(call, stock):
-            return functools.wraps(stock)(lambda *args, **kwargs: call(stock, *args, **kwargs))
-
-        asked = [name for name in ("scale_model_input", "step") if hasattr(self.scheduler, name)]
-        asked = {name: method(getattr(self, name), getattr(self.scheduler, name)) for name in asked}
-        scheduler = StandIn(self.scheduler, **asked)
-        with (
-            frozen(self.model) if self.guided else nullcontext(nullcontext) as self.saving,
-            shadowed(self.pipe, "encode_prompt", method(self.encode_prompt, self.pipe.encode_prompt)),
-            shadowed(self.pipe, "prepare_latents", method(self.prepare_latents, self.pipe.prepare_latents)),
-            shadowed(self.pipe, "progress_bar", method(self.progress_bar, self.pipe.progress_bar)),
-            shadowed(self.pipe, "scheduler", scheduler),
-            shadowed(self.pipe, self.pipe.denoiser, StandIn(self.model, self.predict)),
-        ):
+        attributes, stand_ins = vars(self.pipe), self.stand_ins()
+        self.before = {name: attributes[name] for name in stand_ins if name in attributes}
+        with ExitStack() as stack:
+            self.saving = stack.enter_context(frozen(self.model) if self.guided else nullcontext(nullcontext))
+            for name, stand_in in stand_ins.items():
+                stack.enter_context(shadowed(self.pipe, name, stand_in))
+            self.inside = stand_ins
             yield
             self.check_updates()
+
+    def stand_ins(self):
+        """What the pipeline has in place of its own attributes while the loop is open."""
+        asked = [name for name in ("scale_model_input", "step") if hasattr(self.scheduler, name)]
+        asked = {name: self.answer(getattr(self, name), getattr(self.scheduler, name)) for name in asked}
+        found = {"scheduler": StandIn(self.scheduler, **asked), self.pipe.denoiser: self.model_for(self.predict)}
+        for name in ("encode_prompt", "prepare_latents", "progress_bar"):
+            found[name] = self.answer(getattr(self, name), getattr(self.pipe, name))
+        return found
+
+    def answer(self, call, stock):
+        """A method that calls `call(stock, ...)`, and in other threads the stock one."""
+
+        @functools.wraps(stock)
+        def answered(*args, **kwargs):
+            return call(stock, *args, **kwargs) if get_ident() == self.thread else stock(*args, **kwargs)
+
+        return answered
+
+    def model_for(self, call):
+        """The denoiser's stand-in."""
+        return StandIn(
+            self.model, self.answer(lambda stock, *args, **kwargs: call(*args, **kwargs), self.model.__call__)
+        )
+
+    @contextmanager
+    def outside(self):
+        """While the context is open, the pipeline has its own attributes again; what is then replaced stays so."""
+        attributes = vars(self.pipe)
+        hidden = {name: attributes.pop(name) for name, own in self.inside.items() if attributes.get(name) is own}
+        before = {name: own for name, own in self.before.items() if name in hidden}
+        attributes |= before
+        try:
+            yield
+        finally:
+            kept = (name for name in hidden if attributes.get(name) is before.get(name))
+            attributes |= {name: hidden[name] for name in kept}
+
+    def callbacks(self):
+        """The call's callbacks, run `outside`, in stock's arguments."""
+        if not self.needed:
+            return {}
+        given = {name: self.given.get(name) for name in ("callback", "callback_on_step_end")}
+        found = {name: self.outside()(own) for name, own in given.items() if own is not None}  # as a decorator
+        if isinstance(given["callback_on_step_end"], (PipelineCallback, MultiPipelineCallbacks)):
+            found["callback_on_step_end_tensor_inputs"] = given["callback_on_step_end"].tensor_inputs
+        return found
 
     def progress_bar(self, stock, *args, **kwargs):
         self.bar = stock(*args, **kwargs)
@@ -124,7 +165,7 @@ class GuidedLoop:
 
     def encode_prompt(self, stock, *args, **kwargs):
         """Stock has checked its arguments and run no denoiser: check ours, and read T while stock encodes."""
-        if self.encoded or get_ident() != self.thread:  # a callback or another thread calls
+        if self.encoded:
             return stock(*args, **kwargs)
         self.encoded = True
         if self.encoding is not None:
@@ -141,6 +182,8 @@ class GuidedLoop:
             self.text = self.read(recordings)
         else:
             encoded = self.encode(stock, *args, **kwargs)
+        if regions is not None and not any(self.pipe.components.get(name) for name in ("tokenizer", "tokenizer_2")):
+            raise ValueError("`regions` are found by their tokens, but this pipeline has no tokenizer. Give it one.")
         images, device = self.given["num_images_per_prompt"], encoded[0].device
         self.layout = layout_of(regions, self.text, self.words_of, images, device)
         self.encoding = encoded, self.text, self.layout, self.conditions
@@ -237,7 +280,11 @@ class GuidedLoop:
         with uncorrected(self.scheduler, self.alignment if self.moved else None):
             latents, *others = stock(prediction, t, sample, *args, **kwargs)
         if self.on_step_end is not None:
-            latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
+            if self.num_steps == 1 and others:  # of which stock takes the predicted original
+                latents = others[0]
+            with self.outside():
+                latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
+            others = [latents] * len(others)
         return latents, *others
 
     @property
@@ -346,6 +393,11 @@ def frozen(model):
         raise RuntimeError(
             f"The weights of {type(model).__name__} were made inside `torch.inference_mode()`, so that no gradient"
             " passes through them. Load the pipeline and call `.to(...)` outside of it, or pass `tsam_steps=0`."
+        )
+    if getattr(model, "is_cache_enabled", False):
+        raise RuntimeError(
+            f"{type(model).__name__} caches between its steps, and would take a guided pass for one. Call its"
+            " `disable_cache()`, or pass `tsam_steps=0`."
         )
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     # Group offloading and layerwise casting replace a weight's data as soon as its layer has run.
@@ -540,19 +592,20 @@ class TSAMPipelineMixin:
             raise ValueError(f"This pipeline was made with `{self.denoiser}=None` and cannot draw. Give it one.")
         with lock_of(model):
             loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
-            if settings.candidates > 1:
+            if settings.candidates > 1 and loop.num_steps > 0:
                 images = prompts_of(given) * loop.given["num_images_per_prompt"]
                 loop.encoding, loop.start, losses, chosen = choose(self, stock, given, settings, images)
                 loop.interrupted = self.interrupt
             with loop.open() if loop.needed else nullcontext():
-                output = stock(**given | {"return_dict": False})
+                output = stock(**given | loop.callbacks() | {"return_dict": False})
         fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions, losses, chosen)
         return self.output(*fields) if given["return_dict"] else fields
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def rank(self, prompt, seeds, **arguments):
-        """Rank seeds by how well their starts agree with a prompt: [(seed, loss)], best first. Draws no picture.
+        """Rank seeds by how well their starts agree with a prompt: [(seed, loss)], best first. Draws no picture; those
+        before an interruption are ranked.
 
         `pipe(prompt, generator=torch.Generator().manual_seed(seed))` draws from such a start. arguments: the call's,
         including `candidate_steps`. Compare losses between seeds of one prompt, not between models.
@@ -563,8 +616,11 @@ class TSAMPipelineMixin:
             given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
             with lock_of(self.components[self.denoiser]):
                 loop = scouted(self, super().__call__, given, settings, [given.get("latents")], encoding=encoding)
+            if loop.losses is None:  # interrupted
+                break
             encoding = loop.encoding
             losses.append((seed, loop.losses.mean().item()))
+        self.maybe_free_model_hooks()  # as stock's call does in the end
         return sorted(losses, key=lambda ranked: (ranked[1] != ranked[1], ranked[1]))  # non-finite losses last
 
     @classmethod
@@ -628,7 +684,8 @@ def refuse(cls, name):
 
 
 def register(cls, stock):
-    """Let `from_pipe` of diffusers' AutoPipeline classes treat `cls` as it treats `stock`."""
+    """Let `from_pipe` of diffusers' AutoPipeline classes treat `cls` as it treats `stock`, but for PAG and ControlNet,
+    whose classes it finds by names."""
     name = next((name for name, other in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if other is stock), None)
     for mapping in SUPPORTED_TASKS_MAPPINGS:
         if name in mapping:

@@ -63,6 +63,10 @@ class PixArtTSAM(TSAMPipelineMixin):
     def interrupt(self):
         return self._interrupt
 
+    @property
+    def num_timesteps(self):
+        return len(self.scheduler.timesteps)
+
     def layers_of(self, settings):
         return self.cross_attention_layers(settings.attention_layers)
 

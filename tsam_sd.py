@@ -86,7 +86,7 @@ class WindowedLoop(GuidedLoop):
     def __init__(self, pipe, given, settings, on_step_end=None):
         super().__init__(pipe, given, settings, on_step_end)
         self.windows = None
-        if settings.max_sequence_length is not None and given["prompt"] is not None:
+        if settings.max_sequence_length is not None and isinstance(given["prompt"], (str, list)):
             self.windows = pipe.windows_of(given["prompt"], settings.max_sequence_length)
             if given["negative_prompt_embeds"] is not None:
                 raise ValueError(
