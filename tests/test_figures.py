@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from diffusers_tsam import figures
@@ -30,7 +31,8 @@ def sheet(prompt, size=(64, 64), footer="seed 0", columns=8):
 
 def texts(fig):
     """All the texts that show, and the figure's inches in which they are."""
-    FigureCanvasAgg(fig).draw()
+    FigureCanvasAgg(fig)
+    fig.draw_without_rendering()
     found = [text for text in fig.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text().strip()]
     return {text: text.get_window_extent() for text in found if text.get_visible()}
 
@@ -51,7 +53,6 @@ def test_every_word_has_a_map_beside_each_picture_and_a_long_prompt_says_what_is
     "prompt, words, size",
     [
         ("red cube", None, (64, 64)),
-        (LONG, None, (64, 64)),
         ("a red cube", None, (96, 32)),
         ("a red cube", None, (32, 96)),
         (LONG * 9, LONG.split(), (64, 64)),
@@ -66,20 +67,18 @@ def test_nothing_is_cut_or_covered_by_another_text(prompt, words, size, tmp_path
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of signs that the font lacks
             boxes = texts(fig)
-        inside = fig.bbox.padded(1)
         for text, box in boxes.items():
-            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, text
-        straight = [(text, box) for text, box in boxes.items() if text.get_rotation() == 0]
-        for i, (one, box) in enumerate(straight):
-            for other, another in straight[:i]:
-                width = min(box.x1, another.x1) - max(box.x0, another.x0)
-                height = min(box.y1, another.y1) - max(box.y0, another.y0)
-                assert min(width, height) <= 1, (one, other)
+            assert np.allclose(Bbox.union([fig.bbox, box]).extents, fig.bbox.extents, atol=1), text
+        straight = [box.extents for text, box in boxes.items() if text.get_rotation() == 0]
+        left, bottom, right, top = np.transpose(straight)
+        width = np.minimum.outer(right, right) - np.maximum.outer(left, left)
+        height = np.minimum.outer(top, top) - np.maximum.outer(bottom, bottom)
+        assert not np.triu(np.minimum(width, height) > 1, 1).any()
         for axes in fig.axes:
             assert min(axes.get_window_extent().size) > 60  # pixels
 
 
-@pytest.mark.parametrize("prompt", [r"$\frac$ car", "一只 🐕 مرحبا שלום", "a\tb\nc $ $$ \\ % # _ ^ {"])
+@pytest.mark.parametrize("prompt", ["一只 🐕 مرحبا שלום", "a\tb\nc $\\frac$ $$ $\\ %#_^{"])
 def test_any_signs_are_drawn_as_they_are_without_a_warning(prompt, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

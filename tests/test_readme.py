@@ -12,11 +12,8 @@ from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 ROOT = Path(__file__).parent.parent
-ARGUMENTS_PAGE = (ROOT / "docs" / "arguments.md").read_text()
-PAGES = [
-    ROOT / "README.md",
-    *(page for folder in ("docs", "benchmarks", "shapes", "hub") for page in (ROOT / folder).glob("*.md")),
-]
+FOLDERS = "docs", "benchmarks", "shapes", "hub"
+PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))]
 PAGES = [page for page in PAGES if page.name not in ("code.md", "weights.md")]  # which are filled in first
 
 
@@ -28,6 +25,7 @@ def test_the_pasted_lines_draw_a_picture_with_the_shipped_model(page, kind, tmp_
     code = re.sub(r'"[^"]+/[^"]+"', repr(str(MODELS[kind])), code, count=1)
     code = code.replace('"cuda"', '"cpu"').replace("float16", "float32")
     own = {name: value for name, value in ARGUMENTS[kind].items() if name != "guidance_scale"}
+    own["num_inference_steps"] = 4
     code = code.replace('"a black car and a white clock"', f'"a red cube and a blue sphere", **{own}')
     file = tmp_path / re.search(r'custom_pipeline="([^"]+)"', code)[1]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,28 +46,22 @@ def test_every_link_to_a_file_of_the_repository_exists(page):
             assert anchor in {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
 
 
-def test_the_tests_that_the_documents_name_exist():
-    table = (ROOT / "docs" / "compatibility.md").read_text()
+def test_the_tests_and_functions_that_the_documents_name_exist():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    names = re.findall(r"`((?:test_|Test|\.\.\.)[\w.]+)`", table)
+    names = re.findall(r"`((?:test_|Test|\.\.\.)[\w.]+)`", (ROOT / "docs" / "compatibility.md").read_text())
     assert len(names) > 20
     for name in names:
         assert (ROOT / "tests" / name).exists() or name.strip(".") in tests, name
-
-
-def test_the_functions_that_the_papers_table_names_exist():
-    section = (ROOT / "docs" / "method.md").read_text()
     code = (ROOT / "tsam.py").read_text() + (ROOT / "attention_processors.py").read_text()
-    names = re.findall(r"^\|[^|]*\| `(?:\w+\.)?(\w+)` \|", section, re.MULTILINE)
+    names = re.findall(r"^\|[^|]*\| `(?:\w+\.)?(\w+)` \|", (ROOT / "docs" / "method.md").read_text(), re.MULTILINE)
     assert len(names) >= 8 and all(f"def {name}(" in code for name in names)
 
 
-@pytest.mark.parametrize(
-    "column, pipeline", list(enumerate(("StableDiffusionTSAMPipeline", "PixArtAlphaTSAMPipeline")))
-)
+@pytest.mark.parametrize("column, pipeline", [(0, "StableDiffusionTSAMPipeline"), (1, "PixArtAlphaTSAMPipeline")])
 def test_the_defaults_in_the_table_of_arguments_are_those_of_the_code(column, pipeline):
     parameters = inspect.signature(getattr(diffusers_tsam, pipeline).__call__).parameters
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+?) \| ([^|]+?) \|", ARGUMENTS_PAGE, re.MULTILINE)
+    page = (ROOT / "docs" / "arguments.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]+?) \| ([^|]+?) \|", page, re.MULTILINE)
     table = {name: defaults[column] for name, *defaults in rows if defaults[column] != "-"}
     ours = list(parameters)[list(parameters).index("tsam_steps") :]
     assert set(ours) - {"kwargs"} == set(table)
