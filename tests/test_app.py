@@ -19,17 +19,7 @@ from PIL import Image
 
 from diffusers_tsam import FAMILIES, cli, comparing, figures
 from diffusers_tsam.app import drawing
-from diffusers_tsam.app.drawing import (
-    FIELDS,
-    MAX_PROMPT,
-    SHIPPED,
-    Models,
-    Result,
-    Starts,
-    Step,
-    fields_of,
-    wrong,
-)
+from diffusers_tsam.app.drawing import FIELDS, MAX_PROMPT, SHIPPED, Models, Result, Starts, Step, fields_of, wrong
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.sink import add_sink
 from kinds import PROMPT
@@ -215,12 +205,9 @@ def test_every_step_is_shown_and_the_pictures_are_those_of_the_command(model, mo
     assert len(result.seen) == 2 and 0 < result.moved < drawing.BREAKS
 
 
-def results_of(events):
-    return [event for event in events if isinstance(event, Result)]
-
-
 def test_of_several_seeds_each_is_drawn_as_it_is_alone(local, name):
-    results = results_of(drawn(local, values_of(local, name, seed=7, seeds=3)))
+    events = drawn(local, values_of(local, name, seed=7, seeds=3))
+    results = [event for event in events if isinstance(event, Result)]
     assert [result.settings["seed"] for result in results] == [7, 8, 9]
     alone = drawn(local, results[1].settings)[-1]
     assert alone.settings == results[1].settings and alone.settings["seeds"] == 1
@@ -234,7 +221,7 @@ def test_starts_are_shown_as_they_are_ranked_and_the_best_are_drawn(local, name)
     ranked = pipe.rank(PROMPT, range(7, 11), num_inference_steps=4, **settings.given)
     rows = [event for event in events if isinstance(event, Starts)]
     assert [len(row.pictures) for row in rows] == [1, 2, 3, 4] and all(row.ranked == ranked for row in rows)
-    assert [result.settings["seed"] for result in results_of(events)] == [seed for seed, _ in ranked[:2]]
+    assert [event.settings["seed"] for event in events if isinstance(event, Result)] == [seed for seed, _ in ranked[:2]]
     call = {"num_inference_steps": 4, "guidance_scale": 7.5}
     assert rows[-1].pictures == [drawing.expected(pipe, PROMPT, seed, 1, **call) for seed, _ in ranked]
 

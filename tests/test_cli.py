@@ -92,9 +92,7 @@ def test_it_overwrites_only_when_told(tsam, tmp_path, capsys, refused, unsaved):
     assert [(tmp_path / f"tsam{number}.png").read_text() for number in ("", "-2", "-3")] == ["a figure", "", "a figure"]
 
 
-def test_several_seeds_are_a_sheet_and_the_best_of_several_is_the_one_that_ranks_first(
-    tsam, capsys, monkeypatch, unsaved
-):
+def test_several_seeds_are_a_sheet_and_the_best_of_them_ranks_first(tsam, capsys, monkeypatch, unsaved):
     asked, shown = spied(monkeypatch), spied(monkeypatch, figures, "sheet")
     tsam(PROMPT, "--seeds", "3-4")
     where, *lines = capsys.readouterr().out.splitlines()
@@ -164,9 +162,7 @@ def test_the_maps_shown_are_of_the_layers_that_are_asked_for(name, number):
     assert asked == [number] * 2
 
 
-def test_it_takes_regions_and_long_prompts_and_says_once_what_the_model_does_not_read(
-    tsam, capsys, warnings_seen, unsaved
-):
+def test_it_takes_regions_and_long_prompts_and_says_once_what_is_not_read(tsam, capsys, warnings_seen, unsaved):
     regions = "--region", "car=0,0,0.5,1", "--region", "white clock=0.5,0,1,1"
     tsam(PROMPT, *regions, "--region-weight", "5", "--max-sequence-length", "150")
     _, _, car, clock = capsys.readouterr().out.splitlines()
@@ -243,9 +239,7 @@ NO_INDEX = "", "{", "[]", "{}", '"text"', '{"_class_name": null}', '{"_class_nam
 PARTS = "tokenizer", "unet", "text_encoder/model.safetensors", "vae/config.json"
 
 
-def test_a_model_that_cannot_be_loaded_is_said_in_a_line_and_another_pipeline_by_name_before_it_is_loaded(
-    folder, tmp_path, refused, monkeypatch
-):
+def test_a_model_that_cannot_be_loaded_is_said_before_where_its_index_tells(folder, tmp_path, refused, monkeypatch):
     families = "Stable Diffusion (StableDiffusionPipeline) and PixArt-α (PixArtAlphaPipeline)"
     broken = [("model_index.json", text, "its model_index.json is not") for text in NO_INDEX]
     for name in OTHERS:
@@ -353,9 +347,7 @@ LATE = {
 PROMPTS = {"": "needs two or more", "cube": "needs two or more", "a \udcff cube": "not in UTF-8"}
 
 
-def test_wrong_values_end_with_a_line_in_the_commands_words_before_anything_is_drawn(
-    folder, tmp_path, monkeypatch, refused
-):
+def test_wrong_values_end_with_a_line_before_anything_is_drawn(folder, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(StableDiffusionTSAMPipeline, "progress_bar", lambda *_, **__: pytest.fail("it denoises"))
     (tmp_path / "folder.png").mkdir()
