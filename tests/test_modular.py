@@ -3,7 +3,6 @@ pipelines."""
 
 from contextlib import ExitStack
 from copy import copy
-from itertools import product
 
 import diffusers
 import numpy as np
@@ -14,14 +13,15 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import oracle
-from attached import attached
+from attached import Seen, attached, attention_maps
 from diffusers_tsam.attention_processors import record_joint_attention
-from diffusers_tsam.modular_tsam import CODE
 from kinds import (
     ANIMA,
     BLOCKS,
     FLUX,
+    IMAGE,
     KINDS,
+    MASK,
     PROMPT,
     SCHEDULERS,
     SD3,
@@ -35,7 +35,6 @@ from kinds import (
     use,
 )
 from test_compatibility import VISION, holds, ip_adapter_of, lora_of
-from test_loading import NOTHING_INSTALLED, one_thread, run_fresh  # noqa: F401
 from tiny import tiny_flux_components, tiny_sd3_components, tiny_sdxl_components, tiny_tokenizer
 
 
@@ -53,44 +52,26 @@ def test_a_relative_step_moves_the_input_by_its_share(pipe):
 
 
 @pytest.mark.parametrize(
-    "options, error, message",
+    "names, options, error, message",
     [
-        ({"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps"),
-        ({"gamma": "x"}, TypeError, "`gamma` has to be a number but is 'x'"),
-        ({"preset": "quick"}, ValueError, "`preset` is 'quick', but has to be one of 'paper'"),
-        ({"candidates": 0}, ValueError, "`candidates` is 0, but has to be at least 1"),
-        ({"candidates": 2, "candidate_steps": 5}, ValueError, "`candidate_steps` is 5, but there are only 4 denoising"),
-        ({"candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, ValueError, "`latents` hold 3 starts, .* 1 to 2"),
+        (BLOCKS, {"tsam_steps": 5}, ValueError, "`tsam_steps` is 5, but there are only 4 denoising steps"),
+        (BLOCKS, {"gamma": "x"}, TypeError, "`gamma` has to be a number but is 'x'"),
+        (BLOCKS, {"preset": "quick"}, ValueError, "`preset` is 'quick', but has to be one of 'paper'"),
+        (["sdxl"], {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
+        (["sdxl"], {"prompt_2": f"{PROMPT} on the table"}, ValueError, "`prompt_2` has other tokens than `prompt`"),
+        (["sdxl"], {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
+        (["sd3"], {"attention_layers": (2, 4)}, ValueError, r"is \(2, 4\), but this transformer has 4 blocks, 0 to 3"),
+        (["sd3", "anima"], {"attention_layers": (2, 4)}, ValueError, r"has 4 blocks, 0 to 3. .*\(1, 2\)"),
+        (["flux"], {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
+        (["flux"], {"attention_keys": "image"}, ValueError, "`attention_keys` is 'image', but has to be one of 'text'"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_denoiser_runs(pipe, options, error, message):
-    with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
-        run(pipe, **options)
-    assert not calls
-
-
-@pytest.mark.parametrize(
-    "kind, options, error, message",
-    [
-        (SDXL, {"attention_resolution": 7}, ValueError, "`attention_resolution` is 7, but .* grids of 8, 16"),
-        (SDXL, {"prompt_2": f"{PROMPT} on the table"}, ValueError, "`prompt_2` has other tokens than `prompt`"),
-        (SDXL, {"prompt_2": SHORT}, ValueError, "`prompt_2` has other tokens than `prompt`"),
-        (
-            SD3,
-            {"attention_layers": (2, 4)},
-            ValueError,
-            r"is \(2, 4\), but this transformer has 4 blocks, 0 to 3. .*\(1, 2\)",
-        ),
-        (ANIMA, {"attention_layers": (2, 4)}, ValueError, r"has 4 blocks, 0 to 3. .*\(1, 2\)"),
-        (FLUX, {"attention_layers": 3}, TypeError, "`attention_layers` has to be two integers but is 3"),
-        (FLUX, {"attention_keys": "image"}, ValueError, "`attention_keys` is 'image', but has to be one of 'text', "),
-    ],
-)
-def test_what_a_kind_does_not_have_is_refused(kind, options, error, message):
-    pipe = make(kind.tsam, kind.components)
-    with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
-        run(pipe, **options)
-    assert not calls
+def test_what_cannot_be_is_refused_before_the_denoiser_runs(names, options, error, message):
+    for kind in map(BLOCKS.get, names):
+        pipe = make(kind.tsam, kind.components)
+        with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
+            run(pipe, **options)
+        assert not calls
 
 
 def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(kind):
@@ -118,12 +99,6 @@ def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(kind):
             run(pipe, None, text_self_attention=wrong, **call)
         assert not calls
     run(pipe, None, tsam_steps=0, **call)
-
-
-def test_stocks_own_blocks_stay_stocks(kind):
-    """SD3 and FLUX share block instances among all their pipelines."""
-    make(kind.tsam, kind.components)
-    assert "alpha" not in make(kind.stock, kind.components).blocks.input_names
 
 
 def test_sdxls_t_is_the_mean_over_both_encoders_as_they_are_published():
@@ -214,76 +189,55 @@ def texts_of(text, gamma):
     return found
 
 
-PLACES = {  # where the second implementation looks; SD3's text is CLIP's 77 columns and T5's 16, FLUX's 16 come first
-    "sdxl": lambda model: {
-        "layers": [model.down_blocks[2].attentions[0].transformer_blocks[0].attn2]
-        + [model.mid_block.attentions[0].transformer_blocks[0].attn2]
-        + [layer.transformer_blocks[0].attn2 for layer in model.up_blocks[0].attentions],
-        "grid": (8, 8),
-    },
-    "sd3": lambda model: {
-        "layers": [block.attn for block in model.transformer_blocks[1:3]],
-        "grid": (8, 8),
-        "rows": slice(0, 64),
-        "columns": slice(64, None),
-        "keys": slice(64, None),
-    },
-    "flux": lambda model: {
-        "layers": [model.transformer_blocks[1].attn, *(block.attn for block in model.single_transformer_blocks[:2])],
-        "grid": (8, 8),
-        "rows": slice(16, None),
-        "columns": slice(0, 16),
-        "keys": slice(0, 16),
-    },
-    "anima": lambda model: {
-        "layers": [block.attn2 for block in model.transformer_blocks[1:3]],
-        "grid": (8, 8),
-    },
-}
-
-
-@pytest.mark.parametrize("keys", ["text", "all"])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_draw_what_the_same_updates_behind_a_classic_pipelines_back_draw(name, keys):
-    kind, cross = BLOCKS[name], name in ("sdxl", "anima")
-    places, options = PLACES[name](kind.components[kind.denoiser]), {"gamma": 3.0, "alpha": kind.alpha}
-    if not cross:
-        options |= {"attention_keys": keys, "attention_layers": (1, 2) if name == "sd3" else (1, 3)}
-        places |= {"keys": None} if keys == "all" else {}
-    elif keys == "all":
-        pytest.skip("cross-attention has no other keys")
-    prompts = [PROMPT, SHORT]
-    pipe = make(kind.tsam, kind.components)
-    state = run(pipe, prompts, refinement_steps=[0], generator=generators(2), **options)
-    if name == "anima":  # whose stock blocks ask the denoiser twice a step
-        classic, call = make(kind.stock, kind.components), {**kind.call, "num_inference_steps": 4}
+def places_of(kind):
+    """Where the second implementation looks. SD3's text is CLIP's 77 columns and T5's 16; FLUX's 16 come first."""
+    model = kind.components[kind.denoiser]
+    if kind.denoiser == "unet":
+        attentions = *model.down_blocks[-1].attentions, *model.mid_block.attentions, *model.up_blocks[0].attentions
+        return {"layers": [attention.transformer_blocks[0].attn2 for attention in attentions]}
+    blocks = model.transformer_blocks[1:3]
+    if kind is ANIMA:
+        return {"layers": [block.attn2 for block in blocks]}
+    if kind is SD3:
+        rows, columns = slice(0, 64), slice(64, None)
     else:
-        classic = getattr(diffusers, kind.classic)(**{**kind.components, "scheduler": copy(pipe.scheduler)})
-        classic.set_progress_bar_config(disable=True)
-        call = {"guidance_scale": pipe.guider.guidance_scale} if name != "flux" else {}
-        call |= {**kind.call, "num_inference_steps": 4, "output_type": "latent"}
-    model, texts = kind.components[kind.denoiser], texts_of(state.text_self_attention, 3.0)
-    with attached(classic, model, texts=texts, alpha=kind.alpha, updates=UPDATES, **places) as losses:
-        expected = classic(prompt=prompts, generator=generators(2), **call)
-    expected, ours = expected.latents if name == "anima" else expected.images, state.images
-    if name == "flux":
-        expected = classic._unpack_latents(expected, 32, 32, classic.vae_scale_factor)
-    torch.testing.assert_close(state.losses.double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)
+        blocks = model.transformer_blocks[1], *model.single_transformer_blocks[:2]
+        rows, columns = slice(16, None), slice(0, 16)
+    return {"layers": [block.attn for block in blocks], "rows": rows, "columns": columns, "keys": columns}
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_our_classic_loop_draws_what_the_second_implementation_draws(scheduler):
-    kind = KINDS["sd"]
-    ours, theirs = (make(cls, kind.components) for cls in (kind.tsam, kind.stock))
-    use(getattr(diffusers, scheduler), ours, theirs)
-    text = ours.get_text_self_attention([PROMPT, SHORT])
-    layers = ours.cross_attention_layers()
-    call = {"num_inference_steps": 4, "output_type": "latent"}
-    options = {"alpha": 10.0, "gamma": 3.0, "refinement_steps": [0], "refinement_iterations": 2}
-    output = ours([PROMPT, SHORT], **call, **options, generator=generators(2))
-    with attached(theirs, theirs.unet, layers, texts_of(text, 3.0), 10.0, UPDATES, (16, 16)) as losses:
-        expected = theirs([PROMPT, SHORT], **call, generator=generators(2)).images
+@pytest.mark.parametrize(
+    "kind, scheduler, keys",
+    [
+        *((KINDS["sd"], name, None) for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep")),
+        *((kind, None, None) for kind in (SDXL, ANIMA)),
+        *((kind, None, keys) for kind in (SD3, FLUX) for keys in ("text", "all")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_we_draw_what_the_same_updates_behind_a_stock_pipelines_back_draw(kind, scheduler, keys):
+    prompts, options, call = [PROMPT, SHORT], {"gamma": 3.0, "alpha": kind.alpha}, {}
+    pipe, places = make(kind.tsam, kind.components), places_of(kind)
+    if scheduler:
+        use(getattr(diffusers, f"{scheduler}Scheduler"), pipe)
+    if keys:
+        options |= {"attention_keys": keys, "attention_layers": (1, 2) if kind is SD3 else (1, 3)}
+        places |= {"keys": None} if keys == "all" else {}
+    output = run(pipe, prompts, refinement_steps=[0], generator=generators(2), **options)
+    text = pipe.get_text_self_attention(prompts) if kind is KINDS["sd"] else output.text_self_attention
+    if kind in (KINDS["sd"], ANIMA):  # Anima has no classic pipeline; its stock blocks ask the denoiser twice a step
+        stock = make(kind.stock, {**kind.components, "scheduler": pipe.scheduler})
+    else:
+        stock = getattr(diffusers, kind.classic)(**{**kind.components, "scheduler": copy(pipe.scheduler)})
+        stock.set_progress_bar_config(disable=True)
+        call = {} if kind is FLUX else {"guidance_scale": pipe.guider.guidance_scale}
+    call |= {"num_inference_steps": 4, "output_type": "latent", **kind.call}
+    own = {"texts": texts_of(text, 3.0), "alpha": kind.alpha, "updates": UPDATES, "grid": kind.grid}
+    with attached(stock, kind.components[kind.denoiser], **own, **places) as losses:
+        expected = stock(prompt=prompts, generator=generators(2), **call)
+    expected = expected.latents if kind is ANIMA else expected.images
+    if kind is FLUX:
+        expected = stock._unpack_latents(expected, 32, 32, stock.vae_scale_factor)
     torch.testing.assert_close(output.losses.double(), torch.stack(losses, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.images, expected, rtol=2e-3, atol=2e-3)
 
@@ -363,13 +317,8 @@ def test_one_alpha_guides_under_every_scheduler(kind, scheduler, flow):
     assert state.losses.shape == (1, 4) and state.losses[0, 2] < state.losses[0, 0]
 
 
-PICTURE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
-MASK = torch.zeros(1, 1, 64, 64)
-MASK[..., 32:] = 1
-
-
 def test_an_image_is_changed_and_only_the_steps_that_are_left_count(kind):
-    image = PICTURE if kind is SDXL else PICTURE[..., :32, :32] / 2 + 0.5
+    image = IMAGE if kind is SDXL else IMAGE[..., :32, :32]
     workflow = "img2img" if kind is ANIMA else "image2image"
     pipes, options = pair(kind.components, workflow, kind), {"image": image, "num_inference_steps": 10}
     state = held(*pipes, strength=0.6, **options)
@@ -381,10 +330,10 @@ def test_an_image_is_changed_and_only_the_steps_that_are_left_count(kind):
 def test_inpainting_goes_with_guidance_by_either_kind_of_unet(channels):
     components = SDXL.components if channels == 4 else tiny_sdxl_components(in_channels=9)
     pipes = pair(components, "inpainting")
-    state = held(*pipes, image=PICTURE, mask_image=MASK, strength=0.9)
+    state = held(*pipes, image=IMAGE, mask_image=MASK, strength=0.9)
     if channels == 4:  # outside of the mask the picture's own latents remain
-        expected = run(pipes[0], image=PICTURE, mask_image=MASK, strength=0.9).images
-        assert torch.equal(state.images[..., :16], expected[..., :16])
+        expected = run(pipes[0], image=IMAGE, mask_image=MASK, strength=0.9).images
+        assert torch.equal(state.images[..., 16:], expected[..., 16:])
 
 
 def test_a_controlnet_holds_guided_pictures_too():
@@ -395,7 +344,7 @@ def test_a_controlnet_holds_guided_pictures_too():
     for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         torch.nn.init.normal_(layer.weight, std=0.3)
     pipes = pair({**SDXL.components, "controlnet": controlnet}, "controlnet_text2image")
-    options = {"control_image": PICTURE / 2 + 0.5}
+    options = {"control_image": IMAGE}
     state = held(*pipes, **options)
     other = run(pipes[1], alpha=10.0, **options, controlnet_conditioning_scale=0.1)
     assert (state.losses - other.losses).abs().max() > 1e-3  # what is read is under its influence
@@ -429,123 +378,41 @@ def test_an_ip_adapter_acts_with_guidance_on_as_in_stock_without():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Joint attention, one number at a time
+# Joint attention
 
 
 @pytest.mark.parametrize("all_keys", [False, True], ids=["text", "all"])
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_joint_attention_is_read_as_it_is_defined(name, all_keys):
-    """Against the weights, one head at a time: SD3's queries and keys are normalised, FLUX has two kinds of block."""
+def test_joint_attention_is_read_as_it_is_computed(name, all_keys):
+    """SD3's queries and keys are normalised here, FLUX has two kinds of block."""
     torch.manual_seed(2)
     components = tiny_sd3_components(qk_norm="rms_norm") if name == "sd3" else tiny_flux_components()
     model = components["transformer"].double()
     for parameter in (value for key, value in model.named_parameters() if "norm_" in key and "linear" not in key):
         torch.nn.init.normal_(parameter, 1.0, 0.2)
-    blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
+    layers = [block.attn for block in (*model.transformer_blocks, *getattr(model, "single_transformer_blocks", []))]
     number, side, width = 5, 6, 24
     given = {"encoder_hidden_states": torch.randn(1, number, width).double()}
     given |= {"pooled_projections": torch.randn(1, width if name == "sd3" else 16).double(), "return_dict": False}
+    rows, columns = slice(0, side**2), slice(side**2, None)
     if name == "sd3":
         given |= {"hidden_states": torch.randn(1, 4, 2 * side, 2 * side).double(), "timestep": torch.tensor([500.0])}
     else:
         grid = torch.stack(torch.meshgrid(torch.zeros(1), *[torch.arange(float(side))] * 2, indexing="ij"), -1)
         given |= {"hidden_states": torch.randn(1, side**2, 16).double(), "timestep": torch.tensor([0.5]).double()}
         given |= {"img_ids": grid.reshape(-1, 3), "txt_ids": torch.zeros(number, 3)}
-    inputs = {}
-
-    def keep(attn, args, kwargs):
-        inputs[attn] = kwargs
-
-    layers = [block.attn for block in blocks]
-    for layer in layers:
-        layer.register_forward_pre_hook(keep, with_kwargs=True)
-    with torch.no_grad(), record_joint_attention(layers, 3, number, all_keys) as maps:
+        rows, columns = slice(number, None), slice(0, number)
+    with torch.no_grad(), record_joint_attention(layers, 3, number, all_keys) as maps, Seen(layers) as seen:
         model(**given)
-    assert sorted(maps) == list(range(len(layers))) and not any(len(layer._forward_pre_hooks) > 1 for layer in layers)
-    for index, layer in enumerate(layers):
-        expected = joint_by_hand(layer, inputs[layer], number, all_keys)[:, :3]
+    assert sorted(maps) == list(range(len(layers))) and not any(layer._forward_pre_hooks for layer in layers)
+    for index, pair in enumerate(seen.pairs):
+        expected = attention_maps([pair], rows, columns, None if all_keys else columns)[..., :3]
         assert maps[index].dtype == torch.float32 and maps[index].shape == (1, side**2, 3)
-        torch.testing.assert_close(maps[index][0].double(), expected, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def joint_by_hand(attn, given, number, all_keys):
-    """(P, number) of the one image: mean over heads of softmax over the text's keys or all."""
-    hidden, text = given["hidden_states"][0], given.get("encoder_hidden_states")
-    text_first = given.get("image_rotary_emb") is not None  # FLUX
-
-    def normed(x, norm):
-        return x if norm is None else x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
-
-    def project(which):
-        own = oracle.linear(hidden, getattr(attn, f"to_{which}")).unflatten(-1, (attn.heads, -1))
-        own = normed(own, getattr(attn, f"norm_{which}"))
-        if text is None:
-            return own
-        added = oracle.linear(text[0], getattr(attn, f"add_{which}_proj")).unflatten(-1, (attn.heads, -1))
-        added = normed(added, getattr(attn, f"norm_added_{which}"))
-        return torch.cat([added, own] if text_first else [own, added])
-
-    query, key = project("q"), project("k")
-    if text_first:
-        cosine, sine = given["image_rotary_emb"]
-
-        def turned(x):
-            y = x.clone()
-            for place, head, pair in product(range(x.shape[0]), range(x.shape[1]), range(x.shape[2] // 2)):
-                a, b = x[place, head, 2 * pair], x[place, head, 2 * pair + 1]
-                c, s = cosine[place, 2 * pair], sine[place, 2 * pair]
-                y[place, head, 2 * pair], y[place, head, 2 * pair + 1] = a * c - b * s, b * c + a * s
-            return y
-
-        query, key = turned(query), turned(key)
-    total = len(query)
-    columns = range(number) if text_first else range(total - number, total)
-    rows = range(number, total) if text_first else range(total - number)
-    summed = torch.zeros(len(rows), number, dtype=torch.float64)
-    for head in range(attn.heads):
-        scores = (query[:, head] @ key[:, head].T / query.shape[-1] ** 0.5)[list(rows)]
-        weights = scores.exp()
-        among = weights if all_keys else weights[:, list(columns)]
-        summed += weights[:, list(columns)] / among.sum(-1, keepdim=True)
-    return summed / attn.heads
+        torch.testing.assert_close(maps[index].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving and loading
-
-
-LOAD = """
-import torch
-from diffusers import ModularPipelineBlocks
-
-code, weights, call = {arguments!r}
-try:
-    ModularPipelineBlocks.from_pretrained(code)
-except ValueError as error:
-    assert "trust_remote_code=True" in str(error)
-else:
-    raise AssertionError("ran code that is not trusted")
-blocks = ModularPipelineBlocks.from_pretrained(code, trust_remote_code=True)
-pipe = blocks.get_workflow("text2image").init_pipeline(weights)
-pipe.load_components(dtype=torch.float32)
-state = pipe(generator=torch.Generator().manual_seed(0), **call)
-torch.save([state.latents, state.losses], "drawn.pt")
-"""
-
-
-@pytest.mark.slow
-def test_blocks_saved_to_a_folder_draw_in_a_fresh_process_with_nothing_installed_the_same(kind, tmp_path):
-    pipe = make(kind.tsam, kind.components)
-    pipe.save_pretrained(str(tmp_path / "weights"), overwrite_modular_index=True)
-    pipe.blocks.save_pretrained(tmp_path / "code")
-    assert {path.name for path in (tmp_path / "code").iterdir()} == {*CODE, "modular_config.json"}
-    call = {"output_type": "latent", **kind.call, "prompt": PROMPT, "num_inference_steps": 2}
-    arguments = str(tmp_path / "code"), str(tmp_path / "weights"), call
-    run_fresh(tmp_path, NOTHING_INSTALLED + LOAD.format(arguments=arguments))
-    state = pipe(generator=torch.Generator().manual_seed(0), **call)
-    for name, drawn in zip(("latents", "losses"), torch.load(tmp_path / "drawn.pt")):
-        torch.testing.assert_close(drawn, state.get(name), rtol=1e-4, atol=1e-3)  # another process rounds otherwise
 
 
 def test_a_folder_that_would_lose_t_sam_says_so_and_with_the_code_it_does_not(kind, tmp_path, warnings_seen):
