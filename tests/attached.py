@@ -43,15 +43,13 @@ class Seen(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def attention_maps(pairs, rows, columns, keys):
-    """(B, rows, columns): softmax over `keys`, mean over heads and layers."""
+def attention_maps(pairs, rows, columns, all_keys):
+    """(B, rows, columns): softmax over the columns' keys or over all, mean over heads and layers."""
     maps = []
     for query, key in pairs:
         scores = torch.einsum("bhqd,bhkd->bhqk", query, key)[:, :, rows] / query.shape[-1] ** 0.5
-        weights = scores[..., keys].softmax(-1) if keys is not None else scores.softmax(-1)
-        if keys is not None:
-            weights = torch.zeros_like(scores).index_copy(3, torch.arange(scores.shape[-1])[keys], weights)
-        maps.append(weights.mean(1)[..., columns])
+        weights = scores.softmax(-1)[..., columns] if all_keys else scores[..., columns].softmax(-1)
+        maps.append(weights.mean(1))
     return torch.stack(maps).mean(0)
 
 
@@ -66,12 +64,12 @@ def l1(target, maps):
 
 
 @contextmanager
-def attached(pipe, model, layers, texts, alpha, updates, grid, rows=slice(None), columns=slice(None), keys=None):
+def attached(pipe, model, layers, texts, alpha, updates, grid, rows=slice(None), columns=slice(None), all_keys=True):
     """Guide the next call of a stock `pipe` that asks its `model` once a step, or first for the prompt.
 
     texts: for each image its T (s, s), and its tokens' places among the columns. updates: how many at each
-    step. rows, columns: of the image and the text in the attention of `layers`; keys: what the softmax is over, None
-    for all. Yields the losses, a list of one (B,) tensor an update.
+    step. rows, columns: of the image and the text in the attention of `layers`. Yields the losses, a list of one (B,)
+    tensor an update.
     """
     losses, moves, stepped, images = [], [], [], len(texts)
     forward, step = model.forward, pipe.scheduler.step
@@ -85,7 +83,7 @@ def attached(pipe, model, layers, texts, alpha, updates, grid, rows=slice(None),
     def loss_at(model_input, args, kwargs):
         with Seen(layers) as seen:
             forward(model_input, *args, **kwargs)
-        maps = attention_maps(seen.pairs, rows, columns, keys).unflatten(1, grid).double()
+        maps = attention_maps(seen.pairs, rows, columns, all_keys).unflatten(1, grid).double()
         return torch.stack([l1(text, maps[k][..., own].permute(2, 0, 1)) for k, (text, own) in enumerate(texts)])
 
     def guided(sample=None, *args, hidden_states=None, **kwargs):

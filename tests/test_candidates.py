@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -15,9 +14,7 @@ from diffusers_tsam import modular_tsam, tsam_candidates
 from kinds import (
     BLOCKS,
     FLUX,
-    IMAGE,
     KINDS,
-    MASK,
     PROMPT,
     SCHEDULERS,
     SD3,
@@ -30,12 +27,11 @@ from kinds import (
     generators,
     kind_of,
     make,
-    refused,
     run,
     state_of,
     use,
 )
-from tiny import tiny_sdxl_components
+from test_modular import pair_of
 
 
 in_both_fronts = pytest.mark.parametrize("kind", [*KINDS, *BLOCKS], indirect=True)
@@ -62,25 +58,13 @@ def watched(pipe, latents, **arguments):
 
 
 @every
-def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_draw(kind, pipe):
-    least_is_drawn(pipe)
-
-
-@in_both_fronts
-def test_so_it_is_when_nothing_guides(kind, pipe):
-    least_is_drawn(pipe, tsam_steps=0)
-
-
-def least_is_drawn(pipe, **guided):
-    chosen = set()
-    for seed in range(4):
-        output, alone = run(pipe, seed=seed, **K, **guided), run(pipe, seed=seed, **guided)
-        assert output.candidate_losses.shape == (1, 3) and output.chosen.shape == (1,)
-        assert output.chosen == output.candidate_losses.argmin(1)
-        assert alone.candidate_losses is None and alone.chosen is None
-        assert torch.equal(output.images, alone.images) == (output.chosen.item() == 0)
-        chosen.add(output.chosen.item())
-    assert len(chosen) > 1  # or the test would show one half alone
+@pytest.mark.parametrize("guided", [{}, {"tsam_steps": 0}], ids=["guided", "off"])
+def test_the_start_of_least_loss_is_drawn_and_the_first_is_what_one_alone_would_draw(pipe, guided):
+    output, alone = (run(pipe, num_images_per_prompt=6, **guided, **given) for given in (K, {}))
+    assert output.candidate_losses.shape == (6, 3) and alone.candidate_losses is None and alone.chosen is None
+    assert torch.equal(output.chosen, output.candidate_losses.argmin(1))
+    assert [torch.equal(*pair) for pair in zip(output.images, alone.images)] == (output.chosen == 0).tolist()
+    assert len(output.chosen.unique()) > 1  # or the test would show one half alone
 
 
 def same_choice(pipe, size, given):
@@ -113,8 +97,8 @@ def test_starts_that_run_at_once_have_noise_and_schedulers_of_their_own(pipe, sc
 
 @in_both_fronts
 def test_losses_and_pictures_are_those_of_the_starts_drawn_one_by_one(kind, pipe):
-    for scheduler in (DDIMScheduler, EulerDiscreteScheduler):
-        if not of_flows(pipe):
+    for scheduler in (None,) if of_flows(pipe) else (DDIMScheduler, EulerDiscreteScheduler):
+        if scheduler:
             use(scheduler, pipe)
         output, own = run(pipe, [PROMPT, SHORT], **K), starts(pipe, 3, 2)
         expected = torch.stack([watched(pipe, latents, prompt=[PROMPT, SHORT]) for latents in own], 1)
@@ -133,7 +117,7 @@ def choosing(starts, monkeypatch):
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.__name__)
 def test_the_chosen_start_meets_every_scheduler_as_new(kind, pipe, scheduler, monkeypatch):
     use(scheduler, pipe)
-    options = {"eta": 0.5, "tsam_steps": 0 if kind is SDXL else None}
+    options = {"eta": 0.5, "refinement_steps": (), "tsam_steps": 0 if kind is SDXL else 1}
     new = make(kind.tsam, kind.components)  # a guider keeps its step between calls of stock, which then may fail
     use(scheduler, new)
     expected = run(new, **options).images
@@ -142,30 +126,22 @@ def test_the_chosen_start_meets_every_scheduler_as_new(kind, pipe, scheduler, mo
 
 
 WORKFLOWS = [
-    *((kind, "image2image", {"strength": 0.9, "num_inference_steps": 5}) for kind in (SDXL, SD3, FLUX)),
-    (SDXL, "inpainting", {"strength": 0.9, "num_inference_steps": 5}),
-    (SDXL, "inpainting", {"strength": 1.0, "in_channels": 9}),
-    (SDXL, "controlnet_text2image", {}),
+    *((kind, "image2image", 4, {"strength": 0.9}) for kind in (SDXL, SD3, FLUX)),
+    (SDXL, "inpainting", 4, {"strength": 0.9}),
+    (SDXL, "inpainting", 9, {"strength": 1.0}),
+    (SDXL, "controlnet_text2image", 4, {}),
 ]
 
 
-@pytest.mark.parametrize("kind, workflow, options", WORKFLOWS, ids=lambda value: getattr(value, "name", str(value)))
-def test_a_picture_made_of_an_image_begins_as_its_candidate_did(kind, workflow, options, monkeypatch):
+@pytest.mark.parametrize("kind, workflow, channels, options", WORKFLOWS, ids=lambda each: getattr(each, "name", each))
+def test_a_picture_made_of_an_image_begins_as_its_candidate_did(kind, workflow, channels, options, monkeypatch):
     """Latents, mask and noise: what the denoiser gets in the steps of the choice."""
-    components, options = kind.components, dict(options)
-    if "in_channels" in options:
-        components = tiny_sdxl_components(in_channels=options.pop("in_channels"))
-    if "controlnet" in workflow:
-        controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8)).eval()
-        components, image = components | {"controlnet": controlnet}, {"control_image": IMAGE}
-    else:
-        image = {"image": IMAGE if kind is SDXL else IMAGE[..., :32, :32]}
-        image |= {"mask_image": MASK} if workflow == "inpainting" else {}
-    pipe = make(kind.tsam, components, workflow)
-    one = run(pipe, tsam_steps=0, num_images_per_prompt=2, **image, **options)
+    (_, pipe), pictures = pair_of(kind, workflow, channels)
+    options = {"tsam_steps": 0, "num_images_per_prompt": 2, "num_inference_steps": 5, **pictures, **options}
+    one = run(pipe, **options)
     choosing([2, 1], monkeypatch)
     with calls_of(denoiser_of(pipe)) as calls:
-        several = run(pipe, tsam_steps=0, num_images_per_prompt=2, **image, **options, **K)
+        several = run(pipe, **options, **K)
     inputs = [args[0] if args else kwargs["hidden_states"] for args, kwargs in calls]
     a_step = 1 if kind is FLUX else 2  # calls: guided by none or both halves
     a_start = a_step + 1
@@ -175,7 +151,7 @@ def test_a_picture_made_of_an_image_begins_as_its_candidate_did(kind, workflow, 
         expected = torch.stack([own[2][0], own[1][1]])  # of other batches, whose rounding differs
         torch.testing.assert_close(inputs[3 * a_start + step * a_step], expected, rtol=1e-4, atol=1e-4)
     choosing([0, 0], monkeypatch)
-    first = run(pipe, tsam_steps=0, num_images_per_prompt=2, **image, **options, **K)
+    first = run(pipe, **options, **K)
     assert torch.equal(first.images, one.images) and not torch.equal(several.images, one.images)
 
 
@@ -210,21 +186,26 @@ def test_latents_may_hold_the_starts_and_what_they_lack_is_drawn(kind, pipe):
     assert torch.equal(part.candidate_losses, whole.candidate_losses[:, [2, 0, 1]])
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"candidates": 0}, "`candidates` is 0, but has to be at least 1"),
-        ({"candidates": 2, "candidate_steps": 5}, "`candidate_steps` is 5, but there are only 4 denoising steps"),
-        ({"candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, "`latents` hold 3 starts, but 1 images .* 1 to 2"),
-        ({"prompt": [PROMPT] * 2, "candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, "a multiple of 2"),
-    ],
-    ids=str,
-)
-def test_wrong_numbers_are_refused_before_a_network_runs(pipe, wrong, message):
-    with refused(pipe, ValueError, message):
-        run(pipe, **wrong)
-    with refused(pipe, TypeError, "`candidates` has to be an integer but is 2.5"):
-        run(pipe, candidates=2.5)
+WRONG = [
+    ({"candidates": 0}, ValueError, "`candidates` is 0, but has to be at least 1"),
+    ({"candidates": 2.5}, TypeError, "`candidates` has to be an integer but is 2.5"),
+    (
+        {"candidates": 2, "candidate_steps": 5},
+        ValueError,
+        "`candidate_steps` is 5, but there are only 4 denoising steps",
+    ),
+    ({"candidates": 2, "latents": torch.zeros(3, 4, 32, 32)}, ValueError, "hold 3 starts, but 1 images .* 1 to 2"),
+    ({"prompt": [PROMPT] * 2, **K, "latents": torch.zeros(3, 4, 32, 32)}, ValueError, "2 to 6, a multiple of 2"),
+]
+
+
+@in_both_fronts
+@pytest.mark.parametrize("wrong, error, message", WRONG)
+def test_wrong_numbers_are_refused_before_the_denoiser_runs(kind, pipe, wrong, error, message):
+    with calls_of(pipe.text_encoder) as encoded, calls_of(denoiser_of(pipe)) as denoised:
+        with pytest.raises(error, match=message):
+            run(pipe, **wrong)
+    assert not denoised and (not encoded or kind in BLOCKS.values())
 
 
 @in_both_fronts
@@ -240,21 +221,14 @@ def test_callbacks_and_what_is_left_behind_are_of_the_drawn_picture_alone(kind, 
 
 
 @in_both_fronts
-def test_the_text_encoder_runs_no_more_often_and_the_denoiser_as_often_as_it_says(kind, pipe):
-    with calls_of(pipe.text_encoder) as encoded, calls_of(denoiser_of(pipe)) as denoised:
+def test_off_no_gradient_is_taken_and_networks_run_as_often_as_it_says(pipe, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.inference_mode(), calls_of(pipe.text_encoder) as encoded, calls_of(denoiser_of(pipe)) as denoised:
         run(pipe, tsam_steps=0)
         one = len(encoded), len(denoised)
-        run(pipe, tsam_steps=0, **K)
+        assert run(pipe, tsam_steps=0, **K).candidate_losses.isfinite().all()
     a_step = one[1] // 4  # blocks call once for each half of guidance, and for the loss only for one
     assert (len(encoded), len(denoised)) == (2 * one[0], 2 * one[1] + 3 * (a_step + 1))
-
-
-@in_both_fronts
-def test_no_gradient_is_taken(kind, pipe, monkeypatch):
-    monkeypatch.setattr(torch.autograd, "grad", None)
-    with torch.inference_mode():
-        output = run(pipe, tsam_steps=0, **K)
-    assert output.candidate_losses.isfinite().all()
 
 
 def test_an_interruption_while_choosing_ends_the_call(pipe):

@@ -172,26 +172,9 @@ def card_codes(hub, official, name):
     return code, changed(code, ours | {f'custom_pipeline="{name}",': "", "trust_remote_code=True,": ""})
 
 
-def test_the_code_of_every_card_draws_the_installed_classes_picture(hub, official, tmp_path, monkeypatch):
-    """In a fresh process with nothing installed and nothing downloaded."""
-    theirs = NOTHING_INSTALLED + "import os\n"
-    for name in REPOSITORIES:
-        code, ours = card_codes(hub, official, name)
-        for side in ("theirs", "ours"):
-            (tmp_path / side / name).mkdir(parents=True)
-        theirs += f"os.chdir({str(tmp_path / 'theirs' / name)!r})\n{code}"
-        monkeypatch.chdir(tmp_path / "ours" / name)
-        exec(ours, {})
-    run_fresh(tmp_path / "home", theirs, url=hub.url)
-    for name in REPOSITORIES:
-        (picture,) = (tmp_path / "theirs" / name).glob("*.png")
-        expected = np.array(Image.open(tmp_path / "ours" / name / picture.name))
-        assert expected.any() and np.array_equal(np.array(Image.open(picture)), expected)
-
-
-NOT_TRUSTED = """
-import diffusers, diffusers_tsam
-from diffusers import DiffusionPipeline, ModularPipeline
+TRUST = """
+import os, sys
+import diffusers
 
 def refused(cls, name, **options):
     try:
@@ -201,16 +184,41 @@ def refused(cls, name, **options):
     else:
         raise AssertionError("ran code that is not trusted")
 
-for name, ours, stock in {pipelines!r}:
-    refused(DiffusionPipeline, name)
-    refused(getattr(diffusers, stock), name)
+def without_trust_nothing_runs():
+    for name, _, stock in pipelines:
+        refused(diffusers.DiffusionPipeline, name)
+        refused(getattr(diffusers, stock), name)
+    for name, _ in blocks:
+        refused(diffusers.ModularPipeline, name, workflow="text2image")
+
+without_trust_nothing_runs()
+"""
+INSTALLED = """
+del sys.modules["diffusers_tsam"]
+import diffusers_tsam
+
+without_trust_nothing_runs()
+for name, ours, _ in pipelines:
     ours = getattr(diffusers_tsam, ours)
-    assert all(type(ours.from_pretrained(name, **trust)) is ours for trust in ({{}}, {{"trust_remote_code": True}}))
-for name, _ in {blocks!r}:
-    refused(ModularPipeline, name, workflow="text2image")
+    assert all(type(ours.from_pretrained(name, **trust)) is ours for trust in ({}, {"trust_remote_code": True}))
 """
 
 
-def test_code_that_is_not_trusted_does_not_run_and_the_installed_class_needs_none(hub, official, tmp_path):
+def test_every_cards_code_draws_the_installed_classes_picture_and_without_trust_none_runs_or_is_needed_if_installed(
+    hub, official, tmp_path, monkeypatch
+):
+    """In a fresh process with nothing installed at first and nothing downloaded."""
     pipelines = [(name, FAMILIES[kind].pipeline, FAMILIES[kind].stock) for name, kind in WEIGHTS.items()]
-    run_fresh(tmp_path, NOT_TRUSTED.format(pipelines=pipelines, blocks=[*official.values()]), url=hub.url)
+    theirs = f"{NOTHING_INSTALLED}pipelines, blocks = {pipelines!r}, {[*official.values()]!r}\n{TRUST}"
+    for name in REPOSITORIES:
+        code, ours = card_codes(hub, official, name)
+        for side in ("theirs", "ours"):
+            (tmp_path / side / name).mkdir(parents=True)
+        theirs += f"os.chdir({str(tmp_path / 'theirs' / name)!r})\n{code}"
+        monkeypatch.chdir(tmp_path / "ours" / name)
+        exec(ours, {})
+    run_fresh(tmp_path / "home", theirs + INSTALLED, url=hub.url)
+    for name in REPOSITORIES:
+        (picture,) = (tmp_path / "theirs" / name).glob("*.png")
+        expected = np.array(Image.open(tmp_path / "ours" / name / picture.name))
+        assert expected.any() and np.array_equal(np.array(Image.open(picture)), expected)

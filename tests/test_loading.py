@@ -13,8 +13,9 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, Dif
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import diffusers_tsam
+from diffusers_tsam.modular_tsam import CODE
 from diffusers_tsam.shapes import MODELS
-from kinds import KINDS, denoiser_of, kind_of, make
+from kinds import BLOCKS, KINDS, PROMPT, denoiser_of, kind_of, make
 
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def test_a_saved_pipeline_is_an_ordinary_folder(kind, saved, tmp_path):
 
 FRESH = """
 import diffusers, torch
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, ModularPipelineBlocks
 
 for folder, file, ours, stock, call in cases:
     stock = getattr(diffusers, stock)
@@ -109,22 +110,44 @@ for folder, file, ours, stock, call in cases:
         generator = torch.Generator().manual_seed(0)
         images = pipe("a red cube and a blue sphere", generator=generator, **call).images
         torch.save(images, f"{which}-{file}.pt")
+
+for code, weights, call in blocks:
+    try:
+        ModularPipelineBlocks.from_pretrained(code)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error)
+    else:
+        raise AssertionError("ran code that is not trusted")
+    made = ModularPipelineBlocks.from_pretrained(code, trust_remote_code=True)
+    pipe = made.get_workflow("text2image").init_pipeline(weights)
+    pipe.load_components(dtype=torch.float32)
+    state = pipe(generator=torch.Generator().manual_seed(0), **call)
+    torch.save([state.latents, state.losses], f"{code}.pt")
 """
 
 
 @pytest.mark.slow
-def test_in_a_fresh_process_with_nothing_installed_a_saved_folder_is_stock_and_with_the_files_tsam(folders, tmp_path):
-    """The files alone, copied elsewhere, all in one process with an empty module cache."""
-    cases = []
+def test_in_a_fresh_process_with_nothing_installed_a_saved_folder_is_stock_and_with_our_code_tsam(folders, tmp_path):
+    """The files alone, copied elsewhere, and the code that blocks save, with an empty module cache."""
+    cases, blocks, states = [], [], []
     for name, kind in KINDS.items():
         for file in (kind.file, *(f"{module}.py" for module in get_relative_imports(ROOT / kind.file))):
             (tmp_path / file).write_bytes((ROOT / file).read_bytes())
         classes = kind.tsam.__name__, kind.stock.__name__
         cases.append((str(folders[name]), kind.file, *classes, CALL | LITTLE | kind.call))
-    run_fresh(tmp_path, f"{NOTHING_INSTALLED}cases = {cases!r}\n{FRESH}")
+    for name, kind in BLOCKS.items():
+        pipe, code, weights = make(kind.tsam, kind.components), tmp_path / f"{name}-code", str(tmp_path / name)
+        pipe.save_pretrained(weights, overwrite_modular_index=True)
+        pipe.blocks.save_pretrained(code)
+        assert {path.name for path in code.iterdir()} == {*CODE, "modular_config.json"}
+        blocks.append((str(code), weights, CALL | kind.call | {"prompt": PROMPT}))
+        states.append(pipe(generator=torch.Generator().manual_seed(0), **blocks[-1][-1]))
+    run_fresh(tmp_path, f"{NOTHING_INSTALLED}cases, blocks = {cases!r}, {blocks!r}\n{FRESH}")
     for kind in KINDS.values():
         for which in ("loaded", "again"):
             assert torch.equal(torch.load(tmp_path / f"{which}-{kind.file}.pt"), drawn(kind))
+    for (code, *_), state in zip(blocks, states):  # another process rounds otherwise
+        torch.testing.assert_close(torch.load(f"{code}.pt"), [state.latents, state.losses], rtol=1e-4, atol=1e-3)
 
 
 def test_both_custom_pipelines_and_the_installed_classes_live_in_one_process(folders):

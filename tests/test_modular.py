@@ -203,7 +203,7 @@ def places_of(kind):
     else:
         blocks = model.transformer_blocks[1], *model.single_transformer_blocks[:2]
         rows, columns = slice(16, None), slice(0, 16)
-    return {"layers": [block.attn for block in blocks], "rows": rows, "columns": columns, "keys": columns}
+    return {"layers": [block.attn for block in blocks], "rows": rows, "columns": columns}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_we_draw_what_the_same_updates_behind_a_stock_pipelines_back_draw(kind, 
         use(getattr(diffusers, f"{scheduler}Scheduler"), pipe)
     if keys:
         options |= {"attention_keys": keys, "attention_layers": (1, 2) if kind is SD3 else (1, 3)}
-        places |= {"keys": None} if keys == "all" else {}
+        places["all_keys"] = keys == "all"
     output = run(pipe, prompts, refinement_steps=[0], generator=generators(2), **options)
     text = pipe.get_text_self_attention(prompts) if kind is KINDS["sd"] else output.text_self_attention
     if kind in (KINDS["sd"], ANIMA):  # Anima has no classic pipeline; its stock blocks ask the denoiser twice a step
@@ -273,6 +273,21 @@ def pair(components, workflow="text2image", kind=SDXL):
     return [make(blocks, components, workflow) for blocks in (kind.stock, kind.tsam)]
 
 
+def pair_of(kind, workflow, channels=4):
+    """Stock's and T-SAM's of a workflow, and the pictures that their calls take."""
+    components = kind.components if channels == 4 else tiny_sdxl_components(in_channels=channels)
+    given = {"image": IMAGE if kind is SDXL else IMAGE[..., :32, :32]}
+    if workflow == "inpainting":
+        given["mask_image"] = MASK
+    if workflow == "controlnet_text2image":
+        torch.manual_seed(1)
+        net = diffusers.ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8)).eval()
+        for layer in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
+            torch.nn.init.normal_(layer.weight, std=0.3)
+        components, given = components | {"controlnet": net}, {"control_image": IMAGE}
+    return pair(components, workflow, kind), given
+
+
 def held(stock, pipe, **options):
     return holds(pipe, stock=stock, **{"num_inference_steps": 4, **options})
 
@@ -318,35 +333,26 @@ def test_one_alpha_guides_under_every_scheduler(kind, scheduler, flow):
 
 
 def test_an_image_is_changed_and_only_the_steps_that_are_left_count(kind):
-    image = IMAGE if kind is SDXL else IMAGE[..., :32, :32]
-    workflow = "img2img" if kind is ANIMA else "image2image"
-    pipes, options = pair(kind.components, workflow, kind), {"image": image, "num_inference_steps": 10}
-    state = held(*pipes, strength=0.6, **options)
+    pipes, given = pair_of(kind, "img2img" if kind is ANIMA else "image2image")
+    state = held(*pipes, strength=0.6, num_inference_steps=10, **given)
     assert state.losses.shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
-    assert run(pipes[1], strength=0.5, tsam_steps=0, **options).losses.shape == (1, 0)
+    off = run(pipes[1], strength=0.5, tsam_steps=0, num_inference_steps=10, **given)
+    assert off.losses.shape == (1, 0)
 
 
 @pytest.mark.parametrize("channels", [4, 9])
 def test_inpainting_goes_with_guidance_by_either_kind_of_unet(channels):
-    components = SDXL.components if channels == 4 else tiny_sdxl_components(in_channels=9)
-    pipes = pair(components, "inpainting")
-    state = held(*pipes, image=IMAGE, mask_image=MASK, strength=0.9)
+    pipes, given = pair_of(SDXL, "inpainting", channels)
+    state = held(*pipes, strength=0.9, **given)
     if channels == 4:  # outside of the mask the picture's own latents remain
-        expected = run(pipes[0], image=IMAGE, mask_image=MASK, strength=0.9).images
+        expected = run(pipes[0], strength=0.9, **given).images
         assert torch.equal(state.images[..., 16:], expected[..., 16:])
 
 
 def test_a_controlnet_holds_guided_pictures_too():
-    torch.manual_seed(1)
-    controlnet = diffusers.ControlNetModel.from_unet(
-        SDXL.components["unet"], conditioning_embedding_out_channels=(8, 8)
-    ).eval()
-    for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
-        torch.nn.init.normal_(layer.weight, std=0.3)
-    pipes = pair({**SDXL.components, "controlnet": controlnet}, "controlnet_text2image")
-    options = {"control_image": IMAGE}
-    state = held(*pipes, **options)
-    other = run(pipes[1], alpha=10.0, **options, controlnet_conditioning_scale=0.1)
+    pipes, given = pair_of(SDXL, "controlnet_text2image")
+    state = held(*pipes, **given)
+    other = run(pipes[1], alpha=10.0, **given, controlnet_conditioning_scale=0.1)
     assert (state.losses - other.losses).abs().max() > 1e-3  # what is read is under its influence
 
 
@@ -406,7 +412,7 @@ def test_joint_attention_is_read_as_it_is_computed(name, all_keys):
         model(**given)
     assert sorted(maps) == list(range(len(layers))) and not any(layer._forward_pre_hooks for layer in layers)
     for index, pair in enumerate(seen.pairs):
-        expected = attention_maps([pair], rows, columns, None if all_keys else columns)[..., :3]
+        expected = attention_maps([pair], rows, columns, all_keys)[..., :3]
         assert maps[index].dtype == torch.float32 and maps[index].shape == (1, side**2, 3)
         torch.testing.assert_close(maps[index].double(), expected, rtol=1e-4, atol=1e-6)
 

@@ -1,5 +1,8 @@
 """What is a variant's own; test_pipelines.py has the laws that every pipeline keeps."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import (
@@ -25,6 +28,7 @@ from tiny import tiny_components
 
 
 IMG2IMG, INPAINT, CONTROLNET, SDXL, SIGMA, _ = FURTHER.values()
+single_file = runpy.run_path(str(Path(__file__).parent.parent / "hub" / "single_file.py"))["single_file"]
 every = pytest.mark.parametrize("kind", FURTHER.values(), ids=FURTHER)
 
 
@@ -161,20 +165,6 @@ def test_sigma_reads_300_tokens():
 
 
 @every
-def test_the_signature_is_stocks_and_more(kind):
-    import inspect
-
-    ours, theirs = (inspect.signature(cls.__call__).parameters for cls in (kind.tsam, kind.stock))
-    assert [name for name in ours if name in theirs] == list(theirs)
-    assert {"tsam_steps", "alpha", "gamma", "preset", "candidates"} <= kind.extra
-    assert all(
-        f"{name} (`" in kind.tsam.__call__.__doc__
-        for name in kind.extra - {"callback_on_step_end"}
-        if "tensor_inputs" not in name
-    )
-
-
-@every
 def test_it_is_saved_as_an_ordinary_folder_and_loaded_by_its_file_alone(kind, tmp_path):
     stock, pipe = make(kind.stock, kind.components), make(kind.tsam, kind.components)
     pipe.save_pretrained(tmp_path / "saved")
@@ -182,7 +172,8 @@ def test_it_is_saved_as_an_ordinary_folder_and_loaded_by_its_file_alone(kind, tm
     loaded = kind.stock.from_pretrained(tmp_path / "saved", **optional)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(run(loaded).images, run(stock).images)
-    single = single_file_of(kind, tmp_path)
+    single = tmp_path / kind.file
+    single.write_text(single_file(kind.name), encoding="utf-8")
     custom = DiffusionPipeline.from_pretrained(
         tmp_path / "saved", custom_pipeline=str(single), trust_remote_code=True, **optional
     )
@@ -191,20 +182,6 @@ def test_it_is_saved_as_an_ordinary_folder_and_loaded_by_its_file_alone(kind, tm
     arguments = {"num_inference_steps": 4, "output_type": "latent", "refinement_iterations": 2, **kind.call}
     ours, *_ = custom(PROMPT, generator=torch.Generator().manual_seed(0), return_dict=False, **arguments)
     torch.testing.assert_close(ours, run(pipe).images, rtol=1e-4, atol=1e-3)
-
-
-def single_file_of(kind, folder):
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location(
-        "single_file", Path(__file__).parent.parent / "hub" / "single_file.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    path = folder / kind.file
-    path.write_text(module.single_file(kind.name), encoding="utf-8")
-    return path
 
 
 @every
