@@ -1,7 +1,6 @@
 """T-SAM as modular blocks: SDXL, SD3 and FLUX, against stock blocks and against a second way to guide stock
 pipelines."""
 
-from contextlib import ExitStack
 from copy import copy
 
 import diffusers
@@ -75,25 +74,24 @@ def test_what_cannot_be_is_refused_before_the_denoiser_runs(names, options, erro
 
 
 def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(kind):
-    blocks = kind.tsam().get_workflow("text2image")
-    names = {"text_encoder", "denoise.text_conditioning"} & {*blocks.sub_blocks}  # the second is Anima's
-    steps = {name: blocks.sub_blocks.pop(name) for name in sorted(names, reverse=True)}
-    pipe, encoder = blocks.init_pipeline(), SequentialPipelineBlocks.from_blocks_dict(steps).init_pipeline()
-    scheduler = copy(kind.components["scheduler"])
-    pipe.update_components(**{name: kind.components[name] for name in (kind.denoiser, "vae")}, scheduler=scheduler)
-    encoder.update_components(**{n: c for n, c in kind.components.items() if n in encoder.pretrained_component_names})
-    names = {"prompt", "negative_prompt", "max_sequence_length"} & set(encoder.blocks.input_names)
-    found = encoder(**{**{name: kind.call[name] for name in names - {"prompt"} if name in kind.call}, "prompt": PROMPT})
-    names = {name for name in pipe.blocks.input_names if name is not None and name.endswith("embeds")}
-    embeds = {name: found.get(name) for name in names if found.get(name) is not None}
-    call = {"generator": generators(1), "alpha": kind.alpha, **embeds}
-    state = run(pipe, None, text_self_attention=found.get("text_self_attention"), **call)
-    assert torch.equal(state.images, run(make(kind.tsam, kind.components), alpha=kind.alpha).images)
-    with pytest.raises(ValueError, match="T is not known, since no text step of T-SAM ran"):
-        run(pipe, None, **call)
+    blocks, components = kind.tsam().get_workflow("text2image"), kind.components
+    names = [name for name in ("text_encoder", "denoise.text_conditioning") if name in blocks.sub_blocks]  # Anima's two
+    steps = SequentialPipelineBlocks.from_blocks_dict({name: blocks.sub_blocks.pop(name) for name in names})
+    pipe, encoder = blocks.init_pipeline(), steps.init_pipeline()
+    used = {name: components[name] for name in (kind.denoiser, "vae")}
+    pipe.update_components(**used, scheduler=copy(components["scheduler"]))
+    encoder.update_components(**{n: part for n, part in components.items() if n in encoder.pretrained_component_names})
+    given = {name: value for name, value in kind.call.items() if name in encoder.blocks.input_names}
+    found = encoder(**given | {"prompt": PROMPT})
+    text = found.get("text_self_attention")
+    names = [name for name in pipe.blocks.input_names if name is not None and name.endswith("embeds")]
+    call = {name: found.get(name) for name in names if found.get(name) is not None} | {"alpha": kind.alpha}
+    state = run(pipe, None, text_self_attention=text, **call)
+    assert torch.equal(state.images, run(make(kind.tsam, components), alpha=kind.alpha).images)
     for wrong, error, message in (
+        (None, ValueError, "T is not known, since no text step of T-SAM ran"),
         ("T", TypeError, "`text_self_attention` is <class 'str'>. Pass what"),
-        (found.get("text_self_attention")._replace(tokens=[]), ValueError, "and 0 lists of tokens, but these prompts"),
+        (text._replace(tokens=[]), ValueError, "and 0 lists of tokens, but these prompts"),
     ):
         with calls_of(denoiser_of(pipe)) as calls, pytest.raises(error, match=message):
             run(pipe, None, text_self_attention=wrong, **call)
@@ -128,34 +126,16 @@ def test_a_refiner_has_one_text_encoder():
 
 @torch.no_grad()
 def test_animas_t_is_its_conditioners_among_the_t5_tokens_of_the_prompt():
-    """By the weights, one layer after another: what they give to Qwen3's tokens is not in it, nor any padding."""
-    blocks, given = ANIMA.components["text_conditioner"].blocks, []
-    with ExitStack() as stack:
-        for block in blocks:
-            given.append(stack.enter_context(calls_of(block.self_attn)))
+    """What they give to Qwen3's tokens is not in it, nor any padding."""
+    layers = [block.self_attn for block in ANIMA.components["text_conditioner"].blocks]
+    with Seen(layers) as seen:
         state = run(make(ANIMA.tsam, ANIMA.components), [PROMPT, SHORT])
     text, own = state.text_self_attention, state.t5_attention_mask.bool()[:, None, None]
-    layers = [
-        rotated_scores(block.self_attn, calls[0]).masked_fill(~own, -torch.inf).softmax(-1).mean(1)
-        for block, calls in zip(blocks, given)
-    ]
-    mean, number = torch.stack(layers).mean(0), own.shape[-1]
+    scores = torch.stack([query @ key.mT / query.shape[-1] ** 0.5 for query, key in seen.pairs[: len(layers)]])
+    mean, number = scores.masked_fill(~own, -torch.inf).softmax(-1).mean((0, 2)), own.shape[-1]
     torch.testing.assert_close(text.attention[:, :number, :number], ((mean + mean.mT) / 2).tril())
     assert text.tokens == [PROMPT.split(), SHORT.split()] and text.attention.shape[1] == state.prompt_embeds.shape[1]
     assert text.content[1].nonzero().flatten().tolist() == [0, 1, 2]
-
-
-def rotated_scores(attn, call):
-    """q kᵀ/√d of the conditioner's self-attention, of two heads of 8 channels."""
-    ((hidden,), given) = call
-    cosine, sine = (part[..., None, :] for part in given["position_embeddings"])
-
-    def turned(linear, norm):
-        x = norm(linear(hidden).unflatten(-1, (2, 8)))
-        one, other = x.chunk(2, -1)
-        return x * cosine + torch.cat([-other, one], -1) * sine
-
-    return torch.einsum("bqhc,bkhc->bhqk", turned(attn.q_proj, attn.q_norm), turned(attn.k_proj, attn.k_norm)) / 8**0.5
 
 
 def test_sd3s_t_is_t5s_behind_clips_columns_and_without_t5_clips():

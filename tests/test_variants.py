@@ -11,22 +11,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     MultiControlNetModel,
-    PixArtSigmaPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionXLPipeline,
 )
 
-from diffusers_tsam import (
-    LatentAlignment,
-    StableDiffusionControlNetTSAMPipeline,
-    StableDiffusionTSAMPipeline,
-    StableDiffusionXLTSAMPipeline,
-)
+from diffusers_tsam import LatentAlignment
 from diffusers_tsam.attention_processors import mean_maps, record_cross_attention
 from kinds import FURTHER, IMAGE, KINDS, MASK, PROMPT, make, refused, run, use
 from tiny import tiny_components
 
 
+SD = KINDS["sd"]
 IMG2IMG, INPAINT, CONTROLNET, SDXL, SIGMA, _ = FURTHER.values()
 single_file = runpy.run_path(str(Path(__file__).parent.parent / "hub" / "single_file.py"))["single_file"]
 every = pytest.mark.parametrize("kind", FURTHER.values(), ids=FURTHER)
@@ -165,43 +158,39 @@ def test_sigma_reads_300_tokens():
 
 
 @every
-def test_it_is_saved_as_an_ordinary_folder_and_loaded_by_its_file_alone(kind, tmp_path):
-    stock, pipe = make(kind.stock, kind.components), make(kind.tsam, kind.components)
+def test_it_shares_what_stock_has_is_saved_as_an_ordinary_folder_and_loaded_by_its_file_alone(kind, tmp_path):
+    stock = make(kind.stock, kind.components)
+    pipe, theirs = kind.tsam.from_pipe(stock), run(stock).images
+    pipe.set_progress_bar_config(disable=True)
+    assert all(pipe.components[name] is part for name, part in stock.components.items())
     pipe.save_pretrained(tmp_path / "saved")
     optional = {"requires_safety_checker": False} if "safety_checker" in kind.components else {}
     loaded = kind.stock.from_pretrained(tmp_path / "saved", **optional)
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded).images, run(stock).images)
+    assert torch.equal(run(loaded).images, theirs)
     single = tmp_path / kind.file
     single.write_text(single_file(kind.name), encoding="utf-8")
-    custom = DiffusionPipeline.from_pretrained(
-        tmp_path / "saved", custom_pipeline=str(single), trust_remote_code=True, **optional
-    )
-    custom.set_progress_bar_config(disable=True)
-    assert type(custom).__name__ == kind.family.pipeline and type(custom) is not kind.tsam
+    custom = {"custom_pipeline": str(single), "trust_remote_code": True, **optional}
+    alone = DiffusionPipeline.from_pretrained(tmp_path / "saved", **custom)
+    alone.set_progress_bar_config(disable=True)
+    assert type(alone).__name__ == kind.family.pipeline and type(alone) is not kind.tsam
     arguments = {"num_inference_steps": 4, "output_type": "latent", "refinement_iterations": 2, **kind.call}
-    ours, *_ = custom(PROMPT, generator=torch.Generator().manual_seed(0), return_dict=False, **arguments)
-    torch.testing.assert_close(ours, run(pipe).images, rtol=1e-4, atol=1e-3)
+    drawn, *_ = alone(PROMPT, generator=torch.Generator().manual_seed(0), return_dict=False, **arguments)
+    ours = run(pipe).images
+    torch.testing.assert_close(drawn, ours, rtol=1e-4, atol=1e-3)
+    assert not torch.equal(ours, theirs)
 
 
-@every
-def test_from_pipe_shares_what_a_stock_pipeline_has(kind):
-    stock = make(kind.stock, kind.components)
-    pipe = kind.tsam.from_pipe(stock)
-    pipe.set_progress_bar_config(disable=True)
-    assert all(pipe.components[name] is part for name, part in stock.components.items())
-    assert not torch.equal(run(pipe).images, run(stock).images)
-
-
-def test_a_wrong_pipelines_components_are_refused_by_what_serves_them():
-    controlled = make(StableDiffusionControlNetPipeline, CONTROLNET.components)
-    with pytest.raises(ValueError, match="StableDiffusionControlNetTSAMPipeline"):
-        StableDiffusionTSAMPipeline.from_pipe(controlled)
-    with pytest.raises(ValueError, match="StableDiffusionXLTSAMPipeline"):
-        StableDiffusionTSAMPipeline.from_pipe(make(StableDiffusionXLPipeline, SDXL.components))
-    with pytest.raises(ValueError, match="has no controlnet, which StableDiffusionControlNetTSAMPipeline needs"):
-        StableDiffusionControlNetTSAMPipeline.from_pipe(make(KINDS["sd"].stock, KINDS["sd"].components))
-    with pytest.raises(
-        ValueError, match="has no unet, which StableDiffusionXLTSAMPipeline needs|has no text_encoder_2, tok"
-    ):
-        StableDiffusionXLTSAMPipeline.from_pipe(make(PixArtSigmaPipeline, SIGMA.components))
+@pytest.mark.parametrize(
+    "ours, theirs, message",
+    [
+        (SD, CONTROLNET, "StableDiffusionControlNetTSAMPipeline"),
+        (SD, SDXL, "StableDiffusionXLTSAMPipeline"),
+        (CONTROLNET, SD, "has no controlnet, which StableDiffusionControlNetTSAMPipeline needs"),
+        (SDXL, SIGMA, "has no unet, which StableDiffusionXLTSAMPipeline needs|has no text_encoder_2, tok"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_wrong_pipelines_components_are_refused_by_what_serves_them(ours, theirs, message):
+    with pytest.raises(ValueError, match=message):
+        ours.tsam.from_pipe(make(theirs.stock, theirs.components))

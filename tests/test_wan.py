@@ -10,6 +10,7 @@ from diffusers import (
 )
 from transformers import UMT5EncoderModel
 
+from attached import Seen, attention_maps
 from diffusers_tsam import tsam
 from diffusers_tsam.attention_processors import mean_maps, record_cross_attention
 from diffusers_tsam.tsam import LatentAlignment, TextSelfAttention
@@ -28,18 +29,16 @@ def kind():
 
 
 @torch.no_grad()
-def test_the_attention_that_is_read_is_what_wan_draws_with():
-    """Its norms are over all heads: the values in these shares are what the layer returns, which reading leaves."""
-    layer = tiny_wan_components()["transformer"].blocks[0].attn2.double()
+def test_the_attention_that_is_read_is_what_wan_draws_with(kind):
+    """Its norms are over all heads. What the layer returns is as without reading."""
+    layer = kind.build()["transformer"].blocks[0].attn2.double()
     torch.nn.init.normal_(layer.norm_k.weight, 1.0, 0.5)
-    hidden, text = torch.randn(2, 24, 24).double(), torch.randn(2, 7, 24).double()
-    query, key = layer.norm_q(layer.to_q(hidden)), layer.norm_k(layer.to_k(text))
-    shares = [(query[..., own] @ key[..., own].mT / 12**0.5).softmax(-1) for own in (slice(0, 12), slice(12, 24))]
-    value = layer.to_v(text)
-    drawn = layer.to_out[0](torch.cat([shares[0] @ value[..., :12], shares[1] @ value[..., 12:]], -1))
-    with record_cross_attention([layer], 5) as maps:
-        torch.testing.assert_close(layer(hidden, text, None, None), drawn)
-    torch.testing.assert_close(maps[0].double(), sum(shares)[..., :5] / 2, rtol=1e-4, atol=1e-6)
+    given = torch.randn(2, 24, 24).double(), torch.randn(2, 7, 24).double(), None, None
+    expected = layer(*given)
+    with record_cross_attention([layer], 5) as maps, Seen([layer]) as seen:
+        assert torch.equal(layer(*given), expected)
+    attended = attention_maps(seen.pairs, slice(None), slice(0, 7), True)
+    torch.testing.assert_close(maps[0].double(), attended[..., :5], rtol=1e-4, atol=1e-6)
 
 
 def test_maps_are_of_frames_in_their_order():
@@ -48,15 +47,11 @@ def test_maps_are_of_frames_in_their_order():
     assert maps.shape == (1, 2, 3, 4, 6) and torch.equal(maps[0, 1].flatten(), positions)
 
 
-def syntax_of(number):
-    attention = torch.rand(1, number, number).tril()
-    return TextSelfAttention(attention, torch.ones(1, number, dtype=torch.bool), [[f"w{k}" for k in range(number)]])
-
-
 @pytest.mark.parametrize("objective", [*tsam.OBJECTIVES, "layout"])
 def test_a_still_videos_loss_is_that_of_its_frame(objective):
     """So frames are smoothed, and places taken, each by itself."""
-    text, frame = syntax_of(5), torch.rand(1, 5, 6, 4)
+    attention, frame = torch.rand(1, 5, 5).tril(), torch.rand(1, 5, 6, 4)
+    text = TextSelfAttention(attention, torch.ones(1, 5, dtype=torch.bool), [["w0", "w1", "w2", "w3", "w4"]])
     layout = layout_of([{"w1": (0, 0, 0.5, 1)}], text, str.split)
     settings = Settings(objective=objective, regions=layout.regions, output_attentions=True)
     still, video = (LatentAlignment(text, settings, layout=layout) for _ in range(2))
@@ -109,8 +104,7 @@ def test_both_predictions_and_the_step_start_from_the_moved_latents(kind, dtype,
     assert torch.equal(run(pipe, alpha=0.0).images, run(stock).images)
 
 
-def test_latents_from_a_callback_are_moved_in_the_next_step(kind):
-    pipe = make(kind.tsam, kind.components)
+def test_latents_from_a_callback_are_moved_in_the_next_step(pipe):
     replaced = torch.randn(1, 16, 3, 8, 12)
 
     def replace(one, step, t, tensors):
@@ -122,8 +116,7 @@ def test_latents_from_a_callback_are_moved_in_the_next_step(kind):
     assert torch.equal(given[3], replaced) and not torch.equal(given[4], replaced)
 
 
-def test_umt5s_t_is_the_mean_over_its_layers_made_causal(kind):
-    pipe = make(kind.tsam, kind.components)
+def test_umt5s_t_is_the_mean_over_its_layers_made_causal(pipe):
     text = pipe.get_text_self_attention([PROMPT, SHORT])
     assert isinstance(pipe.text_encoder, UMT5EncoderModel) and text.tokens == [PROMPT.split(), SHORT.split()]
     tokens = pipe.tokenizer(SHORT, padding="max_length", max_length=226, return_tensors="pt")
@@ -135,8 +128,7 @@ def test_umt5s_t_is_the_mean_over_its_layers_made_causal(kind):
     torch.testing.assert_close(text.attention[1:], ((mean + mean.mT) / 2).tril())
 
 
-def test_embeddings_need_t_as_read_by_the_pipeline(kind):
-    pipe = make(kind.tsam, kind.components)
+def test_embeddings_need_t_as_read_by_the_pipeline(pipe):
     with torch.no_grad():
         embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(PROMPT)))
     with refused(pipe, ValueError, "get_text_self_attention"):
@@ -146,8 +138,7 @@ def test_embeddings_need_t_as_read_by_the_pipeline(kind):
     assert torch.equal(run(pipe, None, text_self_attention=text, **embeds).images, expected)
 
 
-def test_blocks_at_pixarts_shares_are_read_and_others_refused(kind):
-    pipe = make(kind.tsam, kind.components)
+def test_blocks_at_pixarts_shares_are_read_and_others_refused(pipe):
     assert pipe.cross_attention_layers() == [block.attn2 for block in pipe.transformer.blocks[1:3]]
     with refused(pipe, ValueError, r"is \(2, 4\), but this transformer has 4 blocks, 0 to 3. .*\(1, 2\)"):
         run(pipe, attention_layers=(2, 4))
@@ -190,10 +181,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_only_computes_in_another_way_guides_to_the_same(kind, way):
-    pipe = make(kind.tsam, kind.build())
-    expected = run(pipe)
-    getattr(pipe.transformer, way)(**WAYS[way])
-    output = run(pipe)
+def test_what_only_computes_in_another_way_guides_to_the_same(own, way):
+    expected = run(own)
+    getattr(own.transformer, way)(**WAYS[way])
+    output = run(own)
     torch.testing.assert_close(output.losses, expected.losses, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output.images, expected.images, rtol=1e-3, atol=1e-3)
