@@ -391,10 +391,10 @@ def test_joint_attention_is_read_as_it_is_computed(name, all_keys):
     with torch.no_grad(), record_joint_attention(layers, 3, number, all_keys) as maps, Seen(layers) as seen:
         model(**given)
     assert sorted(maps) == list(range(len(layers))) and not any(layer._forward_pre_hooks for layer in layers)
-    for index, pair in enumerate(seen.pairs):
+    for (_, found), pair in zip(sorted(maps.items()), seen.pairs, strict=True):
         expected = attention_maps([pair], rows, columns, all_keys)[..., :3]
-        assert maps[index].dtype == torch.float32 and maps[index].shape == (1, side**2, 3)
-        torch.testing.assert_close(maps[index].double(), expected, rtol=1e-4, atol=1e-6)
+        assert found.dtype == torch.float32 and found.shape == (1, side**2, 3)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
