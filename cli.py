@@ -157,6 +157,10 @@ def check(args):
         raise ValueError("--sink is for the Stable Diffusion that ships. Leave --model and --pipeline out.")
     if args.best_of and args.seed and len(args.seed) > 1:
         raise ValueError(f"--best-of starts at one seed, but --seeds names {len(args.seed)}. Pass the first as --seed.")
+    if args.best_of and args.seed and args.seed[0] + args.best_of - 1 > LAST_SEED:
+        raise ValueError(f"--best-of {args.best_of} goes past the last seed, {LAST_SEED}. Pass a lower --seed.")
+    if args.region and len(dict(args.region)) < len(args.region):
+        raise ValueError("--region names the same words twice. Pass each once.")
     if args.tsam_steps == 0:
         raise ValueError("--tsam-steps is 0, so that nothing would be shown. Pass 1 or more.")
     for name in ("best_of", "max_sequence_length"):

@@ -216,7 +216,7 @@ class StartsStep:
         if starts is None:  # else another such step has run: image to image has two
             images = state.get("batch_size") * state.get("num_images_per_prompt", 1)
             starts = [({"latents": own}, []) for own in given_starts(state.get("latents"), images, number)]
-        generators, prepared = generators_of(state.values), []
+        generators, prepared = generators_of(state.values, components._execution_device), []
         for values, states in starts:
             restore(generators, states)
             own = copy_of(state, values)
@@ -299,7 +299,7 @@ class AlignedLoop:
                 " pipeline, or pass `candidates=1`."
             )
         steps, stock = self.settings_of(given).chosen_after(given.num_inference_steps), self.progress_bar
-        generators, losses = generators_of(state.values), []
+        generators, losses = generators_of(state.values, components._execution_device), []
 
         def progress_bar(*args, **kwargs):
             bar = stock(total=steps)

@@ -44,7 +44,7 @@ class Scouting:
         return bar
 
     def prepare_latents(self, stock, *args, **kwargs):
-        call, generators = inspect.signature(stock).bind(*args, **kwargs), generators_of(self.given)
+        call, generators = inspect.signature(stock).bind(*args, **kwargs), self.generators
         call.arguments["batch_size"] //= len(self.own)
         restore(generators, self.states or [])
         self.starts = []
@@ -71,7 +71,7 @@ class Scouting:
 
     def step(self, stock, prediction, t, sample, *args, **kwargs):
         """Each start has a scheduler and generators of its own, as if it ran alone."""
-        generators = generators_of(self.given)
+        generators = self.generators
 
         def step(prediction, t, sample, *args, **kwargs):
             stepped = []
@@ -191,9 +191,11 @@ def restore(generators, states):
         generator.set_state(state)
 
 
-def generators_of(given):
-    """The call's generators, a list; torch's own for the CPU if none was passed."""
-    generator = given["generator"]
+def generators_of(given, device):
+    """The call's generators, a list; the device's own if none was passed."""
+    generator, device = given["generator"], torch.device(device)
+    if generator is None and device.type == "cuda":
+        return [torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]]
     if generator is None:
         return [torch.default_generator]
     return list(generator) if isinstance(generator, (list, tuple)) else [generator]

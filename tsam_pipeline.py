@@ -196,7 +196,7 @@ class GuidedLoop:
         if self.start is None:
             return stock(*args, **kwargs)
         prepared, states = self.start
-        restore(generators_of(self.given), states)
+        restore(self.generators, states)
         self.pipe._interrupt = self.interrupted  # stock sets it to False first
         return prepared
 
@@ -205,6 +205,10 @@ class GuidedLoop:
 
     def words_of(self, phrase):
         return self.pipe.words_of(phrase)
+
+    @property
+    def generators(self):
+        return generators_of(self.given, self.pipe._execution_device)
 
     @property
     def num_tokens(self):

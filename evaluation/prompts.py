@@ -227,7 +227,7 @@ def of_file(path, chosen=""):
             f"Prompts are {str(path)!r}, but {end} is not read. Pass .txt (a prompt a line), .json, .jsonl, .csv or"
             " .tsv."
         )
-    return list(named((line.strip() for line in text.splitlines() if line.strip()), path))
+    return list(named((line.strip() for line in text.split("\n") if line.strip()), path))
 
 
 def load(spec, parser=None):

@@ -280,3 +280,11 @@ def test_blocks_whose_latents_no_step_of_ours_prepared_say_so(kind):
     with calls_of(denoiser_of(pipe)) as calls, pytest.raises(ValueError, match="`candidates` is 3, but no step of T-S"):
         run(pipe, **K)
     assert not calls
+
+
+def test_with_no_generator_of_its_own_a_call_draws_from_its_devices(monkeypatch):
+    first, second = generators(2)
+    monkeypatch.setattr(torch.cuda, "default_generators", (first, second))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device, own in {"cpu": torch.default_generator, "cuda:0": first, "cuda": second}.items():
+        assert tsam_candidates.generators_of({"generator": None}, device) == [own]
