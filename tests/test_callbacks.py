@@ -95,21 +95,17 @@ def test_another_thread_may_use_the_scheduler_and_the_denoiser_of_a_pipeline_tha
 
 
 @pytest.mark.parametrize("kind", ["sd", "pixart"], indirect=True)
-def test_an_interrupted_choice_runs_no_further_and_an_interrupted_ranking_ranks_what_it_has(pipe):
+def test_an_interrupted_choice_runs_no_further_and_an_interrupted_ranking_ranks_what_it_has(kind, pipe):
     with calls_of(denoiser_of(pipe)) as calls:
         hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: setattr(pipe, "_interrupt", True))
         run(pipe, num_inference_steps=20, tsam_steps=0, candidates=2)
         number = len(calls)
-        ranked = pipe.rank(PROMPT, [0, 1], num_inference_steps=20, **kind_arguments(pipe))
+        ranked = pipe.rank(PROMPT, [0, 1], num_inference_steps=20, **kind.call)
         hook.remove()
     assert number == 1 and ranked == []
     freed = []
     pipe.maybe_free_model_hooks = lambda: freed.append(1)
-    assert len(pipe.rank(PROMPT, [0, 1], num_inference_steps=2, **kind_arguments(pipe))) == 2 and freed
-
-
-def kind_arguments(pipe):
-    return next(kind.call for kind in PIPELINES.values() if isinstance(pipe, kind.stock))
+    assert len(pipe.rank(PROMPT, [0, 1], num_inference_steps=2, **kind.call)) == 2 and freed
 
 
 @pytest.mark.parametrize(
