@@ -8,11 +8,13 @@ metrics/ folder). tifa: TIFA (Hu et al., ICCV 2023, arXiv:2303.11897) and soft T
 judge: the shapes world's.
 """
 
+import hashlib
 import json
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -176,14 +178,18 @@ class Nearest:
 class Tifa:
     """Share of a prompt's questions answered as expected, and the mean probability of the expected answers.
 
-    questions: entries of TIFA's question file, {"caption", "question", "choices", "answer", "element_type"}.
+    questions: entries of TIFA's question file, dicts with the keys `has`.
     """
 
     keys = ("tifa", "soft_tifa")
+    has = ("caption", "question", "choices", "answer", "element_type")
 
     def __init__(self, answers, nearest, questions, prompts):
         self.answers, self.nearest, self.asked = answers, nearest, defaultdict(list)
-        for entry in questions:
+        for number, entry in enumerate(questions):
+            lacking = [key for key in self.has if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                raise ValueError(f"Question {number} has no {', '.join(lacking)}. Pass a list of questions as TIFA's.")
             self.asked[entry["caption"]].append(entry)
         without = [prompt.text for prompt in prompts if prompt.text not in self.asked]
         if without:
@@ -278,7 +284,8 @@ def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
     entries = json_of(questions)
     answers = BlipAnswers(*pretrained("BlipForQuestionAnswering", vqa, device))
     nearest = Nearest() if sentences is None else Nearest(*pretrained("AutoModel", sentences, device))
-    used = {"vqa": vqa, "sentences": sentences, "questions": len(entries)}
+    digest = hashlib.sha256(Path(questions).read_bytes()).hexdigest()[:16]
+    used = {"vqa": vqa, "sentences": sentences, "questions": digest}
     return Tifa(answers, nearest, entries, run.prompts), used
 
 

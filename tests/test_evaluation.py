@@ -538,6 +538,8 @@ def test_known_answers_have_known_scores_and_questions_and_judges_of_other_promp
     assert cat["types"] == {"animal": [1, 1], "color": [0, 1]} and dog["types"] == {"animal": [0, 1]}
     with pytest.raises(ValueError, match="for other prompts: 1 of 2 have none, the first of them 'a bird'"):
         Tifa(known, Nearest(), QUESTIONS, named("a dog", "a bird"))
+    with pytest.raises(ValueError, match="Question 1 has no question, choices"):
+        Tifa(known, Nearest(), [QUESTIONS[0], {"caption": "a dog"}], prompts)
     with pytest.raises(ValueError, match="no pictures of 'a dog runs'"):
         Shapes(named("a dog runs"))
 
