@@ -541,9 +541,10 @@ class TestThreads:
         torch.compile(lambda x: x + 1, backend=counter)(torch.ones(1))
         assert counter.frame_count == 1
 
-    def test_they_tokenize_one_after_another(self, pipe, monkeypatch):
-        """A tokenizer's padding and truncation are its state."""
-        cls, inside, most = type(pipe.tokenizer), [], []
+    @pytest.fixture
+    def most(self, kind, monkeypatch):
+        """How many calls of a tokenizer, whose padding and truncation are its state, ran at once, each time."""
+        cls, inside, most = type(kind.components["tokenizer"]), [], []
 
         def call(tokenizer, *args, stock=cls.__call__, **kwargs):
             inside.append(1)
@@ -553,6 +554,17 @@ class TestThreads:
             return stock(tokenizer, *args, **kwargs)
 
         monkeypatch.setattr(cls, "__call__", call)
+        return most
+
+    @pytest.mark.parametrize("kind", ["sdxl"], indirect=True)
+    def test_blocks_tokenize_one_after_another_guided_or_off(self, kind, most):
+        pipes = [make(kind.tsam, kind.components) for _ in range(3)]
+        at_once(
+            *(functools.partial(run, pipe, num_inference_steps=1, tsam_steps=k // 2) for k, pipe in enumerate(pipes))
+        )
+        assert len(most) >= 2 * len(pipes) and max(most) == 1
+
+    def test_they_tokenize_one_after_another(self, pipe, most):
         whole = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
         methods = [pipe.words_of, pipe.get_text_self_attention, functools.partial(pipe.encode_prompt, **whole)]
         at_once(*(functools.partial(method, PROMPT) for method in methods * 2))
