@@ -88,8 +88,8 @@ def record_self_attention(*encoders):
         )
     recordings = [SelfAttentionRecording(encoder) for encoder in encoders]
     with ExitStack() as stack:
+        stack.enter_context(locked(*encoders))
         for recording in recordings:
-            stack.enter_context(lock_of(recording.encoder))
             stack.callback(recording.encoder.register_forward_pre_hook(recording.begin, with_kwargs=True).remove)
             stack.callback(recording.encoder.register_forward_hook(recording.end).remove)
             for layer in (part for name, part in recording.encoder.named_modules() if name.endswith("cross_attn")):
@@ -391,3 +391,13 @@ def lock_of(model):
     if attributes.get("_tsam_lock", False) is None:  # pickled
         attributes["_tsam_lock"] = ModelLock()
     return attributes.setdefault("_tsam_lock", ModelLock())
+
+
+@contextmanager
+def locked(*models):
+    """Hold the locks of all `models`; None has none."""
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None:
+                stack.enter_context(lock_of(model))
+        yield

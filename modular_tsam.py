@@ -10,7 +10,7 @@ The paper covers none of these models. "A choice" marks what had to be chosen.
 import functools
 import inspect
 import shutil
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +39,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 
 from .attention_processors import (
     lock_of,
+    locked,
     mean_maps,
     mean_self_attention,
     record_cross_attention,
@@ -120,9 +121,7 @@ class TextStep:
         names = self.encoders(components)
         encoders = dict.fromkeys(getattr(components, f"text_{name}") for name in names)
         if state.get("tsam_steps") == 0 and state.get("candidates") in (None, 1):
-            with ExitStack() as stack:  # as in `alone`
-                for encoder in encoders:
-                    stack.enter_context(nullcontext() if encoder is None else lock_of(encoder))
+            with locked(*encoders):  # because they tokenize
                 return super().__call__(components, state)
         with record_self_attention(*encoders) as recordings:
             components, state = super().__call__(components, state)

@@ -3,12 +3,12 @@
 Kim, Esmaeili, Qiu, "Text Embedding is Not All You Need", CVPR 2025 (arXiv:2411.15236).
 """
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch.nn.functional as F
 from diffusers import StableDiffusionControlNetPipeline
 
-from .attention_processors import lock_of
+from .attention_processors import locked
 from .tsam import LatentAlignment  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_arguments import StableDiffusionSettings
 from .tsam_candidates import choose  # noqa: F401
@@ -26,11 +26,11 @@ class ControlledLoop(WindowedLoop):
     @contextmanager
     def open(self):
         self.controlnet = self.pipe.components["controlnet"]
-        with ExitStack() as stack:
-            for network in getattr(self.controlnet, "nets", [self.controlnet]):  # another UNet's pipeline may share it
-                stack.enter_context(lock_of(network))
-            saving = stack.enter_context(frozen(self.controlnet) if self.guided else nullcontext(nullcontext))
-            stack.enter_context(super().open())
+        with (
+            locked(*getattr(self.controlnet, "nets", [self.controlnet])),  # another UNet's pipeline may share it
+            frozen(self.controlnet) if self.guided else nullcontext(nullcontext) as saving,
+            super().open(),
+        ):
             self.saving = self.saving if saving is nullcontext else saving  # if either exchanges its weights
             yield
 

@@ -88,10 +88,7 @@ class Scouting:
             self.run += [(deepcopy(self.scheduler), states) for _, states in self.starts[1:]]
         return super().step(step, prediction, t, sample, *args, **kwargs)
 
-    def predict(self, sample, *args, **kwargs):
-        if self.pipe.interrupt:  # because some stock loops go on
-            return (torch.zeros_like(sample),)
-        kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
+    def prediction(self, sample, *args, **kwargs):
         if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
             return self.model(sample, *args, **kwargs)
         alignment = LatentAlignment(self.text, score(), self.given["num_images_per_prompt"], self.latents.device)

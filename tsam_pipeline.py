@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .attention_processors import (
     lock_of,
+    locked,
     mean_maps,
     record_cross_attention,
     record_self_attention,
@@ -175,6 +176,8 @@ class GuidedLoop:
             return self.encode(stock, *args, **kwargs)
         prompt, count = self.given["prompt"], prompts_of(self.given)
         regions = check_regions(self.settings.regions, count)
+        if regions is not None and not any(self.pipe.components.get(name) for name in ("tokenizer", "tokenizer_2")):
+            raise ValueError("`regions` are found by their tokens, but this pipeline has no tokenizer. Give it one.")
         check_text_self_attention(self.text, prompt, count, self.num_tokens, self.pipe.window)
         if self.text is None:
             with record_self_attention(*self.pipe.text_encoders) as recordings:
@@ -182,8 +185,6 @@ class GuidedLoop:
             self.text = self.read(recordings)
         else:
             encoded = self.encode(stock, *args, **kwargs)
-        if regions is not None and not any(self.pipe.components.get(name) for name in ("tokenizer", "tokenizer_2")):
-            raise ValueError("`regions` are found by their tokens, but this pipeline has no tokenizer. Give it one.")
         images, device = self.given["num_images_per_prompt"], encoded[0].device
         self.layout = layout_of(regions, self.text, self.words_of, images, device)
         self.encoding = encoded, self.text, self.layout, self.conditions
@@ -241,9 +242,13 @@ class GuidedLoop:
             )
         if self.pipe.interrupt:  # because some stock loops go on
             return (torch.zeros_like(sample),)
+        kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
+        return self.prediction(sample, *args, **kwargs)
+
+    def prediction(self, sample, *args, **kwargs):
+        """The denoiser's, from latents that are moved first in guided steps."""
         if self.updates is None:
             self.begin()
-        kwargs |= {name: value[-len(sample) :] for name, value in self.conditions.items()}
         if not self.updates[self.index]:
             return self.model(sample, *args, **kwargs)
         beside = sample[:, self.latents.shape[1] :]  # an inpainting model's mask and picture
@@ -515,9 +520,7 @@ def alone(method):
 
     @functools.wraps(method)
     def waiting(self, *args, **kwargs):
-        with ExitStack() as stack:
-            for encoder in self.text_encoders:
-                stack.enter_context(nullcontext() if encoder is None else lock_of(encoder))
+        with locked(*self.text_encoders):
             return method(self, *args, **kwargs)
 
     waiting.alone = True

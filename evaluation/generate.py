@@ -5,7 +5,6 @@
 """
 
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -36,7 +35,7 @@ from ..tsam_layout import check_regions
 from . import prompts as prompt_sets
 from .baselines import BASELINES, told
 from .prompts import json_of
-from .runs import Run, processes, save
+from .runs import Run, digest, processes, save
 
 
 OF_A_LOSS = ("sharpness",)
@@ -149,8 +148,7 @@ def recorded(arguments):
     file, _, name = str(arguments.get("objective", "")).rpartition(":")
     if not file:
         return arguments
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    return arguments | {"objective": f"{file}:{name} {digest}"}
+    return arguments | {"objective": f"{file}:{name} {digest(Path(file).read_bytes())}"}
 
 
 def identity(model):
@@ -165,7 +163,7 @@ def identity(model):
     components = [folder / name for name in json_of(index) if (folder / name).is_dir()]
     inside = [path for component in components for path in component.rglob("[!.]*") if path.suffix in LOADED]
     files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in [index, *inside])
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    return digest(repr(files).encode())
 
 
 class JointPipeline:
@@ -278,7 +276,7 @@ def generate(
     kind, known, settings = kind_of(model)
     methods = {name: parse_method(name, kind) for name in methods}
     wanted = prompt_sets.load(prompts, parser)
-    regions = any([check_places(prompt) for prompt in wanted])
+    regions = any([check_places(prompt) for prompt in wanted])  # a list, so that all are checked
     if regions and "regions" not in known:
         raise ValueError(f"The prompts {prompts!r} have regions, which {model!r} cannot hold. Choose others.")
     check_methods(methods, known, settings, steps, regions)

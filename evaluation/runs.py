@@ -4,6 +4,7 @@ Every process appends to a file of its own, so that lines never interleave. It w
 it there and then writes its line, so that what a killed process leaves half-written never counts as done.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,11 @@ PATIENCE = timedelta(days=7)  # how long finished processes wait for others
 def processes():
     """The launcher's processes, which share the work."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+def digest(content):
+    """What tells files from others in a run's settings."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def folder_of(method):
@@ -56,7 +62,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         prompts = json.loads(json.dumps([prompt._asdict() for prompt in prompts]))  # as they are read again
         settings = json.loads(json.dumps(settings))
-        if (folder / "settings.json").is_file():
+        new = not (folder / "settings.json").is_file()
+        if not new:
             run = cls(folder)
             had, methods = run.settings, run.settings["methods"] | settings["methods"]
             differing = sorted(
@@ -78,7 +85,7 @@ class Run:
             raise ValueError(
                 f"The methods {' and '.join(shared)} would share a folder of pictures. Rename their files."
             )
-        if not (folder / "settings.json").is_file():
+        if new:
             write(folder / "prompts.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in prompts))
         write(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
         return cls(folder)

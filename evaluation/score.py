@@ -8,7 +8,6 @@ metrics/ folder). tifa: TIFA (Hu et al., ICCV 2023, arXiv:2303.11897) and soft T
 judge: the shapes world's.
 """
 
-import hashlib
 import json
 import re
 from collections import defaultdict
@@ -25,7 +24,7 @@ from ..shapes.judge import Judge, count, verdict
 from ..shapes.scenes import solids_of
 from ..tsam_arguments import check_integer
 from .prompts import json_of, phrases
-from .runs import Run, opened, processes, write
+from .runs import Run, digest, opened, processes, write
 
 
 # The 80 prompts of CLIP's zero-shot classification (Radford et al. 2021); Attend-and-Excite averages over them
@@ -284,8 +283,7 @@ def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
     entries = json_of(questions)
     answers = BlipAnswers(*pretrained("BlipForQuestionAnswering", vqa, device))
     nearest = Nearest() if sentences is None else Nearest(*pretrained("AutoModel", sentences, device))
-    digest = hashlib.sha256(Path(questions).read_bytes()).hexdigest()[:16]
-    used = {"vqa": vqa, "sentences": sentences, "questions": digest}
+    used = {"vqa": vqa, "sentences": sentences, "questions": digest(Path(questions).read_bytes())}
     return Tifa(answers, nearest, entries, run.prompts), used
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 
-from kinds import PIPELINES, PROMPT, calls_of, denoiser_of, generators, make, run
+from kinds import PROMPT, calls_of, denoiser_of, every_pipeline, generators, make, run
 from tiny import tiny_controlnet_components
 
 
@@ -39,7 +39,6 @@ def test_in_a_callback_the_pipelines_parts_are_its_own_and_their_use_changes_no_
     assert seen == [type(kind.components[kind.denoiser])] * 3
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixart"], indirect=True)
 def test_a_callback_draws_its_own_picture_while_starts_of_the_call_are_chosen(pipe):
     given, drawn = {"candidates": 2, "generator": generators(1)[0]}, []
     alone, plain = run(pipe, "a dog and a cat", **SHORTLY), run(pipe, **SHORTLY, **given)
@@ -62,7 +61,6 @@ class Ends(PipelineCallback):
         return {"latents": tensors["latents"] * 0}
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixart"], indirect=True)
 def test_diffusers_own_kind_of_callback_gets_its_tensors_and_the_number_of_steps(pipe):
     images = run(pipe, callback_on_step_end=Ends(cutoff_step_ratio=1.0), **SHORTLY | {"num_inference_steps": 4}).images
     assert not images.any()
@@ -78,7 +76,6 @@ def test_with_one_step_the_callbacks_latents_are_the_pictures(pipe):
     assert (sevens == 7).all()
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixart"], indirect=True)
 def test_another_thread_may_use_the_scheduler_and_the_denoiser_of_a_pipeline_that_draws(pipe):
     plain, model, own = run(pipe, **SHORTLY), denoiser_of(pipe), pipe.scheduler
 
@@ -94,7 +91,6 @@ def test_another_thread_may_use_the_scheduler_and_the_denoiser_of_a_pipeline_tha
         hook.remove()
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixart"], indirect=True)
 def test_an_interrupted_choice_runs_no_further_and_an_interrupted_ranking_ranks_what_it_has(kind, pipe):
     with calls_of(denoiser_of(pipe)) as calls:
         hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: setattr(pipe, "_interrupt", True))
@@ -130,7 +126,7 @@ def test_with_no_step_left_there_is_nothing_to_choose(pipe, stock):
     assert torch.equal(run(pipe, candidates=2, **given).images, run(stock, **given).images)
 
 
-@pytest.mark.parametrize("kind", PIPELINES, indirect=True)
+@every_pipeline
 def test_t_is_read_at_the_length_that_prompts_are_encoded_at(pipe):
     encodes, reads = (inspect.signature(x).parameters for x in (pipe.encode_prompt, pipe.get_text_self_attention))
     assert all(encodes[name].default == reads[name].default for name in encodes.keys() & reads.keys())
