@@ -24,18 +24,18 @@ class ControlledLoop(WindowedLoop):
     """
 
     @contextmanager
-    def open(self):
-        self.controlnet = self.pipe.components["controlnet"]
+    def prepared(self):
+        model = self.pipe.controlnet
         with (
-            locked(*getattr(self.controlnet, "nets", [self.controlnet])),  # another UNet's pipeline may share it
-            frozen(self.controlnet) if self.guided else nullcontext(nullcontext) as saving,
-            super().open(),
+            locked(*getattr(model, "nets", [model])),  # another UNet's pipeline may share it
+            frozen(model) if self.guided else nullcontext(nullcontext) as saving,
+            super().prepared(),
         ):
             self.saving = self.saving if saving is nullcontext else saving  # if either exchanges its weights
             yield
 
-    def encode(self, stock, *args, **kwargs):
-        encoded = super().encode(stock, *args, **kwargs)
+    def encode(self, *args, **kwargs):
+        encoded = super().encode(*args, **kwargs)
         mask = self.conditions.get("encoder_attention_mask")
         halves = 2 if self.pipe.do_classifier_free_guidance else 1
         if mask is not None and not mask.unflatten(0, (halves, -1)).any(0).all():
@@ -45,18 +45,17 @@ class ControlledLoop(WindowedLoop):
             )
         return encoded
 
-    def stand_ins(self):
-        control = StandIn(self.controlnet, self.answer(self.control, self.controlnet.__call__))
-        return super().stand_ins() | {"controlnet": control}
+    def parts(self):
+        return super().parts() | {"controlnet": StandIn(self.pipe.controlnet, self.control)}
 
-    def control(self, stock, sample, *args, **kwargs):
+    def control(self, sample, *args, **kwargs):
         self.controlled = args, kwargs
-        return stock(sample, *args, **kwargs)
+        return self.pipe.controlnet(sample, *args, **kwargs)
 
     def network(self, sample, beside, *args, **kwargs):
         rows = min(len(sample), len(self.controlled[1]["encoder_hidden_states"]))  # `guess_mode`: the last half only
         own_args, own = conditional_rows(self.controlled, rows)
-        down, middle = self.controlnet(sample[-rows:], *own_args, **own)
+        down, middle = self.pipe.controlnet(sample[-rows:], *own_args, **own)
         *down, middle = (F.pad(part, (0,) * 6 + (len(sample) - rows, 0)) for part in (*down, middle))
         kwargs |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return super().network(sample, beside, *args, **kwargs)

@@ -16,7 +16,7 @@ from .tsam import TextSelfAttention, texts_of
 from .tsam_arguments import BlocksSettings, blocks_between, shares_of
 from .tsam_candidates import choose  # noqa: F401, because diffusers' loader copies the files named here
 from .tsam_layout import Layout  # noqa: F401
-from .tsam_pipeline import GuidedLoop, TSAMOutput, call_of
+from .tsam_pipeline import GuidedLoop, StandIn, TSAMOutput, call_of
 from .tsam_pixart import PixArtTSAM
 
 
@@ -29,13 +29,15 @@ class WanLoop(GuidedLoop):
     """Stock's loop scales no latents. It calls the transformer for the prompt and then for the negative one, with the
     latents cast for it, and the scheduler with the latents themselves."""
 
+    per_prompt = "num_videos_per_prompt"
+
     def __init__(self, pipe, given, settings, on_step_end=None):
-        super().__init__(pipe, given | {"num_images_per_prompt": given["num_videos_per_prompt"]}, settings, on_step_end)
+        super().__init__(pipe, given, settings, on_step_end)
         if pipe.transformer_2 is not None and not (settings.off and settings.candidates == 1):
             raise ValueError("This Wan has a `transformer_2`, which T-SAM does not guide. Pass `tsam_steps=0`.")
 
-    def stand_ins(self):
-        return super().stand_ins() | {"transformer": self.model_for(self.call)}
+    def parts(self):
+        return super().parts() | {"transformer": StandIn(self.model, self.call)}
 
     def call(self, hidden_states, **kwargs):
         if self.latents is not None:  # the step's second call
@@ -47,10 +49,10 @@ class WanLoop(GuidedLoop):
     def network(self, sample, beside, *args, **kwargs):
         return self.model(sample.to(self.cast.dtype), *args, **kwargs)
 
-    def step(self, stock, prediction, t, sample, *args, **kwargs):
+    def step(self, prediction, t, sample, *args, **kwargs):
         if self.moved:
             self.latents = sample + (self.latents - self.cast)
-        return super().step(stock, prediction, t, sample, *args, **kwargs)
+        return super().step(prediction, t, sample, *args, **kwargs)
 
 
 class WanTSAMPipeline(PixArtTSAM, WanPipeline):

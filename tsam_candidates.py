@@ -37,13 +37,14 @@ class Scouting:
     guided, reads, needed = False, True, True
     states = losses = None
 
-    def progress_bar(self, stock, *args, **kwargs):
-        bar = stock(total=self.settings.chosen_after(self.num_steps))
+    def progress_bar(self, *args, **kwargs):
+        bar = self.pipe.progress_bar(total=self.settings.chosen_after(self.num_steps))
         if hasattr(bar, "set_description"):
             bar.set_description("choosing")
         return bar
 
-    def prepare_latents(self, stock, *args, **kwargs):
+    def prepare_latents(self, *args, **kwargs):
+        stock = self.pipe.prepare_latents
         call, generators = inspect.signature(stock).bind(*args, **kwargs), self.generators
         call.arguments["batch_size"] //= len(self.own)
         restore(generators, self.states or [])
@@ -52,7 +53,7 @@ class Scouting:
             if "latents" in self.given:
                 call.arguments["latents"] = latents
             self.starts.append((stock(*call.args, **call.kwargs), states_of(generators)))
-        self.run = [(self.scheduler, self.starts[0][1])]
+        self.running = [(self.scheduler, self.starts[0][1])]
         return self.beside([prepared for prepared, _ in self.starts])
 
     def beside(self, parts):
@@ -69,29 +70,24 @@ class Scouting:
         shape = prompts_of(self.given), len(self.own), -1
         return [part.flatten(0, 1) for part in rows.unflatten(0, shape).unbind(1)]
 
-    def step(self, stock, prediction, t, sample, *args, **kwargs):
+    def stepped(self, prediction, t, sample, *args, **kwargs):
         """Each start has a scheduler and generators of its own, as if it ran alone."""
-        generators = self.generators
-
-        def step(prediction, t, sample, *args, **kwargs):
-            stepped = []
-            for k, parts in enumerate(zip(self.apart(prediction), self.apart(sample))):
-                scheduler, states = self.run[k]
-                restore(generators, states)
-                stepped.append(scheduler.step(parts[0], t, parts[1], *args, **kwargs)[0])
-                self.run[k] = scheduler, states_of(generators)
-            return self.beside(stepped), None
-
         if len(self.own) == 1:
-            return super().step(stock, prediction, t, sample, *args, **kwargs)
-        if len(self.run) == 1:
-            self.run += [(deepcopy(self.scheduler), states) for _, states in self.starts[1:]]
-        return super().step(step, prediction, t, sample, *args, **kwargs)
+            return super().stepped(prediction, t, sample, *args, **kwargs)
+        if len(self.running) == 1:
+            self.running += [(deepcopy(self.scheduler), states) for _, states in self.starts[1:]]
+        stepped, generators = [], self.generators
+        for k, parts in enumerate(zip(self.apart(prediction), self.apart(sample))):
+            scheduler, states = self.running[k]
+            restore(generators, states)
+            stepped.append(scheduler.step(parts[0], t, parts[1], *args, **kwargs)[0])
+            self.running[k] = scheduler, states_of(generators)
+        return self.beside(stepped), None
 
     def prediction(self, sample, *args, **kwargs):
         if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
             return self.model(sample, *args, **kwargs)
-        alignment = LatentAlignment(self.text, score(), self.given["num_images_per_prompt"], self.latents.device)
+        alignment = LatentAlignment(self.text, score(), self.given[self.per_prompt], self.latents.device)
         layers = self.pipe.layers_of(self.settings)
         kwargs.pop("return_dict", None)
         with record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
@@ -100,25 +96,23 @@ class Scouting:
         raise Scouted(torch.stack(self.apart(alignment.loss_of(maps))))
 
 
-def scouted(pipe, stock, given, settings, own, states=None, encoding=None):
-    """Run and return a `Scouting` loop of the starts in `own`. stock: the stock pipeline's call. encoding: the
-    prompts', from another loop of this call with as many starts."""
-    images = next(name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in given)
-    given = given | {images: given[images] * len(own)}
+def scouted(pipe, given, settings, own, states=None, encoding=None):
+    """Run and return a `Scouting` loop of the starts in `own`. encoding: the prompts', from another loop of this call
+    with as many starts."""
+    given = given | {pipe.loop.per_prompt: given[pipe.loop.per_prompt] * len(own)}
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
     settings.chosen_after(loop.num_steps)  # refuse too many, and a wrong choice of layers, before a network runs
     pipe.layers_of(settings)
     loop.own, loop.states, loop.encoding = own, states, encoding
     silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     try:
-        with loop.open():
-            stock(**given | silent | {"output_type": "latent", "return_dict": False})
+        loop.run(**silent, output_type="latent", return_dict=False)
     except Scouted as scouted:
         loop.losses = scouted.loss
     return loop
 
 
-def choose(pipe, stock, given, settings, images):
+def choose(pipe, given, settings, images):
     """The prompts' encoding, the start to use, the losses (images, k) of the k starts, and which of them was chosen,
     (images,).
 
@@ -132,7 +126,7 @@ def choose(pipe, stock, given, settings, images):
     loops, states, encoding = [], None, None
     for k in range(0, len(own), size):
         part = own[k : k + size]
-        loops.append(scouted(pipe, stock, given, settings, part, states, encoding if len(part) == size else None))
+        loops.append(scouted(pipe, given, settings, part, states, encoding if len(part) == size else None))
         states, encoding = loops[-1].starts[-1][1], loops[0].encoding
         if pipe.interrupt:
             break

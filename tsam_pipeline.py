@@ -7,9 +7,8 @@ import functools
 import inspect
 import json
 import textwrap
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from threading import get_ident
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -62,16 +61,17 @@ class GuidedLoop:
     """Guides a stock denoising loop through its calls in each step: the scheduler scales the latents, the
     denoiser predicts, the scheduler steps.
 
-    It moves the latents before the prediction, and the scheduler steps from there. While the loop is `open`, only
-    `pipe` has stand-ins for its scheduler and denoiser, and not in callbacks; the models stay as they are.
+    It moves the latents before the prediction, and the scheduler steps from there. Stock's call runs on a stand-in of
+    the pipeline whose scheduler and denoiser are stand-ins, too. The pipeline itself stays as it is.
 
     given: stock's arguments by name. settings: `Settings`. on_step_end: a callback that stock lacks.
     losses: (images, updates) float32 on the CPU, after the call. steps: one per column, counted as in callbacks.
     """
 
+    per_prompt = "num_images_per_prompt"
+
     def __init__(self, pipe, given, settings, on_step_end=None):
         self.pipe, self.given, self.settings, self.on_step_end = pipe, given, settings, on_step_end
-        self.model, self.scheduler = pipe.components[pipe.denoiser], pipe.components["scheduler"]
         self.num_steps = steps_of_call(given)
         drawn = "strength" not in given or self.num_steps > 0  # a low one may leave no step: then stock draws
         self.plan = settings.plan(self.num_steps) if drawn else OFF
@@ -80,12 +80,19 @@ class GuidedLoop:
         self.conditions = {}  # the denoiser's arguments beside stock's
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
         self.encoding, self.encoded = None, False  # by another loop of this call; whether by this one
-        self.thread = get_ident()  # because others may use the pipeline's parts meanwhile
-        self.before = self.inside = {}  # the pipeline's own attributes, and what hides them
         self.updates, self.index = None, 0
         self.latents, self.moved = None, False  # this step's latents, and whether they were updated
         self.start = None  # what `prepare_latents` returns, and the generators' states after it
         self.interrupted = False  # during the choice of a start
+
+    # Looked up anew, because a callback may give the pipeline others.
+    @property
+    def model(self):
+        return getattr(self.pipe, self.pipe.denoiser)
+
+    @property
+    def scheduler(self):
+        return self.pipe.scheduler
 
     @property
     def guided(self):
@@ -101,79 +108,57 @@ class GuidedLoop:
         """Whether the call differs from stock's."""
         return self.guided or self.on_step_end is not None or self.start is not None
 
-    @contextmanager
-    def open(self):
-        attributes, stand_ins = vars(self.pipe), self.stand_ins()
-        self.before = {name: attributes[name] for name in stand_ins if name in attributes}
-        with ExitStack() as stack:
-            self.saving = stack.enter_context(frozen(self.model) if self.guided else nullcontext(nullcontext))
-            for name, stand_in in stand_ins.items():
-                stack.enter_context(shadowed(self.pipe, name, stand_in))
-            self.inside = stand_ins
-            yield
-            self.check_updates()
-
-    def stand_ins(self):
-        """What the pipeline has in place of its own attributes while the loop is open."""
-        asked = [name for name in ("scale_model_input", "step") if hasattr(self.scheduler, name)]
-        asked = {name: self.answer(getattr(self, name), getattr(self.scheduler, name)) for name in asked}
-        found = {"scheduler": StandIn(self.scheduler, **asked), self.pipe.denoiser: self.model_for(self.predict)}
-        for name in ("encode_prompt", "prepare_latents", "progress_bar"):
-            found[name] = self.answer(getattr(self, name), getattr(self.pipe, name))
-        return found
-
-    def answer(self, call, stock):
-        """A method that calls `call(stock, ...)`, and in other threads the stock one."""
-
-        @functools.wraps(stock)
-        def answered(*args, **kwargs):
-            return call(stock, *args, **kwargs) if get_ident() == self.thread else stock(*args, **kwargs)
-
-        return answered
-
-    def model_for(self, call):
-        """The denoiser's stand-in."""
-        return StandIn(
-            self.model, self.answer(lambda stock, *args, **kwargs: call(*args, **kwargs), self.model.__call__)
-        )
-
-    @contextmanager
-    def outside(self):
-        """While the context is open, the pipeline has its own attributes again; what is then replaced stays so."""
-        attributes = vars(self.pipe)
-        hidden = {name: attributes.pop(name) for name, own in self.inside.items() if attributes.get(name) is own}
-        before = {name: own for name, own in self.before.items() if name in hidden}
-        attributes |= before
-        try:
-            yield
-        finally:
-            kept = (name for name in hidden if attributes.get(name) is before.get(name))
-            attributes |= {name: hidden[name] for name in kept}
-
-    def callbacks(self):
-        """The call's callbacks, run `outside`, in stock's arguments."""
+    def run(self, **changes):
+        """Make stock's call with the given arguments, but for `changes`."""
+        stock = self.pipe.stock_call
         if not self.needed:
+            return stock(self.pipe, **self.given | changes)
+        with self.prepared():
+            output = stock(StandIn(self.pipe, **self.parts()), **self.given | self.callback() | changes)
+            self.check_updates()
+        return output
+
+    @contextmanager
+    def prepared(self):
+        """While the context is open, gradients pass through the models and not to their weights."""
+        with frozen(self.model) if self.guided else nullcontext(nullcontext) as self.saving:
+            yield
+
+    def parts(self):
+        """What stock's loop finds in place of the pipeline's own."""
+        asked = [name for name in ("scale_model_input", "step") if hasattr(self.scheduler, name)]
+        return {
+            "scheduler": StandIn(self.scheduler, **{name: getattr(self, name) for name in asked}),
+            self.pipe.denoiser: StandIn(self.model, self.predict),
+            "encode_prompt": self.encode_prompt,
+            "prepare_latents": self.prepare_latents,
+            "progress_bar": self.progress_bar,
+        }
+
+    def callback(self):
+        """Stock's arguments that call the given callback with the pipeline itself."""
+        own = self.given.get("callback_on_step_end")
+        if own is None:
             return {}
-        given = {name: self.given.get(name) for name in ("callback", "callback_on_step_end")}
-        found = {name: self.outside()(own) for name, own in given.items() if own is not None}  # as a decorator
-        if isinstance(given["callback_on_step_end"], (PipelineCallback, MultiPipelineCallbacks)):
-            found["callback_on_step_end_tensor_inputs"] = given["callback_on_step_end"].tensor_inputs
+        found = {"callback_on_step_end": lambda pipe, *args: own(self.pipe, *args)}
+        if isinstance(own, (PipelineCallback, MultiPipelineCallbacks)):
+            found["callback_on_step_end_tensor_inputs"] = own.tensor_inputs
         return found
 
-    def progress_bar(self, stock, *args, **kwargs):
-        self.bar = stock(*args, **kwargs)
+    def progress_bar(self, *args, **kwargs):
+        self.bar = self.pipe.progress_bar(*args, **kwargs)
         return self.bar
 
-    def encode_prompt(self, stock, *args, **kwargs):
+    def encode_prompt(self, *args, **kwargs):
         """Stock has checked its arguments and run no denoiser: check ours, and read T while stock encodes."""
         if self.encoded:
-            return stock(*args, **kwargs)
+            return self.pipe.encode_prompt(*args, **kwargs)
         self.encoded = True
         if self.encoding is not None:
             encoded, self.text, self.layout, self.conditions = self.encoding
             return encoded
         if not self.reads:
-            return self.encode(stock, *args, **kwargs)
+            return self.encode(*args, **kwargs)
         prompt, count = self.given["prompt"], prompts_of(self.given)
         regions = check_regions(self.settings.regions, count)
         if regions is not None and not any(self.pipe.components.get(name) for name in ("tokenizer", "tokenizer_2")):
@@ -181,21 +166,21 @@ class GuidedLoop:
         check_text_self_attention(self.text, prompt, count, self.num_tokens, self.pipe.window)
         if self.text is None:
             with record_self_attention(*self.pipe.text_encoders) as recordings:
-                encoded = self.encode(stock, *args, **kwargs)
+                encoded = self.encode(*args, **kwargs)
             self.text = self.read(recordings)
         else:
-            encoded = self.encode(stock, *args, **kwargs)
-        images, device = self.given["num_images_per_prompt"], encoded[0].device
+            encoded = self.encode(*args, **kwargs)
+        images, device = self.given[self.per_prompt], encoded[0].device
         self.layout = layout_of(regions, self.text, self.words_of, images, device)
         self.encoding = encoded, self.text, self.layout, self.conditions
         return encoded
 
-    def encode(self, stock, *args, **kwargs):
-        return stock(*args, **kwargs)
+    def encode(self, *args, **kwargs):
+        return self.pipe.encode_prompt(*args, **kwargs)
 
-    def prepare_latents(self, stock, *args, **kwargs):
+    def prepare_latents(self, *args, **kwargs):
         if self.start is None:
-            return stock(*args, **kwargs)
+            return self.pipe.prepare_latents(*args, **kwargs)
         prepared, states = self.start
         restore(self.generators, states)
         self.pipe._interrupt = self.interrupted  # stock sets it to False first
@@ -222,17 +207,17 @@ class GuidedLoop:
         number = getattr(self.pipe, "_num_timesteps", len(self.scheduler.timesteps))
         self.updates = [0] * number
         if self.guided:
-            images, device = self.given["num_images_per_prompt"], self.latents.device
+            images, device = self.given[self.per_prompt], self.latents.device
             self.alignment = LatentAlignment(self.text, self.settings, images, device, self.layout)
             if self.alignment.possible:
                 self.updates = updates_per_timestep(self.scheduler, self.num_steps, *self.plan, number)
 
-    def scale_model_input(self, stock, sample, t):
+    def scale_model_input(self, sample, t):
         if self.latents is None:  # a step's first call is for the denoiser
             self.t, self.moved = t, False
             self.halves = 2 if self.pipe.do_classifier_free_guidance else 1
             self.latents = sample.chunk(self.halves)[-1]
-        return stock(sample, t)
+        return self.scheduler.scale_model_input(sample, t)
 
     def predict(self, sample, *args, **kwargs):
         if self.latents is None:
@@ -281,20 +266,22 @@ class GuidedLoop:
             self.bar.set_postfix(loss=f"{self.alignment.losses[-1].mean().item():.3f}", refresh=False)
         return latents
 
-    def step(self, stock, prediction, t, sample, *args, **kwargs):
+    def step(self, prediction, t, sample, *args, **kwargs):
         if self.pipe.interrupt:
             return sample, sample
         sample, self.latents = self.latents if self.moved else sample, None
         index, self.index = self.index, self.index + 1
         with uncorrected(self.scheduler, self.alignment if self.moved else None):
-            latents, *others = stock(prediction, t, sample, *args, **kwargs)
+            latents, *others = self.stepped(prediction, t, sample, *args, **kwargs)
         if self.on_step_end is not None:
             if self.num_steps == 1 and others:  # of which stock takes the predicted original
                 latents = others[0]
-            with self.outside():
-                latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
+            latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
             others = [latents] * len(others)
         return latents, *others
+
+    def stepped(self, *args, **kwargs):
+        return self.scheduler.step(*args, **kwargs)
 
     @property
     def steps(self):
@@ -316,9 +303,9 @@ class GuidedLoop:
         planned = None if self.updates is None else sum(self.updates)
         if self.guided and not self.pipe.interrupt and planned != len(self.steps):
             raise RuntimeError(
-                f"Of {'all' if planned is None else planned} updates {len(self.steps)} were made. Either a callback"
-                f" gave the pipeline another {self.pipe.denoiser} or scheduler, or its loop is not that of diffusers"
-                f" {TESTED}, with which T-SAM was tested. Pass `tsam_steps=0`."
+                f"Of {'all' if planned is None else planned} updates {len(self.steps)} were made, because the loop of"
+                f" {type(self.pipe).__name__} is not that of diffusers {TESTED}, with which T-SAM was tested. Pass"
+                " `tsam_steps=0`."
             )
 
 
@@ -565,8 +552,9 @@ class TSAMPipelineMixin:
         return [self.text_encoder]
 
     @property
-    def components(self):
-        return {name: part.original if isinstance(part, StandIn) else part for name, part in super().components.items()}
+    def stock_call(self):
+        """Stock's call, as a function of a pipeline or of its stand-in."""
+        return super().__call__.__func__
 
     def align_latents(
         self, alignment, latents, t, args, kwargs, layers, iterations=1, saving=nullcontext, network=None
@@ -578,9 +566,8 @@ class TSAMPipelineMixin:
         conditional one alone. layers: read their maps. saving: what `frozen` yields. network: predicts in place of
         the denoiser.
         """
-        components = self.components
-        network = components[self.denoiser] if network is None else network
-        scale = input_scale(components["scheduler"], t)
+        network = getattr(self, self.denoiser) if network is None else network
+        scale = input_scale(self.scheduler, t)
         args, kwargs = conditional_rows((args, kwargs), len(latents))
         kwargs.pop("return_dict", None)
         with saving(), record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
@@ -594,17 +581,16 @@ class TSAMPipelineMixin:
     def guided_call(self, given, settings, on_step_end=None):
         """Guide stock's call. Calls that share a denoiser wait for each other, because drawing changes the pipeline's
         state and guidance the model's: two threads would spoil each other's."""
-        model, stock = self.components[self.denoiser], super().__call__
+        model = getattr(self, self.denoiser)
         if model is None:
             raise ValueError(f"This pipeline was made with `{self.denoiser}=None` and cannot draw. Give it one.")
         with lock_of(model):
             loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
             if settings.candidates > 1 and loop.num_steps > 0:
-                images = prompts_of(given) * loop.given["num_images_per_prompt"]
-                loop.encoding, loop.start, losses, chosen = choose(self, stock, given, settings, images)
+                images = prompts_of(given) * given[loop.per_prompt]
+                loop.encoding, loop.start, losses, chosen = choose(self, given, settings, images)
                 loop.interrupted = self.interrupt
-            with loop.open() if loop.needed else nullcontext():
-                output = stock(**given | loop.callbacks() | {"return_dict": False})
+            output = loop.run(return_dict=False)
         fields = (*output, loop.losses(len(output[0])), loop.steps, loop.attentions, losses, chosen)
         return self.output(*fields) if given["return_dict"] else fields
 
@@ -621,8 +607,8 @@ class TSAMPipelineMixin:
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
             given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
-            with lock_of(self.components[self.denoiser]):
-                loop = scouted(self, super().__call__, given, settings, [given.get("latents")], encoding=encoding)
+            with lock_of(getattr(self, self.denoiser)):
+                loop = scouted(self, given, settings, [given.get("latents")], encoding=encoding)
             if loop.losses is None:  # interrupted
                 break
             encoding = loop.encoding

@@ -26,10 +26,10 @@ class PixArtLoop(GuidedLoop):
     def words_of(self, phrase):
         return self.pipe.words_of(phrase, self.given["clean_caption"])
 
-    def encode(self, stock, *args, **kwargs):
-        encoded = stock(*args, **kwargs)
+    def encode(self, *args, **kwargs):
+        encoded = super().encode(*args, **kwargs)
         if self.text is not None:
-            check_lengths(self.text, encoded[1][:: self.given["num_images_per_prompt"]])
+            check_lengths(self.text, encoded[1][:: self.given[self.per_prompt]])
         return encoded
 
 

@@ -102,9 +102,9 @@ class WindowedLoop(GuidedLoop):
     def num_tokens(self):
         return super().num_tokens * (1 if self.windows is None else max(map(len, self.windows)))
 
-    def encode(self, stock, prompt, device, number, guidance, negative_prompt=None, **kwargs):
+    def encode(self, prompt, device, number, guidance, negative_prompt=None, **kwargs):
         if self.windows is None:
-            return stock(prompt, device, number, guidance, negative_prompt, **kwargs)
+            return super().encode(prompt, device, number, guidance, negative_prompt, **kwargs)
         kwargs = {name: kwargs[name] for name in ("lora_scale", "clip_skip")}
         limit = self.settings.max_sequence_length
         *embeds, mask = self.pipe.encode_windows(

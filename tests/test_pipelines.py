@@ -306,16 +306,28 @@ class TestLoop:
             run(pipe)
         assert not calls
 
-    def test_updates_that_never_came_because_a_callback_replaced_the_denoiser_are_an_error(self, kind, pipe):
-        other = copy.deepcopy(denoiser_of(pipe))
+    def test_a_loop_that_makes_no_updates_is_refused(self, kind):
+        class Idle(kind.stock):
+            _interrupt = False
+
+            def __call__(self, **given):
+                return (torch.zeros(1, 3, 8, 8),)
+
+        pipe = make(type("Odd", (kind.tsam, Idle), {}), kind.components)
+        with pytest.raises(RuntimeError, match="Of all updates 0 were made.*loop of Odd.*`tsam_steps=0`"):
+            run(pipe)
+
+    def test_a_denoiser_that_a_callback_gives_is_guided_from_then_on(self, kind, pipe):
+        other, expected = copy.deepcopy(denoiser_of(pipe)), run(pipe)
 
         def replace(one, step, t, tensors):
             setattr(one, kind.denoiser, other)
             return tensors
 
-        with pytest.raises(RuntimeError, match="Of 6 updates 3 were made.*another.*`tsam_steps=0`"):
-            run(pipe, callback_on_step_end=replace)
-        assert denoiser_of(pipe) is other
+        with calls_of(other) as calls:
+            output = run(pipe, callback_on_step_end=replace)
+        assert torch.equal(output.images, expected.images) and torch.equal(output.losses, expected.losses)
+        assert calls and denoiser_of(pipe) is other
 
     def test_guidance_walks_over_the_weights_four_times_whatever_the_steps(self, stock, pipe, monkeypatch):
         counts, walks, walk = [], [], torch.nn.Module.named_modules  # which every walk over modules or parameters takes
