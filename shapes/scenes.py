@@ -21,6 +21,7 @@ GRID = 16  # latent positions of a picture's side
 SUPERSAMPLING = 4  # sprites are drawn this much larger, then reduced
 SPRITE_SIZES = (40, 46, 52)  # pixels
 MAX_SOLIDS = 3
+SPLITS = ("train", "tune", "test")
 MAX_TRIES = 100_000  # to find different prompts
 PAIRS = tuple(product(COLOURS, SOLIDS))  # every coloured solid, in the order of the judge's outputs
 FACES = (0.25, 0.0, -0.25)  # how much lighter than its colour a solid's light, plain and dark faces are
@@ -75,6 +76,9 @@ def prompts(count, split, number, seed=0):
 
     ValueError if there are fewer: the held-out splits of two solids have about 80 each.
     """
+    if split not in SPLITS or not 1 <= count <= len(SOLIDS):
+        known = f"the splits are {', '.join(SPLITS)}, of 1 to {len(SOLIDS)} solids"
+        raise ValueError(f"`split` is {split!r} of {count} solids, but {known}. Ask for one of these.")
     rng = np.random.default_rng(seed)
     found = {}
     for _ in range(MAX_TRIES):
