@@ -244,7 +244,8 @@ def load(spec, parser=None):
             form, solids, split, number = spec.split(":")
             found = [(k, *both) for k, both in enumerate(of_shapes(form, int(solids), split, int(number)))]
         except ValueError as error:
-            raise ValueError(f"Prompts are {spec!r}: {error}. Pass shapes:2:test:40, for instance.") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"Prompts are {spec!r}: {reason}. Pass shapes:2:test:40, for instance.") from error
     elif file and Path(file).is_file():
         found = of_file(file, chosen)
     else:

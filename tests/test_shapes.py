@@ -72,9 +72,9 @@ def test_more_prompts_than_there_are_is_an_error(monkeypatch):
     monkeypatch.setattr(scenes, "MAX_TRIES", 300)
     with pytest.raises(ValueError, match="`number` is 5000, but only .* prompts were found in 'test'. Ask for fewer"):
         scenes.prompts(2, "test", 5000)
-    for count, split in ((2, "tests"), (0, "test"), (7, "test")):
-        with pytest.raises(ValueError, match=f"`split` is '{split}' of {count} solids, but .* of 1 to 6"):
-            scenes.prompts(count, split, 1)
+    for number, split in ((2, "tests"), (0, "test"), (7, "test")):
+        with pytest.raises(ValueError, match=f"`split` is '{split}' of {number} solids, but .* of 1 to 6"):
+            scenes.prompts(number, split, 1)
 
 
 def test_a_stage_that_does_not_exist_is_refused(capsys, monkeypatch):
