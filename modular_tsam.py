@@ -344,6 +344,8 @@ class AlignedLoop:
         with uncorrected(components.scheduler, block_state.alignment if moving else None):
             return super().loop_step(components, block_state, i=i, t=t)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def begin(self, components, block_state):
         """Check the arguments, and plan the updates."""
         given, scheduler, timesteps = block_state, components.scheduler, block_state.timesteps
