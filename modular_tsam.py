@@ -290,7 +290,7 @@ class AlignedLoop:
         """Let the loop go on from each image's best start, and keep their losses and which was chosen."""
         given, starts = self.get_block_state(state), state.values.pop("starts", None)
         state.values |= {"candidate_losses": None, "chosen": None}
-        if given.candidates == 1:
+        if given.candidates == 1 or not len(given.timesteps):  # a low strength may leave no step: then stock draws
             return
         if starts is None:
             raise ValueError(

@@ -318,6 +318,8 @@ def test_an_image_is_changed_and_only_the_steps_that_are_left_count(kind):
     assert state.losses.shape == (1, 3 + 2 * 3)  # of six steps left three; each of 0, 1 and 2 refines
     off = run(pipes[1], strength=0.5, tsam_steps=0, num_inference_steps=10, **given)
     assert off.losses.shape == (1, 0)
+    few = {"strength": 0.05, "num_inference_steps": 10, **given}  # none of SDXL's
+    assert run(pipes[1], candidates=2, **few).images.shape == run(pipes[0], **few).images.shape
 
 
 @pytest.mark.parametrize("channels", [4, 9])
