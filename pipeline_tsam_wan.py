@@ -31,8 +31,8 @@ class WanLoop(GuidedLoop):
 
     per_prompt = "num_videos_per_prompt"
 
-    def __init__(self, pipe, given, settings, on_step_end=None):
-        super().__init__(pipe, given, settings, on_step_end)
+    def __init__(self, pipe, given, settings):
+        super().__init__(pipe, given, settings)
         if pipe.transformer_2 is not None and not (settings.off and settings.candidates == 1):
             raise ValueError("This Wan has a `transformer_2`, which T-SAM does not guide. Pass `tsam_steps=0`.")
 

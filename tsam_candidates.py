@@ -99,14 +99,13 @@ class Scouting:
 def scouted(pipe, given, settings, own, states=None, encoding=None):
     """Run and return a `Scouting` loop of the starts in `own`. encoding: the prompts', from another loop of this call
     with as many starts."""
-    given = given | {pipe.loop.per_prompt: given[pipe.loop.per_prompt] * len(own)}
+    given = given | {name: None for name in ("callback", "callback_on_step_end") if name in given}
+    given |= {pipe.loop.per_prompt: given[pipe.loop.per_prompt] * len(own)}
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
-    settings.chosen_after(loop.num_steps)  # refuse too many, and a wrong choice of layers, before a network runs
-    pipe.layers_of(settings)
+    settings.chosen_after(loop.num_steps)  # refuse too many before a network runs
     loop.own, loop.states, loop.encoding = own, states, encoding
-    silent = {name: None for name in ("callback", "callback_on_step_end") if name in given}
     try:
-        loop.run(**silent, output_type="latent", return_dict=False)
+        loop.run(output_type="latent", return_dict=False)
     except Scouted as scouted:
         loop.losses = scouted.loss
     return loop

@@ -64,18 +64,18 @@ class GuidedLoop:
     It moves the latents before the prediction, and the scheduler steps from there. Stock's call runs on a stand-in of
     the pipeline whose scheduler and denoiser are stand-ins, too. The pipeline itself stays as it is.
 
-    given: stock's arguments by name. settings: `Settings`. on_step_end: a callback that stock lacks.
+    given: stock's arguments by name. settings: `Settings`.
     losses: (images, updates) float32 on the CPU, after the call. steps: one per column, counted as in callbacks.
     """
 
     per_prompt = "num_images_per_prompt"
 
-    def __init__(self, pipe, given, settings, on_step_end=None):
-        self.pipe, self.given, self.settings, self.on_step_end = pipe, given, settings, on_step_end
+    def __init__(self, pipe, given, settings):
+        self.pipe, self.given, self.settings = pipe, given, settings
         self.num_steps = steps_of_call(given)
         drawn = "strength" not in given or self.num_steps > 0  # a low one may leave no step: then stock draws
         self.plan = settings.plan(self.num_steps) if drawn else OFF
-        if self.guided:
+        if self.reads:
             pipe.layers_of(settings)  # refuses a wrong choice at once
         self.conditions = {}  # the denoiser's arguments beside stock's
         self.text, self.layout, self.alignment, self.bar = settings.text_self_attention, None, None, None
@@ -106,7 +106,7 @@ class GuidedLoop:
     @property
     def needed(self):
         """Whether the call differs from stock's."""
-        return self.guided or self.on_step_end is not None or self.start is not None
+        return self.guided or self.start is not None
 
     def run(self, **changes):
         """Make stock's call with the given arguments, but for `changes`."""
@@ -270,15 +270,9 @@ class GuidedLoop:
         if self.pipe.interrupt:
             return sample, sample
         sample, self.latents = self.latents if self.moved else sample, None
-        index, self.index = self.index, self.index + 1
+        self.index += 1
         with uncorrected(self.scheduler, self.alignment if self.moved else None):
-            latents, *others = self.stepped(prediction, t, sample, *args, **kwargs)
-        if self.on_step_end is not None:
-            if self.num_steps == 1 and others:  # of which stock takes the predicted original
-                latents = others[0]
-            latents = self.on_step_end(self.pipe, index, t, {"latents": latents}).pop("latents", latents)
-            others = [latents] * len(others)
-        return latents, *others
+            return self.stepped(prediction, t, sample, *args, **kwargs)
 
     def stepped(self, *args, **kwargs):
         return self.scheduler.step(*args, **kwargs)
@@ -456,7 +450,7 @@ def call_of(stock, settings_class, deprecated=("callback", "callback_steps")):
     signature = inspect.Signature([*named, *ours, *(p for p in theirs.values() if p not in named)])
 
     def bind(*args, **kwargs):
-        """Stock's arguments by name, defaults included, the settings, and the callback."""
+        """Stock's arguments and the callback by name, defaults included, and the settings."""
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = dict(bound.arguments)
@@ -466,8 +460,7 @@ def call_of(stock, settings_class, deprecated=("callback", "callback_steps")):
             raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, unknown))}.")
         given.pop("self")
         settings = settings_class(**{each.name: given.pop(each.name) for each in fields(settings_class)})
-        callback = [given.pop(name) for name in observers]
-        return given | others, settings, observer(*callback) if callback else None
+        return given | others, settings
 
     # Leave inference mode, because autograd cannot use tensors made in it; callers get the same results.
     @torch.inference_mode(False)
@@ -578,14 +571,14 @@ class TSAMPipelineMixin:
 
             return alignment.update(latents, scale, maps_at, iterations)
 
-    def guided_call(self, given, settings, on_step_end=None):
+    def guided_call(self, given, settings):
         """Guide stock's call. Calls that share a denoiser wait for each other, because drawing changes the pipeline's
         state and guidance the model's: two threads would spoil each other's."""
         model = getattr(self, self.denoiser)
         if model is None:
             raise ValueError(f"This pipeline was made with `{self.denoiser}=None` and cannot draw. Give it one.")
         with lock_of(model):
-            loop, losses, chosen = self.loop(self, given, settings, on_step_end), None, None
+            loop, losses, chosen = self.loop(self, given, settings), None, None
             if settings.candidates > 1 and loop.num_steps > 0:
                 images = prompts_of(given) * given[loop.per_prompt]
                 loop.encoding, loop.start, losses, chosen = choose(self, given, settings, images)
@@ -606,7 +599,7 @@ class TSAMPipelineMixin:
         losses, encoding = [], None
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
-            given, settings, _ = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
+            given, settings = type(self).__call__.bind(self, prompt, generator=generator, **arguments)
             with lock_of(getattr(self, self.denoiser)):
                 loop = scouted(self, given, settings, [given.get("latents")], encoding=encoding)
             if loop.losses is None:  # interrupted
@@ -683,14 +676,3 @@ def register(cls, stock):
     for mapping in SUPPORTED_TASKS_MAPPINGS:
         if name in mapping:
             mapping[f"{name}-tsam"] = cls if mapping is AUTO_TEXT2IMAGE_PIPELINES_MAPPING else mapping[name]
-
-
-def observer(callback, tensor_inputs, known=("latents",)):
-    """`callback_on_step_end` for a stock pipeline without one, checked: it may ask for `known` tensors only."""
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        tensor_inputs = callback.tensor_inputs
-    if not set(tensor_inputs) <= set(known):
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {[*known]}, but is {tensor_inputs}.")
-    if callback is None or "latents" in tensor_inputs:
-        return callback
-    return lambda pipe, step, t, tensors: callback(pipe, step, t, {})

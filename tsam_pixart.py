@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .attention_processors import mean_self_attention, record_self_attention
 from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
 from .tsam_arguments import PixArtAlphaSettings, blocks_between
-from .tsam_pipeline import GuidedLoop, TSAMOutput, TSAMPipelineMixin
+from .tsam_pipeline import OBSERVERS, GuidedLoop, TSAMOutput, TSAMPipelineMixin
 
 
 @dataclass
@@ -17,11 +18,34 @@ class PixArtAlphaTSAMPipelineOutput(TSAMOutput, ImagePipelineOutput):
 
 
 class PixArtLoop(GuidedLoop):
-    """Takes the prompt's length and cleaning from stock's arguments; sets state that stock lacks."""
+    """Takes the prompt's length and cleaning from stock's arguments; sets the state and calls the
+    `callback_on_step_end` that stock lacks."""
 
-    def __init__(self, pipe, given, settings, on_step_end=None):
-        super().__init__(pipe, given, settings, on_step_end)
+    def __init__(self, pipe, given, settings):
+        given = dict(given)
+        self.on_step_end, tensor_inputs = (given.pop(name) for name in OBSERVERS)
+        if isinstance(self.on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = self.on_step_end.tensor_inputs
+        if not set(tensor_inputs) <= {"latents"}:
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in ['latents'], but is {tensor_inputs}.")
+        self.tensor_inputs = tensor_inputs
+        super().__init__(pipe, given, settings)
         pipe._guidance_scale, pipe._interrupt = given["guidance_scale"], False
+
+    @property
+    def needed(self):
+        return super().needed or self.on_step_end is not None
+
+    def step(self, prediction, t, sample, *args, **kwargs):
+        index, ended = self.index, self.pipe.interrupt or self.on_step_end is None
+        latents, *others = super().step(prediction, t, sample, *args, **kwargs)
+        if ended:
+            return latents, *others
+        if self.num_steps == 1 and others:  # of which stock takes the predicted original
+            latents = others[0]
+        tensors = {"latents": latents} if self.tensor_inputs else {}
+        latents = self.on_step_end(self.pipe, index, t, tensors).pop("latents", latents)
+        return latents, *[latents] * len(others)
 
     def words_of(self, phrase):
         return self.pipe.words_of(phrase, self.given["clean_caption"])

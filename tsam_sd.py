@@ -83,8 +83,8 @@ class StableDiffusionTSAMPipelineOutput(TSAMOutput, StableDiffusionPipelineOutpu
 class WindowedLoop(GuidedLoop):
     """Can encode prompts in windows. windows: each prompt's texts, or None."""
 
-    def __init__(self, pipe, given, settings, on_step_end=None):
-        super().__init__(pipe, given, settings, on_step_end)
+    def __init__(self, pipe, given, settings):
+        super().__init__(pipe, given, settings)
         self.windows = None
         if settings.max_sequence_length is not None and isinstance(given["prompt"], (str, list)):
             self.windows = pipe.windows_of(given["prompt"], settings.max_sequence_length)
