@@ -15,34 +15,26 @@ class Family(NamedTuple):
     denoiser: str
 
 
-FAMILIES = {
-    "sd": Family(
-        "Stable Diffusion",
-        "pipeline_tsam_sd",
-        "StableDiffusionTSAMPipeline",
-        "StableDiffusionPipeline",
-        "unet",
-    ),
-    "pixart": Family(
-        "PixArt-α",
-        "pipeline_tsam_pixart",
-        "PixArtAlphaTSAMPipeline",
-        "PixArtAlphaPipeline",
-        "transformer",
-    ),
-}
+def _families(*rows):
+    return {
+        kind: Family(name, f"pipeline_tsam_{kind}", f"{stock}TSAMPipeline", f"{stock}Pipeline", denoiser)
+        for kind, name, stock, denoiser in rows
+    }
+
+
+FAMILIES = _families(
+    ("sd", "Stable Diffusion", "StableDiffusion", "unet"),
+    ("pixart", "PixArt-α", "PixArtAlpha", "transformer"),
+)
 # Variants of these models, and models without trained ones in this repository.
-VARIANTS = {
-    kind: Family(name, f"pipeline_tsam_{kind}", f"{stock}TSAMPipeline", f"{stock}Pipeline", denoiser)
-    for kind, name, stock, denoiser in (
-        ("sd_img2img", "Stable Diffusion, image to image", "StableDiffusionImg2Img", "unet"),
-        ("sd_inpaint", "Stable Diffusion, inpainting", "StableDiffusionInpaint", "unet"),
-        ("sd_controlnet", "Stable Diffusion, ControlNet", "StableDiffusionControlNet", "unet"),
-        ("sdxl", "Stable Diffusion XL", "StableDiffusionXL", "unet"),
-        ("pixart_sigma", "PixArt-Σ", "PixArtSigma", "transformer"),
-        ("wan", "Wan 2.1, text to video", "Wan", "transformer"),
-    )
-}
+VARIANTS = _families(
+    ("sd_img2img", "Stable Diffusion, image to image", "StableDiffusionImg2Img", "unet"),
+    ("sd_inpaint", "Stable Diffusion, inpainting", "StableDiffusionInpaint", "unet"),
+    ("sd_controlnet", "Stable Diffusion, ControlNet", "StableDiffusionControlNet", "unet"),
+    ("sdxl", "Stable Diffusion XL", "StableDiffusionXL", "unet"),
+    ("pixart_sigma", "PixArt-Σ", "PixArtSigma", "transformer"),
+    ("wan", "Wan 2.1, text to video", "Wan", "transformer"),
+)
 
 
 class Blocks(NamedTuple):
