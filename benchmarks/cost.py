@@ -17,6 +17,7 @@ import json
 import time
 import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import diffusers_tsam
@@ -63,97 +64,75 @@ def build_denoiser(kind):
     """The published configuration, random weights."""
     if kind == "pixart":
         return PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
-    return UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(320, 640, 1280, 1280),
-        layers_per_block=2,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-    )
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
 def build_components(kind):
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    components = {
+        "vae": AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        FAMILIES[kind].denoiser: build_denoiser(kind),
+    }
     if kind == "pixart":
         text = T5Config(vocab_size=1000, d_model=4096, d_ff=1024, num_layers=1, num_heads=8, is_encoder_decoder=False)
-        return {
-            "tokenizer": build_t5_tokenizer(),
-            "text_encoder": T5EncoderModel(text).eval(),  # it has dropout
-            "vae": vae,
-            "transformer": build_denoiser(kind),
-            "scheduler": scheduler,
-        }
+        encoder = T5EncoderModel(text).eval()  # it has dropout
+        return components | {"tokenizer": build_t5_tokenizer(), "text_encoder": encoder}
     tokenizer = build_clip_tokenizer()
     tokenizer.model_max_length = TOKENS[kind]
-    text = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": CLIPTextModel(text),
-        "vae": vae,
-        "unet": build_denoiser(kind),
-        "scheduler": scheduler,
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    text = CLIPTextConfig(**sizes, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    components |= {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(text)}
+    return components | {"safety_checker": None, "feature_extractor": None}
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors alive at once, what modules hold and operations return, for devices without counters."""
+class Counter(TorchDispatchMode):
+    """Counts what runs inside: floating-point operations (`flop`), calls of operators, those of them that compute,
+    which a GPU launches a kernel for (`kernels`), and the most bytes of tensors that are alive at once (`peak`), with
+    what `modules` hold."""
 
-    def __init__(self, *parts):
+    def __init__(self, *modules):
         super().__init__()
-        self.alive, self.now, self.peak = set(), 0, 0
-        for module in parts:
+        self.flop = self.calls = self.kernels = self.peak = self._now = 0
+        self._alive = set()
+        for module in modules:
             if isinstance(module, torch.nn.Module):
-                for tensor in (*module.parameters(), *module.buffers()):
-                    self._add(tensor)
+                self._add([*module.parameters(), *module.buffers()])
 
-    def _add(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key, size)
+    def _add(self, tensors):
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._alive:
+                self._alive.add(key)
+                self._now += size
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key, size):
-        self.alive.discard(key)
-        self.now -= size
+        self._alive.discard(key)
+        self._now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf)
+        self.calls += 1
+        self.kernels += not function.is_view
+        if function.overloadpacket in flop_registry:
+            self.flop += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=output)
+        self._add(output)
         return output
 
 
-class Operations(FlopCounterMode):
-    """Counts operations, not by module: torch's tracking of modules fails where Attend-and-Excite takes gradients."""
-
-    class Nowhere(nullcontext):
-        parents = frozenset(("Global",))
-
-    def __init__(self):
-        super().__init__(display=False)
-        self.mod_tracker = self.Nowhere()
+def counted(calls, *modules):
+    """A `Counter` of each call, while these modules are held."""
+    found = []
+    for call in calls:
+        with Counter(*modules) as counter:
+            call()
+        found.append(counter)
+    return found
 
 
 @contextmanager
@@ -186,54 +165,8 @@ def alignment_of(columns, first, device, **settings):
     return alignment
 
 
-def counted(calls, *parts):
-    """Operations and peak bytes of each call, while these modules are held."""
-    found = []
-    for call in calls:
-        memory = PeakMemory(*parts)
-        with Operations() as counter, memory:
-            call()
-        found.append((counter.get_total_flops(), memory.peak))
-    return zip(*found)
-
-
-class Launches(TorchDispatchMode):
-    """Counts calls of operators, and those of them that compute, which a GPU launches a kernel for."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = self.kernels = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += 1
-        self.kernels += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-def launched(calls, *parts):
-    """`Launches` of each call."""
-    found = []
-    for call in calls:
-        with Launches() as launches:
-            call()
-        found.append({"calls": launches.calls, "kernels": launches.kernels})
-    return found
-
-
-def launches(kind):
-    """What a host has to launch in a plain step and in a guided pass, and of that outside of the network: the maps'
-    mean, the loss, its gradient to the maps, and the move."""
-    plain, _, guided = simulate(kind, 512, "meta", launched)
-    update, alone = update_alone(torch.device("cpu"))
-    update()  # what is made once is not counted
-    outside, stub = launched([update, alone])
-    outside = {name: outside[name] - stub[name] for name in outside}
-    return {"plain step": plain, "guided pass": guided, "outside of the network": outside}
-
-
-def simulate(kind, size, device, counted=counted):
-    """Operations and peak bytes of (plain step with classifier-free guidance, decoding, guided pass), without data; or
-    what else `counted` counts."""
+def simulate(kind, size, device):
+    """A `Counter` of a plain step with classifier-free guidance, of decoding and of a guided pass, without data."""
     alignment = alignment_of(9, 0, device)
     with without_data(device):
         pipe = PIPELINES[kind][1](**build_components(kind))
@@ -292,7 +225,7 @@ def build_modular(kind, size):
 
 
 def simulate_modular(kind, size, device):
-    """As `simulate`, of modular blocks' loop: operations and peak bytes of (its plain step, a guided pass)."""
+    """As `simulate`, of modular blocks' loop: a `Counter` of its plain step and of a guided pass."""
     loop = loop_of(kind)
     defaults = {param.name: param.default for param in loop.inputs if param.name}
     alignment = alignment_of(*{"sdxl": (77, 1), "sd3": (77 + 256, 77), "flux": (512, 0)}[kind], device)
@@ -324,10 +257,11 @@ def operations(kinds, simulated, size, steps):
     `simulate_modular`. The peak is that of guidance, beside the largest of the others."""
     found = {}
     for kind in kinds:
-        (plain, *_, guided), _ = simulated(kind, size, "meta")
-        _, (*others, guidance) = simulated(kind, size, "cpu")
-        found[kind] = {"size": size, "steps": steps, "plain_step_flop": plain, "guided_pass_flop": guided}
-        found[kind] |= {"plain_peak_bytes": max(others), "guided_peak_bytes": guidance}
+        plain, *_, guided = simulated(kind, size, "meta")
+        *others, guidance = simulated(kind, size, "cpu")
+        found[kind] = {"size": size, "steps": steps, "plain_step_flop": plain.flop, "guided_pass_flop": guided.flop}
+        found[kind]["plain_peak_bytes"] = max(counter.peak for counter in others)
+        found[kind]["guided_peak_bytes"] = guidance.peak
         found[kind]["passes"] = {name: number_of_updates(kind, name, steps) for name in PRESETS}
     return found
 
@@ -339,6 +273,24 @@ def number_of_updates(kind, preset, steps):
     return guided + iterations * len(refined)
 
 
+def launches(kind):
+    """What a host has to launch in a plain step and in a guided pass, and of that outside of the network: the maps'
+    mean, the loss, its gradient to the maps, and the move."""
+    plain, _, guided = simulate(kind, 512, "meta")
+    update, stub = update_alone(torch.device("cpu"))
+    update()  # what is made once is not counted
+    update, stub = counted([update, stub])
+    outside = {name: getattr(update, name) - getattr(stub, name) for name in ("calls", "kernels")}
+    passes = {"plain step": plain, "guided pass": guided}
+    return {name: {"calls": own.calls, "kernels": own.kernels} for name, own in passes.items()} | {
+        "outside of the network": outside
+    }
+
+
+def draw(pipe, **arguments):
+    pipe(PROMPT, generator=torch.Generator().manual_seed(0), **arguments)
+
+
 def measure(pipe, kind, device, arguments):
     """Guided passes, operations, seconds and peak bytes of a call.
 
@@ -347,22 +299,17 @@ def measure(pipe, kind, device, arguments):
     passes = []
     denoiser = getattr(pipe, FAMILIES[kind].denoiser)
     hook = denoiser.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-
-    def call():
-        pipe(PROMPT, generator=torch.Generator().manual_seed(0), **arguments)
-
     gc.collect()
-    memory = PeakMemory(*pipe.components.values())
-    with Operations() as counter, memory if device.type != "cuda" else nullcontext():
-        call()
+    with Counter(*pipe.components.values()) as counter:
+        draw(pipe, **arguments)
     hook.remove()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = clock(device)
-    call()
+    draw(pipe, **arguments)
     seconds = clock(device) - started
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory.peak
-    return sum(passes), counter.get_total_flops(), seconds, peak
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else counter.peak
+    return sum(passes), counter.flop, seconds, peak
 
 
 def pictures(kind, device, dtype, size, steps):
@@ -392,27 +339,6 @@ def pictures(kind, device, dtype, size, steps):
     return {"size": size, "steps": steps, "device": device.type, "methods": found}
 
 
-def small(device, rounds=5):
-    """Seconds of whole pictures of the small models, by preset, beside plain ones: {model: {what: ratio}}. They are
-    drawn in turn, and the median is taken."""
-    calls = {"plain": {"tsam_steps": 0}, **{name: {"preset": name} for name in PRESETS}}
-    calls |= {f"the best of {n}": {"tsam_steps": 0, "candidates": n} for n in (2, 4, 8)}
-    found = {}
-    for kind, (_, owner) in PIPELINES.items():
-        pipe = owner.from_pretrained(MODELS[kind]).to(device)
-        pipe.set_progress_bar_config(disable=True)
-        given = ARGUMENTS[kind] | {"num_inference_steps": 25, "output_type": "pt"}
-        times = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, own in calls.items():
-                started = clock(device)
-                pipe(PROMPT, generator=torch.Generator().manual_seed(0), **given, **own)
-                times[name].append(clock(device) - started)
-        middle = {name: sorted(own)[rounds // 2] for name, own in times.items()}
-        found[kind] = {name: round(own / middle["plain"], 2) for name, own in middle.items()}
-    return found
-
-
 def clock(device):
     """Seconds, of the processor on a CPU."""
     if device.type != "cuda":
@@ -421,34 +347,30 @@ def clock(device):
     return time.perf_counter()
 
 
-def timed(call, device, repeats=20):
-    """The median's milliseconds."""
-    times = []
-    for _ in range(repeats):
-        started = clock(device)
-        call()
-        times.append(clock(device) - started)
-    return round(1e3 * sorted(times)[repeats // 2], 2)
+def milliseconds(calls, device, rounds):
+    """{name: its median} of {name: call}, which take turns."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            started = clock(device)
+            call()
+            times[name].append(clock(device) - started)
+    return {name: round(1e3 * sorted(own)[rounds // 2], 2) for name, own in times.items()}
 
 
-def loss_alone(tokens, window, device):
-    """Milliseconds and peak bytes of the loss and its gradient with respect to the maps, without the network."""
-    text = TextSelfAttention(
-        torch.rand(1, tokens, window), torch.ones(1, tokens, dtype=torch.bool), [["word"] * tokens]
-    )
-    alignment = LatentAlignment(text, Settings(gamma=2.0), device=device)
-    maps = torch.rand(1, tokens, 16, 16, device=device, requires_grad=True)
-    memory = PeakMemory()
-    with memory:
-        torch.autograd.grad(alignment.loss_of(maps).sum(), maps)
-    ms = timed(lambda: torch.autograd.grad(alignment.loss_of(maps).sum(), maps), device)
-    return {"ms": ms, "bytes": memory.peak}
-
-
-def windows(device, lengths=(75, 150, 300, 600), window=75):
-    """`loss_alone` of prompts in windows, and of as many tokens in one window, by their number."""
-    found = {"windows": lambda tokens: window, "one window": lambda tokens: tokens}
-    return {name: {n: loss_alone(n, of(n), device) for n in lengths} for name, of in found.items()}
+def small(device):
+    """Seconds of whole pictures of the small models, by preset, beside plain ones: {model: {what: ratio}}."""
+    settings = {"plain": {"tsam_steps": 0}, **{name: {"preset": name} for name in PRESETS}}
+    settings |= {f"the best of {n}": {"tsam_steps": 0, "candidates": n} for n in (2, 4, 8)}
+    found = {}
+    for kind, (_, owner) in PIPELINES.items():
+        pipe = owner.from_pretrained(MODELS[kind]).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        given = ARGUMENTS[kind] | {"num_inference_steps": 25, "output_type": "pt"}
+        calls = {name: partial(draw, pipe, **given, **own) for name, own in settings.items()}
+        took = milliseconds(calls, device, 5)
+        found[kind] = {name: round(own / took["plain"], 2) for name, own in took.items()}
+    return found
 
 
 def update_alone(device, tokens=9, layers=5, positions=256):
@@ -476,11 +398,11 @@ def overhead(device):
 
         def start():
             with frozen(pipe.unet), record_cross_attention(pipe.layers_of(pipe.settings()), 10, stop=True):
-                return alignment_of(TOKENS["sd"], 1, device, preset="light")
+                alignment_of(TOKENS["sd"], 1, device, preset="light")
 
-        found = {"call": timed(start, device), "update": timed(update_alone(device)[0], device)}
+        found = milliseconds({"call": start, "update": update_alone(device)[0]}, device, 20)
         batch, states = torch.randn(2, 4, 64, 64), torch.randn(2, TOKENS["sd"], 768)
-        found["plain step"] = timed(lambda: pipe.unet(batch, 1, states), device, 1)
+        found |= milliseconds({"plain step": lambda: pipe.unet(batch, 1, states)}, device, 1)
     return found | {"device": device.type, "share": round(found["update"] / found["plain step"], 5)}
 
 
@@ -490,31 +412,23 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps of the pictures that are drawn")
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        default=["operations", "modular", "launches", "loss", "windows", "overhead", "small", "sd", "pixart"],
-        help="%(default)s; sd and pixart draw pictures",
-    )
+    parts = ["operations", "modular", "launches", "overhead", "small", "sd", "pixart"]
+    parser.add_argument("--parts", nargs="+", default=parts, help="%(default)s; sd and pixart draw pictures")
     args = parser.parse_args()
     logging.set_verbosity_error()
-    device = torch.device(args.device)
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    dtype = getattr(torch, args.dtype)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     calls = {
         "operations": lambda: operations(PIPELINES, simulate, 512, 50),
         "modular": lambda: operations([kind for kind in MODULAR if kind != "anima"], simulate_modular, 1024, 50),
         "launches": lambda: {kind: launches(kind) for kind in PIPELINES},
-        "loss": lambda: {n: loss_alone(n, n, device)["ms"] for n in (5, 20, 40, 75)},
-        "windows": lambda: windows(device),
         "overhead": lambda: overhead(device),
         "small": lambda: small(device),
     }
     calls |= {kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps) for kind in PIPELINES}
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.parts:
         found[part] = calls[part]()
         print(part, json.dumps(found[part]), flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

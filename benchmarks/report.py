@@ -225,11 +225,6 @@ def operations_table(part, names):
     return markdown([*head, "peak memory beside plain"], rows)
 
 
-def loss_sentence():
-    cost = read("cost.json")
-    return ", ".join(f"{ms} ms at {n}" for n, ms in cost["loss"].items()) + " tokens"
-
-
 def launches_table():
     """What a host has to launch."""
     found = read("cost.json")["launches"]
@@ -244,14 +239,6 @@ def small_table():
     found = read("cost.json").get("small", {})
     rows = [[SMALL[kind], *(f"{ratio}x" for ratio in own.values())] for kind, own in found.items()]
     return markdown(["seconds", *next(iter(found.values()))], rows) if found else "Not measured yet."
-
-
-def windows_table():
-    """Of the loss and its gradient, without a network."""
-    found = read("cost.json")["windows"]
-    each = {tokens: [of[tokens] for of in found.values()] for tokens in found["windows"]}
-    rows = [[tokens, *(f"{x['ms']} ms, {x['bytes'] / 1e6:.2f} MB" for x in both)] for tokens, both in each.items()]
-    return markdown(["tokens", "in windows of 75", "in one window"], rows)
 
 
 def overhead_sentence():
@@ -335,10 +322,9 @@ def presets_table():
 
 def parts():
     """{name: Markdown} of everything that a document may hold."""
-    found = {"operations": operations_table("operations", TABLE), "loss": loss_sentence()}
+    found = {"operations": operations_table("operations", TABLE)}
     found |= {
         "overhead": overhead_sentence(),
-        "long-cost": windows_table(),
         "presets": presets_table(),
         "counted": counted_table(),
         "overall": overall_sentence(),
