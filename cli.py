@@ -64,18 +64,22 @@ def seeds(text):
 def objective_of(text):
     """An objective's name as it is, or the function that "my.py:function" names: `Settings` takes either. ValueError
     for what is neither."""
-    file, _, name = text.rpartition(":")
     if text in OBJECTIVE_NAMES:
         return text
+    return function_of(text, "objective", f"{one_of(OBJECTIVE_NAMES)}, or ")
+
+
+def function_of(text, argument, others=""):
+    """The function that an argument names, "my.py:function". others: what else it could be, for the error."""
+    file, _, name = text.rpartition(":")
     if not Path(file).is_file():
-        known = one_of(OBJECTIVE_NAMES)
-        raise ValueError(f"`objective` is {text!r}, but has to be {known}, or a function in a file, my.py:function.")
+        raise ValueError(f"`{argument}` is {text!r}, but has to be {others}a function in a file, my.py:function.")
     try:
         found = runpy.run_path(file).get(name)
     except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"`objective` is {text!r}, whose file fails: {type(error).__name__}: {error}") from error
+        raise ValueError(f"`{argument}` is {text!r}, whose file fails: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise ValueError(f"`objective` is {text!r}, but that file has no function {name!r}.")
+        raise ValueError(f"`{argument}` is {text!r}, but that file has no function {name!r}.")
     return found
 
 

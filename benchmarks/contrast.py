@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from matplotlib.figure import Figure
-from rows import auc
 
 from diffusers_tsam import PixArtAlphaTSAMPipeline
 from diffusers_tsam.comparing import compare
+from diffusers_tsam.evaluation.report import auc
 from diffusers_tsam.figures import GREY, INK, draw_map, draw_picture, draw_table, save
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge, count, verdict

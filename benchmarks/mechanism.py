@@ -1,29 +1,24 @@
 """The paper's mechanism on a small model: what the embeddings, T and the maps say of who belongs to whom.
 
-    python benchmarks/mechanism.py --model sink --output benchmarks/results/evaluation/mechanism-sink
-
 Over tuning prompts of two coloured solids, stock's pictures. Pairs of words: "bound" (a solid and its own colour),
-"unbound" (a solid and the other's colour), "objects" (the two solids). A run of the evaluation keeps of every picture
-and pair the cosine similarity of their embeddings, T between them, and the cosine similarity C of their maps at the
-first step, at 40 % and at the last (1, 21 and 50 of 50 in the paper), and the whole matrices of its prompt. `report.py`
-makes Section 4's numbers and figures of them.
+"unbound" (a solid and the other's colour), "objects" (the two solids). With --keep benchmarks/mechanism.py:kept the
+evaluation keeps of every picture and pair the cosine similarity of their embeddings, T between them, and the cosine
+similarity C of their maps at the first step, at 40 % and at the last (1, 21 and 50 of 50 in the paper), and the whole
+matrices of its prompt. `report.py` makes Section 4's numbers and figures of them.
 """
 
-import argparse
+import json
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rows import auc, rounded
 
-from diffusers_tsam.evaluation.generate import generate
-from diffusers_tsam.evaluation.score import score
+from diffusers_tsam.evaluation.report import auc
 from diffusers_tsam.figures import draw_table
 from diffusers_tsam.shapes.scenes import words_of_solids
 from diffusers_tsam.tsam import cosine_similarity, smooth
 
 
-METHOD = "tsam:alpha=0:gamma=1:refinement_steps=none"  # only watches
 MOMENTS = (0.0, 0.4, 1.0)  # of the denoising steps
 RESAMPLES = 500  # of the prompts, for intervals
 COLOURS = {"bound": "#1f6fb4", "unbound": "#c8553d", "objects": "#999999"}
@@ -58,7 +53,8 @@ def kept(pipe, prompts, output):
         ]
         matrices = {"words": caption.split(), "embeddings": alike.tolist(), "syntax": syntax.tolist()}
         bos = text.attention[image][own, 0].mean()  # what the tokens give to the first
-        found.append(rounded({"matrices": matrices, "bos": bos, "pairs": pairs}))
+        text_of_all = json.dumps({"matrices": matrices, "bos": bos, "pairs": pairs}, default=float)
+        found.append(json.loads(text_of_all, parse_float=lambda number: round(float(number), 4)))
     return found
 
 
@@ -166,23 +162,3 @@ def picture(models, shown, right):
     for letter, axes in zip("abcdef", fig.axes):
         axes.set_title(letter, loc="left", weight="bold")
     return fig
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="sd", help="sd, sink, or the folder of another small Stable Diffusion")
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
-    parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--output", required=True, help="the run's folder, which goes on where it was stopped")
-    args = parser.parse_args()
-    given = {name: getattr(args, name) for name in ("model", "seeds", "output", "steps", "guidance_scale", "batch")}
-    method, prompts = f"{METHOD}:tsam_steps={args.steps}", f"shapes:2:tune:{args.prompts}"
-    generate(methods=[method], prompts=prompts, keep=kept, output_attentions=True, **given)
-    score(args.output, ["judge"])
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@
     python benchmarks/report.py --check   # only say what would change
 
 A document has a pair of comments, `<!-- name -->` and `<!-- /name -->`, round every part that is made here. The
-headline is of the evaluation's counted runs in results/evaluation, of prompts "shapes:SOLIDS:test:NUMBER".
+headline is of the evaluation's counted runs, results/evaluation/MODEL-SOLIDS-counted.
 """
 
 import argparse
@@ -18,11 +18,10 @@ import numpy as np
 import starts
 import tuning
 from matplotlib.figure import Figure
-from rows import RESULTS, SMALL, of_run
+from rows import RESULTS, SMALL, of_run, runs_of
 
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import BLUE, Scores, interval, markdown, table_of
-from diffusers_tsam.evaluation.runs import Run
 from diffusers_tsam.figures import GREY, save
 from diffusers_tsam.tsam_arguments import PRESETS, T5_PRESETS
 
@@ -66,19 +65,9 @@ def described(setting):
 # The headline: counted runs
 
 
-def scored(pattern="*"):
-    """The judged runs in results/evaluation."""
-    return [Run(path.parent) for path in sorted((RESULTS / "evaluation").glob(f"{pattern}/score-judge.json"))]
-
-
 def counted_runs(solids):
     """{one of SMALL: its `Scores`} of the runs whose solids were counted."""
-    found = {}
-    for run in scored():
-        of_tests = re.match(f"shapes:{solids}:test:", run.settings["prompt_set"])
-        if of_tests and "counted" in json.loads((run.folder / "score-judge.json").read_text()):
-            found[run.settings["model"]] = Scores(run)
-    return {name: found[name] for name in SMALL if name in found}
+    return {name: Scores(run) for name, run in runs_of(f"{{}}-{solids}-counted").items()}
 
 
 def counted_right(scores, name, gain=False):
@@ -140,9 +129,8 @@ def overall_sentence():
     """What one setting adds to stock over the pictures of all models, two and three solids: ours, and the best peer."""
     gains, cells = {}, [scores for solids in (2, 3) for scores in counted_runs(solids).values()]
     for scores in cells:
-        counted = scores.values["counted"]
-        for name, own in zip(scores.run.methods, counted):
-            gains.setdefault(name, []).append(np.nanmean(own - counted[scores.stock], 1))
+        for method, name in enumerate(scores.run.methods):
+            gains.setdefault(name, []).append(scores.gains(method, "counted"))
     found = {name: interval(np.concatenate(own)) for name, own in gains.items() if len(own) == len(cells)}
     best = max((name for name in found if name.partition(":")[0] in PEERS), key=found.get, default=None)
     words = {name: OURS[name].removeprefix("T-SAM, ") for name in OURS if name in found}
@@ -253,7 +241,7 @@ def overhead_sentence():
 
 def mechanisms():
     """{model: rows} of what was kept of pictures to see how the sink works."""
-    return {run.settings["model"]: of_run(run) for run in scored("mechanism-*")}
+    return {name: of_run(run) for name, run in sorted(runs_of("mechanism-{}").items())}
 
 
 def mechanism_table(models):
@@ -329,7 +317,7 @@ def parts():
         "counted": counted_table(),
         "overall": overall_sentence(),
         "tuning": tuning.tables(),
-        **{f"starts-{solids}": starts.tables(found) for solids, found in read("starts.json").items()},
+        **{f"starts-{solids}": starts.tables(found) for solids, found in starts.all_starts().items()},
         "launches": launches_table(),
         "small": small_table(),
     }
@@ -340,7 +328,8 @@ def parts():
         found[f"counted-{solids}"] = counted_tables(solids)
     found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
     for form, keys in COLUMNS_OF.items():
-        found |= {run.folder.name: markdown(*table_of(Scores(run), keys)) for run in scored(f"{form}-*")}
+        runs = runs_of(f"{form}-{{}}").values()
+        found |= {run.folder.name: markdown(*table_of(Scores(run), keys)) for run in runs}
     return found
 
 
@@ -374,7 +363,7 @@ def main():
         sys.exit(bool(changed))
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")
-    figures = {"mechanism": mechanism_figure(mechanisms())}
+    figures = {"mechanism": mechanism_figure(mechanisms()), "starts": starts.figure(starts.all_starts())}
     if counted_runs(2):
         figures["counted"] = counted_figure()
     for name, figure in figures.items():

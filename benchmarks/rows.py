@@ -1,13 +1,18 @@
-"""Pictures of the evaluation's runs as rows, and numbers that several benchmarks make of them."""
+"""The evaluation's runs that the benchmarks report, and their pictures as rows."""
 
-import json
 from pathlib import Path
 
-import numpy as np
+from diffusers_tsam.evaluation.runs import Run
 
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = {"sink": "SD with a sink", "sd": "SD", "pixart": "PixArt-α", "sd3": "SD 3"}  # the small models, in order
+
+
+def runs_of(form):
+    """{one of SMALL: its `Run`} of the judged ones whose folders are of a form such as "starts-{}-2"."""
+    folders = {model: RESULTS / "evaluation" / form.format(model) for model in SMALL}
+    return {model: Run(folder) for model, folder in folders.items() if (folder / "score-judge.json").is_file()}
 
 
 def of_run(run):
@@ -20,14 +25,3 @@ def of_run(run):
         names = {"setting": run.methods[row["method"]], "caption": run.prompts[row["prompt"]].text}
         rows.append({**own, **row, **names, "right": bool(row["counted"])})
     return rows
-
-
-def auc(lower, higher):
-    """The probability that one of `higher` is above one of `lower`, ties half: the area under the ROC curve."""
-    above = np.subtract.outer(higher, lower)
-    return float(((above > 0) + 0.5 * (above == 0)).mean())
-
-
-def rounded(found):
-    """What JSON keeps of it, numbers to four places."""
-    return json.loads(json.dumps(found, default=float), parse_float=lambda number: round(float(number), 4))

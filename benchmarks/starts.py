@@ -1,59 +1,26 @@
-"""Whether choosing the start pays: pictures of several starts a prompt, with the losses that each had on its way.
-
-    python benchmarks/starts.py draw sd3       # into runs/starts-sd3-2, about ten minutes on a core
-    python benchmarks/starts.py keep runs/...  # a drawn run's numbers, into results/starts.json
-    python benchmarks/starts.py figure         # docs/starts.png, from results/starts.json
+"""Whether choosing the start pays: tables and docs/starts.png of several starts a prompt, with their losses.
 
 A prompt's pictures of all starts are drawn to the end, unguided (and watched: α = 0) and by `preset="fast"`, so that
 the best of N is known for every N, loss and step: its share right is the mean over all choices of N of the starts.
 """
 
-import argparse
 import json
 from math import comb
-from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from rows import RESULTS, SMALL, auc, of_run
+from rows import RESULTS, SMALL, of_run, runs_of
+from variants import PEERS, STEPS
 
-from diffusers_tsam.evaluation.baselines import BASELINES, told
-from diffusers_tsam.evaluation.generate import generate
-from diffusers_tsam.evaluation.report import interval, markdown
-from diffusers_tsam.evaluation.runs import Run
-from diffusers_tsam.evaluation.score import score
-from diffusers_tsam.figures import GREY, INK, save
-from diffusers_tsam.tsam import OBJECTIVES, Syntax
+from diffusers_tsam.evaluation.report import auc, interval, markdown
+from diffusers_tsam.figures import GREY, INK
 
 
-ROOT = Path(__file__).resolve().parent.parent
-FILE = RESULTS / "starts.json"
-STEPS = (1, 5, 10)  # after how many of 25 steps starts are compared: one, a fifth, two fifths
 OF = 25
-WATCHED = f"tsam:alpha=0:objective=contrast:tsam_steps={STEPS[-1]}:refinement_steps=none"
-FAST = "tsam:preset=fast"
-PEERS = {"syngen": {}, "conform": {"sharpness": None}}  # told the words
-WORDS = {"2": "two", "3": "three"}
+WORDS = {2: "two", 3: "three"}
 LOSSES = ("contrast", "relation", "attainable", *PEERS)
 NUMBERS = (2, 4, 8)
 ARCHITECTURES = {"pixart": ("operations", "pixart"), "sd3": ("modular", "sd3")}  # in cost.json; the others are SD
-
-
-def losses_of(pipe, prompts, output, losses=None):
-    """What is kept of a watched picture: {loss: its values at STEPS}. losses: {name: objective}; LOSSES if None."""
-    if output.losses.shape[1] != STEPS[-1]:
-        return [{}] * len(prompts)
-    kept = []
-    for prompt, seen in zip(prompts, output.attentions):
-        maps = seen["maps"][[step - 1 for step in STEPS]]
-        many = len(STEPS)
-        t, r = (seen[name].expand(many, -1, -1) for name in ("text_attention", "relation"))
-        text = Syntax(t, t, torch.ones(many, t.shape[1], dtype=torch.bool), [seen["tokens"]] * many, r)
-        peers = {name: told(BASELINES[name].loss, [prompt] * many, **given) for name, given in PEERS.items()}
-        known = losses or {name: (OBJECTIVES | peers)[name] for name in LOSSES}
-        kept.append({"starts": {name: [round(x, 4) for x in own(maps, text).tolist()] for name, own in known.items()}})
-    return kept
 
 
 def cost_of_fast(model):
@@ -63,22 +30,19 @@ def cost_of_fast(model):
     return 1 + found["passes"]["fast"] * found["guided_pass_flop"] / found["plain_step_flop"] / found["steps"]
 
 
-def draw(name, model, methods, prompts, seeds=1, **more):
-    """A judged run of `prompts`, in the folder runs/NAME-MODEL-SOLIDS."""
-    folder = ROOT / "runs" / f"{name}-{model}-{prompts.split(':')[1]}"
-    generate(model, methods, prompts, seeds, folder, steps=OF, batch=10, **more)
-    score(folder, ["judge"])
-    return folder
-
-
-def keep(folder):
-    """Of a run, a list a prompt: for each seed what was right, and the losses."""
-    rows, prompts = of_run(Run(folder)), {}
-    for row in rows:
+def starts_of(run):
+    """A list a prompt: for each seed what was right, drawn by stock and by `fast`, and the losses."""
+    prompts = {}
+    for row in of_run(run):
         own = prompts.setdefault(row["caption"], {}).setdefault(row["seed"], {})
-        own["fast" if row["setting"] == FAST else "stock"] = bool(row["right"])
+        own["fast" if row["setting"] == "tsam:preset=fast" else "stock"] = row["right"]
         own |= row.get("starts", {})
     return [[own[seed] for seed in sorted(own)] for own in prompts.values()]
+
+
+def all_starts():
+    """{number of solids: {model: its `starts_of`}}."""
+    return {n: {model: starts_of(run) for model, run in runs_of(f"starts-{{}}-{n}").items()} for n in WORDS}
 
 
 def best_of(number, order, right):
@@ -160,33 +124,4 @@ def figure(all_found):
         for axes in line[len(found) :]:
             axes.remove()
     fig.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    save(fig, ROOT / "docs" / "starts.png")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("draw", "keep", "figure"))
-    parser.add_argument("what", nargs="*", help="draw: models; keep: folders")
-    parser.add_argument("--solids", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=8)
-    args = parser.parse_args()
-    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    if args.command == "draw":
-        for model in args.what:
-            kept = {"keep": losses_of, "output_attentions": True}
-            prompts = f"shapes:{args.solids}:test:{args.prompts}"
-            print(draw("starts", model, [WATCHED, FAST], prompts, args.seeds, **kept))
-    elif args.command == "keep":
-        for folder in args.what:
-            run = Run(folder)
-            solids = run.settings["prompt_set"].split(":")[1]
-            found.setdefault(solids, {})[run.settings["model"]] = keep(folder)
-        found = {n: {name: found[n][name] for name in SMALL if name in found[n]} for n in sorted(found)}
-        FILE.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
-    else:
-        figure(found)
-
-
-if __name__ == "__main__":
-    main()
+    return fig

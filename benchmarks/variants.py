@@ -1,6 +1,14 @@
-"""The contrast objective with one constant changed, for `tuning.py`: objective=benchmarks/variants.py:place_1."""
+"""The contrast objective with one constant changed, such as objective=benchmarks/variants.py:place_1, and what the
+evaluation keeps of watched pictures by --keep benchmarks/variants.py:losses."""
+
+import torch
 
 from diffusers_tsam import tsam
+from diffusers_tsam.evaluation.baselines import BASELINES, told
+
+
+STEPS = (1, 5, 10)  # after how many of 25 steps losses are compared: one, a fifth, two fifths
+PEERS = {"syngen": {}, "conform": {"sharpness": None}}  # told the words
 
 
 def variant(related=tsam.RELATED_WEIGHT, place=tsam.PLACE_WEIGHT, exponent=2, relation=None):
@@ -44,3 +52,18 @@ VARIANTS = {
     "share": variant(relation=lambda attention, content: tsam._by_largest(shares_of(attention, content))),
 }
 globals().update(VARIANTS)  # so that an argument can name one
+
+
+def losses(pipe, prompts, output):
+    """What is kept of a picture that was watched for STEPS[-1] steps: {"starts": {loss: its values at STEPS}}."""
+    if output.losses.shape[1] != STEPS[-1]:
+        return [{}] * len(prompts)
+    kept, many = [], len(STEPS)
+    for prompt, seen in zip(prompts, output.attentions):
+        maps = seen["maps"][[step - 1 for step in STEPS]]
+        t, r = (seen[name].expand(many, -1, -1) for name in ("text_attention", "relation"))
+        text = tsam.Syntax(t, t, torch.ones(many, t.shape[1], dtype=torch.bool), [seen["tokens"]] * many, r)
+        known = {"relation": tsam.relation, "attainable": tsam.OBJECTIVES["attainable"], **VARIANTS}
+        known |= {name: told(BASELINES[name].loss, [prompt] * many, **given) for name, given in PEERS.items()}
+        kept.append({"starts": {name: [round(x, 4) for x in own(maps, text).tolist()] for name, own in known.items()}})
+    return kept

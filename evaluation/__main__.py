@@ -49,6 +49,7 @@ def arguments():
     drawing(command)
     methods = 'stock, tsam, conform, "tsam:alpha=20:objective=my.py:function", ... joined by commas'
     command.add_argument("--methods", type=words, default=["stock", "tsam"], help=methods)
+    command.add_argument("--keep", help="what to keep of every picture: my.py:function of (pipeline, prompts, output)")
     command = commands.add_parser("score", help="score a run's pictures")
     command.add_argument("run")
     scoring(command)
@@ -70,7 +71,7 @@ def draw(args, **changes):
     from .generate import generate
 
     names = ("model", "methods", "prompts", "seeds", "output", "steps", "guidance_scale", "batch", "dtype", "parser")
-    given = {name: getattr(args, name, None) for name in (*names, "format")}
+    given = {name: getattr(args, name, None) for name in (*names, "format", "keep")}
     return generate(**given | changes)
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .. import FAMILIES
-from ..cli import family_of, objective_of
+from ..cli import family_of, function_of, objective_of
 from ..cli import load as load_pipeline
 from ..shapes import ARGUMENTS, JOINT_MODEL, MODELS, SD3_TOKENS, TUNED
 from ..shapes.sink import add_sink
@@ -262,17 +262,18 @@ def generate(
     parser=None,
     format="png",
     keep=None,
-    **more,
 ):
     """Draw a run's missing pictures; returns the `Run`.
 
-    keep: a function of the pipeline, a batch's `Prompt`s and its output that returns a dict for each picture's line.
-    more: arguments of every call.
+    keep: a function of the pipeline, a batch's `Prompt`s and its output (with attentions) that returns a dict for each
+    picture's line; or its file and name, "my.py:function".
     """
     for name, number in (("seeds", seeds), ("steps", steps), ("batch", batch)):
         check_integer(name, number, 1, "Leave it out, or pass more.")
     if guidance_scale is not None:
         check_number("guidance_scale", guidance_scale, "7.5 is usual.")
+    if isinstance(keep, str):
+        keep = function_of(keep, "keep")
     kind, known, settings = kind_of(model)
     methods = {name: parse_method(name, kind) for name in methods}
     wanted = prompt_sets.load(prompts, parser)
@@ -286,7 +287,7 @@ def generate(
     pipe.set_progress_bar_config(disable=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None  # its black pictures would count against a method
-    given |= {"num_inference_steps": steps, **more}
+    given |= {"num_inference_steps": steps} | ({"output_attentions": True} if keep else {})
     if state.is_main_process:
         others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds}
         settings = described(pipe, kind, model, methods, given, **others)

@@ -66,6 +66,12 @@ def interval(means):
     return (means.mean() if len(means) else math.nan), half
 
 
+def auc(lower, higher):
+    """The probability that one of `higher` is above one of `lower`, ties half: the area under the ROC curve."""
+    above = np.subtract.outer(higher, lower)
+    return float(((above > 0) + 0.5 * (above == 0)).mean())
+
+
 def ratio_interval(parts, wholes):
     """Σ parts / Σ wholes of clusters, and half its linearised 95 % interval."""
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
@@ -108,9 +114,13 @@ class Scores:
         """Mean and half its interval."""
         return interval(per_prompt(self.values[key][method], self.run.clusters))
 
+    def gains(self, method, key):
+        """Each prompt's difference from stock, over pictures that both have."""
+        return per_prompt(self.values[key][method] - self.values[key][self.stock], self.run.clusters)
+
     def gain(self, method, key):
-        """Difference from stock and half its interval, over pictures that both have."""
-        return interval(per_prompt(self.values[key][method] - self.values[key][self.stock], self.run.clusters))
+        """Difference from stock and half its interval."""
+        return interval(self.gains(method, key))
 
 
 def table_of(scores, keys=None):

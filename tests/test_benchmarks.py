@@ -1,9 +1,8 @@
 """What the benchmarks count on the published architectures, that they run, and that documents have their numbers."""
 
-import json
 import re
-import sys
 from itertools import combinations, product
+from pathlib import Path
 from unittest import mock
 
 import cost
@@ -11,19 +10,21 @@ import mechanism
 import numpy as np
 import pytest
 import report
+import rows as runs
 import starts
 import torch
 import tuning
-from rows import of_run
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import T5Config
 from variants import VARIANTS, variant
 
 from diffusers_tsam import tsam
+from diffusers_tsam.evaluation.__main__ import main as evaluation
 from diffusers_tsam.evaluation.prompts import Prompt
 from diffusers_tsam.evaluation.runs import Run
 
 
+ROOT = Path(__file__).parent.parent
 COUNTED = [  # the forward pass as far as the last map, back, and the maps: GFLOP, of a plain step's
     (cost.simulate, "sd", 512, (398 + 445 + 6) / 1607),
     (cost.simulate, "pixart", 512, (817 + 896 + 44) / 2472),
@@ -86,7 +87,7 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
     settings = {"methods": {name: {} for name in found}, "seeds": 2, "format": "png", "model": "pixart"}
     settings |= {"prompt_set": "shapes:2:test:2", "kind": "pixart", "arguments": {"num_inference_steps": 25}}
     prompts = [Prompt(str(k), text, []) for k, text in enumerate(("a red cube and a blue ring", "a white star"))]
-    run = Run.create(tmp_path / "evaluation" / "run", settings, prompts)
+    run = Run.create(tmp_path / "evaluation" / "pixart-2-counted", settings, prompts)
     (run.folder / "score-judge.json").write_text('{"counted": true}')
     for (method, right), k in product(enumerate(found.values()), range(4)):
         if right:
@@ -97,7 +98,8 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
                 count = len(seen) + (k >= right)  # a double
                 more = dict.fromkeys(("touching", "missing", "swap"), 0) | {"double": int(k >= right)}
                 scored([own | more | {"counted": int(k < right), "right": 1, "seen": seen, "count": count}])
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for module in (report, runs):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
 
     table = report.counted_table().splitlines()
     assert table[0] == "| counted right | PixArt-α |" and table[2].startswith("| stock, two solids | 50.0 ± 98.0 % |")
@@ -112,7 +114,7 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
     (tmp_path / "summary.json").write_text('{"card": {"sd": "as it was"}}')
     cards = report.card_sentences()
     assert cards["sd"] == "as it was" and "100.0 ± 0.0 % of 4 pictures" in cards["pixart"]
-    rows = of_run(run)
+    rows = runs.of_run(run)
     assert [row["right"] for row in rows if row["setting"] == "stock"] == [True, True, False, False]
     assert [row["caption"] for row in rows[:4]] == ["a red cube and a blue ring"] * 2 + ["a white star"] * 2
     assert {row["updates"] for row in rows} == {0, 1, 2}  # what was kept of drawing it
@@ -126,12 +128,18 @@ def test_the_documents_say_what_the_data_say_and_ask_only_for_what_is_there():
         report.filled("<!-- nothing -->\n<!-- /nothing -->", {"operations": ""})
 
 
-def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path, monkeypatch):
-    argv = f"mechanism.py --prompts 2 --seeds 1 --steps 2 --output {tmp_path}".split()
+def drawn_and_kept(folder, methods, prompts, keep):
+    """Rows of the small SD's pictures of two steps."""
     for _ in range(2):  # the second time nothing is left to do
-        monkeypatch.setattr(sys, "argv", argv)
-        mechanism.main()
-    rows = of_run(Run(tmp_path))
+        draw = ["generate", "--model", "sd", "--steps", "2", "--methods", methods, "--prompts", prompts]
+        evaluation([*draw, "--keep", str(ROOT / "benchmarks" / keep), "--output", str(folder)])
+        evaluation(["score", str(folder), "--metrics", "judge"])
+    return runs.of_run(Run(folder))
+
+
+def test_the_mechanism_is_measured_of_every_kind_of_pair_and_resampled(tmp_path):
+    method = "tsam:alpha=0:gamma=1:refinement_steps=none:tsam_steps=2"
+    rows = drawn_and_kept(tmp_path, method, "shapes:2:tune:2", "mechanism.py:kept")
     assert len(rows) == 2 and 0 < mechanism.sink_of(rows) < 1
     for row in rows:
         assert [pair["kind"] for pair in row["pairs"]] == ["bound", "bound", "unbound", "unbound", "objects"]
@@ -155,7 +163,18 @@ def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
     assert starts.auc(losses[right], losses[~right]) == pytest.approx(4 / 6)
 
 
-def test_variants_change_one_constant_of_the_contrast_and_are_counted_beside_stock(tmp_path, monkeypatch):
+def test_every_loss_of_a_watched_picture_is_kept_and_none_of_a_guided_one(tmp_path, monkeypatch):
+    lines = (ROOT / "benchmarks" / "variants.py").read_text().replace("STEPS = (1, 5, 10)", "STEPS = (1, 2)")
+    (tmp_path / "variants.py").write_text(lines)
+    watched = "tsam:alpha=0:objective=contrast:tsam_steps=2:refinement_steps=none"
+    rows = drawn_and_kept(
+        tmp_path / "run", f"{watched},tsam:preset=fast", "shapes:2:test:2", tmp_path / "variants.py:losses"
+    )
+    assert [set(row.get("starts", ())) for row in rows] == [{*VARIANTS, *starts.LOSSES}] * 2 + [set()] * 2
+    assert all(own["contrast"] == pytest.approx(row["loss"], abs=1e-3) for row in rows[:2] for own in [row["starts"]])
+
+
+def test_variants_change_one_constant_of_the_contrast_and_are_counted_beside_stock():
     torch.manual_seed(0)
     maps, t, content = torch.rand(2, 6, 4, 4), torch.rand(2, 6, 6).tril(), torch.ones(2, 6, dtype=torch.bool)
     text = tsam.Syntax(t, t, content, [], tsam.relation_of(t, content))
@@ -165,9 +184,6 @@ def test_variants_change_one_constant_of_the_contrast_and_are_counted_beside_sto
     doubled = loss["place_0"] + 2 * (loss["place_half"] - loss["place_0"])
     torch.testing.assert_close(loss["place_1"], doubled)
     assert not any(torch.allclose(loss["contrast"], own) for name, own in loss.items() if name != "contrast")
-    right = {name.removeprefix(tuning.FAST).lstrip(":"): [1, 1] for name in tuning.methods_of("sd")} | {"stock": [0, 1]}
-    areas = dict.fromkeys(VARIANTS, [0.5, 0.75, 1.0])
-    monkeypatch.setattr(tuning, "FILE", tmp_path / "tuning.json")
-    tuning.FILE.write_text(json.dumps({"2": {"sd": {"right": right, "areas": areas, "pictures": 8}}}))
     table = tuning.tables()
-    assert "| `fast` | +50.0 ± 98.0 | +50.0 ± 98.0 |" in table and "| contrast | 0.75 |" in table
+    assert all(f"| {words} |" in table for words in tuning.CHANGED.values())
+    assert all(f"| {name} |" in table for name in VARIANTS)

@@ -195,6 +195,7 @@ def test_errors_say_what_to_do(copy, tmp_path):
         ("--methods stock,tsam:tsam_steps=4", "but there are only 3 denoising steps"),
         ("--methods syngen:objective=l1", "has an objective of its own. Leave `objective` out"),
         ("--methods tsam:objective=none.py:mine", "or a function in a file, my.py:function"),
+        ("--keep none.py:mine", "--keep is 'none.py:mine', but has to be a function in a file, my.py:function"),
         ("--seeds 0", "--seeds is 0, but has to be at least 1"),
         ("--steps 0", "--steps is 0, but has to be at least 1"),
         ("--batch 0", "--batch is 0, but has to be at least 1"),
@@ -388,8 +389,7 @@ def test_each_prompt_has_its_own_regions_and_something_of_each_picture_is_kept(t
         return [{"shares": list(own), "text": prompt.text} for own, prompt in zip(shares, prompts)]
 
     methods = ["stock", "tsam:preset=light:objective=layout"]
-    given = {"steps": 2, "keep": keep, "output_attentions": True}
-    run = generate("sd", methods, "quarters:2:test:2", 1, tmp_path, **given)
+    run = generate("sd", methods, "quarters:2:test:2", 1, tmp_path, steps=2, keep=keep)
     for row in run.rows("drawn"):
         prompt = run.prompts[row["prompt"]]
         assert row["text"] == prompt.text and row["shares"] == ([*prompt.regions] if row["method"] else [])
