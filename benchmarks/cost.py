@@ -23,15 +23,6 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusionAttendAndExcitePipeline,
-    UNet2DConditionModel,
-)
 from diffusers.modular_pipelines import BlockState
 from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,15 +54,15 @@ PIPELINES = {
 def build_denoiser(kind):
     """The published configuration, random weights."""
     if kind == "pixart":
-        return PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        return diffusers.PixArtTransformer2DModel(sample_size=64, caption_channels=4096)
+    return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
 def build_components(kind):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     components = {
-        "vae": AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2),
-        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "vae": diffusers.AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2),
+        "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         FAMILIES[kind].denoiser: build_denoiser(kind),
     }
     if kind == "pixart":
@@ -192,18 +183,18 @@ def build_modular(kind, size):
     """The published denoiser of blocks with random weights, and what its loop finds in its state for one image."""
     side = size // 8
     if kind == "flux":
-        model = FluxTransformer2DModel(guidance_embeds=True)
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
         state = {"latents": torch.empty(1, side**2 // 4, 64), "prompt_embeds": torch.empty(1, 512, 4096)}
         state |= {"pooled_prompt_embeds": torch.empty(1, 768), "guidance": torch.empty(1)}
         state |= {"txt_ids": torch.empty(512, 3), "img_ids": torch.empty(side**2 // 4, 3)}
         return model, state
     if kind == "sd3":
         sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-        model = SD3Transformer2DModel(pos_embed_max_size=192, **sizes)
+        model = diffusers.SD3Transformer2DModel(pos_embed_max_size=192, **sizes)
         model.pos_embed.pos_embed = model.pos_embed.pos_embed.to(torch.empty(0).device)  # comes from numpy
         latents, embeds, pooled = (1, 16, side, side), (1, 77 + 256, 4096), (1, 2048)
     else:
-        model = UNet2DConditionModel(
+        model = diffusers.UNet2DConditionModel(
             sample_size=128,
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -282,9 +273,8 @@ def launches(kind):
     update, stub = counted([update, stub])
     outside = {name: getattr(update, name) - getattr(stub, name) for name in ("calls", "kernels")}
     passes = {"plain step": plain, "guided pass": guided}
-    return {name: {"calls": own.calls, "kernels": own.kernels} for name, own in passes.items()} | {
-        "outside of the network": outside
-    }
+    found = {name: {"calls": own.calls, "kernels": own.kernels} for name, own in passes.items()}
+    return found | {"outside of the network": outside}
 
 
 def draw(pipe, **arguments):
@@ -328,7 +318,7 @@ def pictures(kind, device, dtype, size, steps):
         "the best of 4 starts": (tsam, {"tsam_steps": 0, "candidates": 4}),
     }
     if kind == "sd":
-        peer = StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
+        peer = diffusers.StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
         side = size // 32
         limits = {"token_indices": NOUNS, "max_iter_to_alter": max(steps // 2, 1), "attn_res": (side, side)}
         rows["Attend-and-Excite"] = (peer, limits)

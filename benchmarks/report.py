@@ -104,24 +104,21 @@ def counted_table():
     """The headline: a row a method, a column a model: counted right, in points over stock."""
     found, rows = {words: counted_runs(solids) for words, solids in (("two", 2), ("three", 3))}, []
     models = [name for name in SMALL if any(name in runs for runs in found.values())]
+
+    def row(name, runs, of):
+        return [name, *(of(runs[model]) if model in runs else "" for model in models)]
+
+    def of_peer(scores):
+        name = best_peer(scores)
+        return f"{cell(scores, name)} ({named(name)})" if name else ""
+
     for words, runs in found.items():
-        if not runs:
-            continue
-
-        def row(name, cells, of=runs):
-            own = dict(zip(of, cells))
-            return [name, *(own.get(model, "") for model in models)]
-
-        drawn = dict.fromkeys(name for scores in runs.values() for name in scores.run.methods)
-        rows.append(row(f"stock, {words} solids", [cell(scores, "stock", False) for scores in runs.values()]))
-        rows += [
-            row(OURS[name], [cell(scores, name) for scores in runs.values()])
-            for name in OURS
-            if name in drawn and all(name in scores.run.methods for scores in runs.values())
-        ]
-        peers = {scores: best_peer(scores) for scores in runs.values()}
-        cells = [f"{cell(scores, name)} ({named(name)})" if name else "" for scores, name in peers.items()]
-        rows.append(row("the best peer of these pictures, told the words", cells))
+        if runs:
+            rows.append(row(f"stock, {words} solids", runs, lambda scores: cell(scores, "stock", False)))
+            for name, own in OURS.items():
+                if all(name in scores.run.methods for scores in runs.values()):
+                    rows.append(row(own, runs, lambda scores, name=name: cell(scores, name)))
+            rows.append(row("the best peer of these pictures, told the words", runs, of_peer))
     return markdown(["counted right", *map(SMALL.get, models)], rows) if rows else "Not drawn yet."
 
 
@@ -224,15 +221,13 @@ def launches_table():
 
 def small_table():
     """Seconds of the small models' pictures."""
-    found = read("cost.json").get("small", {})
+    found = read("cost.json")["small"]
     rows = [[SMALL[kind], *(f"{ratio}x" for ratio in own.values())] for kind, own in found.items()]
-    return markdown(["seconds", *next(iter(found.values()))], rows) if found else "Not measured yet."
+    return markdown(["seconds", *next(iter(found.values()))], rows)
 
 
 def overhead_sentence():
-    found = read("cost.json").get("overhead")
-    if found is None:
-        return "Not measured yet."
+    found = read("cost.json")["overhead"]
     return (
         f"{found['call']} ms once a call and {found['update']} ms an update, {100 * found['share']:.2g} % of a plain"
         f" step's {found['plain step'] / 1e3:.1f} s (on one core of a CPU, float32)"

@@ -78,21 +78,21 @@ def tables(found):
     areas, rows = markdown(head, rows), []
     fast = sorted(map(cost_of_fast, found))
 
-    def row(name, cost, *how, costs=(0,)):
-        cells = ("{:.1f} ± {:.1f}".format(*chosen(prompts, *how)) for prompts in found.values())
-        costs = dict.fromkeys(f"{cost + more:.1f}" for more in costs)
+    def row(name, cost, number, by, step=5, drawn="stock"):
+        cells = ("{:.1f} ± {:.1f}".format(*chosen(prompts, number, by, step, drawn)) for prompts in found.values())
+        each = (fast[0], fast[-1]) if drawn == "fast" else (1,)  # a picture after the choice
+        costs = dict.fromkeys(f"{cost + more:.1f}" for more in each)
         rows.append([name, f"{' to '.join(costs)}x", *cells])
 
-    row("stock", 1, 1, "chance", 5)
-    row("guidance alone, `fast`", 0, 1, "chance", 5, "fast", costs=(fast[0], fast[-1]))
+    row("stock", 0, 1, "chance")
+    row("guidance alone, `fast`", 0, 1, "chance", drawn="fast")
     for number in numbers_of(found):
         for step in STEPS:
-            row(f"best of {number} by our loss after {step} steps", 1 + number * step / OF, number, "contrast", step)
+            row(f"best of {number} by our loss after {step} steps", number * step / OF, number, "contrast", step)
         for peer in PEERS:
-            row(f"by {peer}'s, words given, after 5", 1 + number * 5 / OF, number, peer, 5)
-        then = (fast[0], fast[-1])
-        row(f"best of {number} after 5, then `fast`", number * 5 / OF, number, "contrast", 5, "fast", costs=then)
-        row(f"best of {number} drawn to the end, chosen by the judge: the bound", number, number, "judge", 5)
+            row(f"by {peer}'s, words given, after 5", number * 5 / OF, number, peer)
+        row(f"best of {number} after 5, then `fast`", number * 5 / OF, number, "contrast", drawn="fast")
+        row(f"best of {number} drawn to the end, chosen by the judge: the bound", number - 1, number, "judge")
     return f"{areas}\n\n{markdown(['counted right, %', 'cost', *names], rows)}"
 
 
