@@ -1,12 +1,10 @@
 """Why the contrast objective works, in three pictures of the small PixArt-α: docs/contrast.png, and its numbers.
 
-    python benchmarks/contrast.py                # about ten minutes on a core
-    python benchmarks/contrast.py --figure-only  # from benchmarks/results/contrast.json
+    python benchmarks/contrast.py  # about ten minutes on a core without benchmarks/results/contrast.json
 
 T beside R of one prompt; the loss of pictures that end right and wrong, over the steps; a doubled solid and its maps.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -83,15 +81,11 @@ def figure(pipe, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=80)
-    parser.add_argument("--figure-only", action="store_true")
-    args = parser.parse_args()
     logging.set_verbosity_error()
     pipe = PixArtAlphaTSAMPipeline.from_pretrained(MODELS["pixart"])
     pipe.set_progress_bar_config(disable=True)
-    if not args.figure_only:
-        RESULTS.write_text(json.dumps(measure(pipe, args.prompts), indent=0) + "\n", encoding="utf-8")
+    if not RESULTS.exists():
+        RESULTS.write_text(json.dumps(measure(pipe, 80), indent=0) + "\n", encoding="utf-8")
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
     stock = [row for row in rows if row["name"] == "stock"]
     for step in (0, 4, 9):

@@ -106,6 +106,10 @@ class Counter(TorchDispatchMode):
         self._alive.discard(key)
         self._now -= size
 
+    @property
+    def launched(self):
+        return {"calls": self.calls, "kernels": self.kernels}
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.calls += 1
@@ -270,11 +274,9 @@ def launches(kind):
     plain, _, guided = simulate(kind, 512, "meta")
     update, stub = update_alone(torch.device("cpu"))
     update()  # what is made once is not counted
-    update, stub = counted([update, stub])
-    outside = {name: getattr(update, name) - getattr(stub, name) for name in ("calls", "kernels")}
-    passes = {"plain step": plain, "guided pass": guided}
-    found = {name: {"calls": own.calls, "kernels": own.kernels} for name, own in passes.items()}
-    return found | {"outside of the network": outside}
+    update, stub = (counter.launched for counter in counted([update, stub]))
+    outside = {name: update[name] - stub[name] for name in stub}
+    return {"plain step": plain.launched, "guided pass": guided.launched, "outside of the network": outside}
 
 
 def draw(pipe, **arguments):

@@ -21,7 +21,8 @@ from diffusers_tsam.tsam import cosine_similarity, smooth
 
 MOMENTS = (0.0, 0.4, 1.0)  # of the denoising steps
 RESAMPLES = 500  # of the prompts, for intervals
-COLOURS = {"bound": "#1f6fb4", "unbound": "#c8553d", "objects": "#999999"}
+BLUE, ORANGE, GREY = "#1f6fb4", "#c8553d", "#999999"
+COLOURS = {"unbound": ORANGE, "bound": BLUE}
 
 
 def pairs_of(words):
@@ -106,12 +107,9 @@ def numbers_of(rows):
     return found
 
 
-PICTURES = {"right": "right", "a solid missing": "missing", "a swap": "swap"}  # Fig. 4's, by the judge's verdict
-
-
 def similarity_when(rows, kind, which, moment=1):
-    """Fig. 4: mean C of a kind of pairs in some of the PICTURES, in words."""
-    chosen = [row["pairs"] for row in rows if row[PICTURES[which]]]
+    """Fig. 4: mean C of a kind of pairs in the pictures of a verdict of the judge's, in words."""
+    chosen = [row["pairs"] for row in rows if row[which]]
     own = [[pair["maps"][moment] for pair in pairs if pair["kind"] == kind] for pairs in chosen]
     if not own:
         return "-"
@@ -128,36 +126,33 @@ def picture(models, shown, right):
     (left, middle, above), (told, drawn, below) = fig.subplots(2, 3, width_ratios=(1, 1, 0.85))
     pairs = [pair for row in models[shown] for pair in row["pairs"]]
     share = f"<bos> takes {100 * sink_of(models[shown]):.0f} %"
-    for axes, key, name in ((left, "embeddings", "cosine similarity of embeddings"), (middle, "syntax", "T, γ = 1")):
-        values = [[pair[key] for pair in pairs if pair["kind"] == kind] for kind in ("unbound", "bound")]
+    matrices, of_embeddings = models[shown][0]["matrices"], "cosine similarity of embeddings"
+    for axes, table, key, name in ((left, above, "embeddings", of_embeddings), (middle, below, "syntax", "T, γ = 1")):
+        values = [[pair[key] for pair in pairs if pair["kind"] == kind] for kind in COLOURS]
         bins = np.linspace(min(map(min, values)), max(map(max, values)), 30)
-        for kind, some in zip(("unbound", "bound"), values):
-            axes.hist(some, bins, alpha=0.7, color=COLOURS[kind], label=f"{kind} pairs")
+        for (kind, colour), some in zip(COLOURS.items(), values):
+            axes.hist(some, bins, alpha=0.7, color=colour, label=f"{kind} pairs")
         axes.set(xlabel=name, ylabel="pairs of a colour and a solid", title=share)
-        axes.legend(frameon=False)
+        draw_table(table, matrices[key], matrices["words"])
+        table.set_title(f"{name}\n{share}")
     names = sorted(models, key=lambda name: sink_of(models[name]))
     ticks = range(len(names)), [f"{100 * sink_of(models[name]):.0f} %" for name in names]
-    for key, name, colour in (("syntax", "T", "#1f6fb4"), ("embeddings", "embeddings", "#c8553d")):
+    for key, name, colour in (("syntax", "T", BLUE), ("embeddings", "embeddings", ORANGE)):
         found = [with_interval(models[model], lambda pairs, key=key: separable(pairs, key)) for model in names]
         middles, low, high = map(np.array, zip(*found))
         told.errorbar(ticks[0], middles, (middles - low, high - middles), fmt="o-", capsize=3, color=colour, label=name)
-    told.axhline(0.5, color="#999999", linewidth=0.8)
+    told.axhline(0.5, color=GREY, linewidth=0.8)
     told.set(ylabel="area under the curve", title="how well bound pairs are told from unbound")
-    for (setting, of_models), colour in zip(right.items(), ("#999999", "#1f6fb4")):
-        some = [k for k, name in enumerate(names) if name in of_models]
-        shares, halves = zip(*(of_models[names[k]] for k in some))
-        drawn.errorbar(some, shares, halves, fmt="o-", capsize=3, color=colour, label=setting)
+    for (setting, of_models), colour in zip(right.items(), (GREY, BLUE)):
+        shares, halves = zip(*map(of_models.get, names))
+        drawn.errorbar(ticks[0], shares, halves, fmt="o-", capsize=3, color=colour, label=setting)
     drawn.set(ylabel="right pictures, two solids, %", title="pictures", ylim=(0, 102))
-    matrices = models[shown][0]["matrices"]
-    for axes, key, name in ((above, "embeddings", "cosine similarity of embeddings"), (below, "syntax", "T, γ = 1")):
-        draw_table(axes, matrices[key], matrices["words"])
-        axes.set_title(f"{name}\n{share}")
     for axes in (told, drawn):
         axes.set_xticks(*ticks)
         axes.margins(x=0.2)
         axes.set_xlabel("what <bos> takes of a word's attention")
-        axes.legend(frameon=False)
     for axes in (left, middle, told, drawn):
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     for letter, axes in zip("abcdef", fig.axes):
         axes.set_title(letter, loc="left", weight="bold")

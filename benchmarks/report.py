@@ -45,10 +45,15 @@ def read(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def parsed(setting):
+    """A method's name, and its arguments as they are written."""
+    name, *changes = setting.split(":")
+    return name, dict(change.split("=") for change in changes)
+
+
 def described(setting):
     """A method of the evaluation in words."""
-    name, *changes = setting.split(":")
-    given = dict(change.split("=") for change in changes)
+    name, given = parsed(setting)
     if name == "stock":
         return "stock"
     if name in PEERS:
@@ -70,34 +75,39 @@ def counted_runs(solids):
     return {name: Scores(run) for name, run in runs_of(f"{{}}-{solids}-counted").items()}
 
 
-def counted_right(scores, name, gain=False):
-    """Percent of a method's pictures, or its points over stock, and half of the interval; None if none was drawn."""
-    number = scores.run.methods.index(name) if name in scores.run.methods else None
-    if number is None or not np.isfinite(scores.values["counted"][number]).any():
-        return None
-    return tuple(100 * x for x in (scores.gain if gain else scores.of)(number, "counted"))
+def drawn(scores, name):
+    """How many of a method's pictures were counted."""
+    methods = scores.run.methods
+    return int(np.isfinite(scores.values["counted"][methods.index(name)]).sum()) if name in methods else 0
 
 
-def cell(scores, name, gain=True):
-    """The same in words, and of how many pictures where these are fewer than stock's."""
-    found, values = counted_right(scores, name, gain), scores.values["counted"]
-    if found is None:
-        return ""
-    own, all_drawn = (np.isfinite(values[k]).sum() for k in (scores.run.methods.index(name), scores.stock))
-    of = f" of {own}" if own < all_drawn else ""
-    return ("{:+.1f} ± {:.1f}" if gain else "{:.1f} ± {:.1f} %").format(*found) + of
+def percent(scores, name, key="counted", of=Scores.of):
+    """Percent of a method's pictures in which `key` holds, or its points over stock, and half of the interval."""
+    return tuple(100 * x for x in of(scores, scores.run.methods.index(name), key))
+
+
+def share(scores, name, key="counted"):
+    """The same in words."""
+    return "{:.1f} ± {:.1f} %".format(*percent(scores, name, key))
+
+
+def gain(scores, name):
+    """Points over stock in words, and of how many pictures where these are fewer than stock's."""
+    own = drawn(scores, name)
+    words = "{:+.1f} ± {:.1f}".format(*percent(scores, name, of=Scores.gain)) if own else ""
+    return words + f" of {own}" * (0 < own < drawn(scores, "stock"))
 
 
 def best_peer(scores):
     """Of the methods that are told the words, the one that gains most; None where none was drawn."""
-    peers = [name for name in scores.run.methods if name.partition(":")[0] in PEERS and counted_right(scores, name)]
-    return max(peers, key=lambda name: counted_right(scores, name, True), default=None)
+    peers = [name for name in scores.run.methods if parsed(name)[0] in PEERS and drawn(scores, name)]
+    return max(peers, key=lambda name: percent(scores, name, of=Scores.gain), default=None)
 
 
 def named(name):
     """A peer's name and preset."""
-    loss, _, changes = name.partition(":")
-    return f"{PEERS[loss]}, {dict(change.split('=') for change in changes.split(':') if change).get('preset', 'paper')}"
+    loss, given = parsed(name)
+    return f"{PEERS[loss]}, {given.get('preset', 'paper')}"
 
 
 def counted_table():
@@ -110,35 +120,29 @@ def counted_table():
 
     def of_peer(scores):
         name = best_peer(scores)
-        return f"{cell(scores, name)} ({named(name)})" if name else ""
+        return f"{gain(scores, name)} ({named(name)})" if name else ""
 
     for words, runs in found.items():
-        if runs:
-            rows.append(row(f"stock, {words} solids", runs, lambda scores: cell(scores, "stock", False)))
-            for name, own in OURS.items():
-                if all(name in scores.run.methods for scores in runs.values()):
-                    rows.append(row(own, runs, lambda scores, name=name: cell(scores, name)))
-            rows.append(row("the best peer of these pictures, told the words", runs, of_peer))
-    return markdown(["counted right", *map(SMALL.get, models)], rows) if rows else "Not drawn yet."
+        rows.append(row(f"stock, {words} solids", runs, lambda scores: share(scores, "stock")))
+        rows += [row(own, runs, lambda scores, name=name: gain(scores, name)) for name, own in OURS.items()]
+        rows.append(row("the best peer of these pictures, told the words", runs, of_peer))
+    return markdown(["counted right", *map(SMALL.get, models)], rows)
 
 
 def overall_sentence():
     """What one setting adds to stock over the pictures of all models, two and three solids: ours, and the best peer."""
-    gains, cells = {}, [scores for solids in (2, 3) for scores in counted_runs(solids).values()]
-    for scores in cells:
-        for method, name in enumerate(scores.run.methods):
-            gains.setdefault(name, []).append(scores.gains(method, "counted"))
-    found = {name: interval(np.concatenate(own)) for name, own in gains.items() if len(own) == len(cells)}
-    best = max((name for name in found if name.partition(":")[0] in PEERS), key=found.get, default=None)
-    words = {name: OURS[name].removeprefix("T-SAM, ") for name in OURS if name in found}
-    words |= {best: f"the best peer at one preset, {named(best)}," if best else ""}
-    said = [f"{word} {100 * found[name][0]:+.1f} ± {100 * found[name][1]:.1f}" for name, word in words.items() if name]
-    return f"Over all {sum(map(len, gains['stock']))} pictures, points over stock: {'; '.join(said)}."
-
-
-def share(scores, method, key):
-    """In how many pictures `key` holds, in words."""
-    return "{:.1f} ± {:.1f} %".format(*(100 * x for x in scores.of(method, key)))
+    cells = [scores for solids in (2, 3) for scores in counted_runs(solids).values()]
+    gains = {
+        name: interval(np.concatenate([scores.gains(scores.run.methods.index(name), "counted") for scores in cells]))
+        for name in cells[0].run.methods
+        if all(drawn(scores, name) for scores in cells)
+    }
+    best = max((name for name in gains if parsed(name)[0] in PEERS), key=gains.get)
+    words = {name: own.removeprefix("T-SAM, ") for name, own in OURS.items()}
+    words |= {best: f"the best peer at one preset, {named(best)},"}
+    said = ("{} {:+.1f} ± {:.1f}".format(own, *(100 * x for x in gains[name])) for name, own in words.items())
+    pictures = sum(drawn(scores, "stock") for scores in cells)
+    return f"Over all {pictures} pictures, points over stock: {'; '.join(said)}."
 
 
 def counted_tables(solids):
@@ -147,16 +151,16 @@ def counted_tables(solids):
     for model, scores in counted_runs(solids).items():
         right, lines = scores.values["counted"], {}
         for method, name in enumerate(scores.run.methods):
-            if counted_right(scores, name):
+            if drawn(scores, name):
                 words = OURS.get(name) or described(name).replace(", relative step 0.05", "")
                 parts = [right[method][np.isfinite(right[method]) & (right[scores.stock] == k)] for k in (0, 1)]
                 parts = [f"{100 * part.mean():.0f} % of {part.size}" if part.size else "-" for part in parts]
-                parts = [cell(scores, name), *parts] if method != scores.stock else [""] * 3
-                shares = [share(scores, method, key) for key in ("counted", *WRONG)]
-                line = [f"{words} ({np.isfinite(right[method]).sum()})", shares[0], *parts, *shares[1:]]
+                parts = [gain(scores, name), *parts] if method != scores.stock else [""] * 3
+                shares = [share(scores, name, key) for key in ("counted", *WRONG)]
+                line = [f"{words} ({drawn(scores, name)})", shares[0], *parts, *shares[1:]]
                 lines[method != scores.stock, -np.nanmean(right[method]), method] = line
         tables.append(f"The small {SMALL[model]}:\n\n" + markdown(head, [lines[key] for key in sorted(lines)]))
-    return "\n\n".join(tables) or "Not drawn yet."
+    return "\n\n".join(tables)
 
 
 def counted_figure():
@@ -170,10 +174,9 @@ def counted_figure():
         for offset, (name, colour) in enumerate(shown.items()):
             for x, scores in enumerate(runs.values()):
                 method = best_peer(scores) if name == "peer" else name
-                found = counted_right(scores, method)
-                if found is not None:
+                if method and drawn(scores, method):
                     at, label = x + (offset - 1.5) * 0.14, labels.pop(name, None)  # once
-                    axes.errorbar(at, *found, fmt="o", capsize=3, color=colour, label=label)
+                    axes.errorbar(at, *percent(scores, method), fmt="o", capsize=3, color=colour, label=label)
         axes.set_xticks(range(len(runs)), [SMALL[name] for name in runs])
         axes.set(title=words, ylim=(0, 108), yticks=range(0, 101, 20))
         axes.spines[["top", "right"]].set_visible(False)
@@ -182,17 +185,12 @@ def counted_figure():
     return fig
 
 
-def card_sentences(solids=2, name="tsam:preset=fast"):
-    """{family: what its model's card says}: of the counted runs; what the cards said before where there is none."""
-    found = read("summary.json")["card"]
-    for kind, scores in counted_runs(solids).items():
-        if kind in FAMILIES and counted_right(scores, name):
-            right, stock = (cell(scores, method, False) for method in (name, "stock"))
-            found[kind] = (
-                f"two solids were right in {right} of {scores.run.shape[1] * scores.run.shape[2]} pictures with T-SAM"
-                f' (`preset="fast"`), in {stock} with stock: {cell(scores, name)} points.'
-            )
-    return found
+def card_sentence(scores, name="tsam:preset=fast"):
+    """What a model's card says of its counted run of two solids."""
+    return (
+        f"two solids were right in {share(scores, name)} of {drawn(scores, name)} pictures with T-SAM"
+        f' (`preset="fast"`), in {share(scores, "stock")} with stock: {gain(scores, name)} points.'
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,20 +208,11 @@ def operations_table(part, names):
     return markdown([*head, "peak memory beside plain"], rows)
 
 
-def launches_table():
-    """What a host has to launch."""
-    found = read("cost.json")["launches"]
-    rows = [
-        [TABLE[kind], *(f"{n['calls']}, {n['kernels']} kernels" for n in of.values())] for kind, of in found.items()
-    ]
-    return markdown(["calls of operators", *next(iter(found.values()))], rows)
-
-
-def small_table():
-    """Seconds of the small models' pictures."""
-    found = read("cost.json")["small"]
-    rows = [[SMALL[kind], *(f"{ratio}x" for ratio in own.values())] for kind, own in found.items()]
-    return markdown(["seconds", *next(iter(found.values()))], rows)
+def cost_table(part, head, names, words):
+    """A row a model, a column a number of cost.json's `part`, each in `words`."""
+    found = read("cost.json")[part]
+    rows = [[names[kind], *map(words, own.values())] for kind, own in found.items()]
+    return markdown([head, *next(iter(found.values()))], rows)
 
 
 def overhead_sentence():
@@ -241,46 +230,40 @@ def mechanisms():
 
 def mechanism_table(models):
     """What embeddings, T and maps say of who belongs to whom, a row a model."""
-    found = {name: mechanism.numbers_of(rows) for name, rows in models.items()}
-    head = list(next(iter(found.values())))
-    return markdown(
-        ["model (pictures)", *head], [[f"{SMALL[n]} ({len(models[n])})", *found[n].values()] for n in models]
-    )
+    found = {f"{SMALL[name]} ({len(rows)})": mechanism.numbers_of(rows) for name, rows in models.items()}
+    head = ["model (pictures)", *next(iter(found.values()))]
+    return markdown(head, [[name, *own.values()] for name, own in found.items()])
 
 
 def overlap_table(models):
     """Fig. 4: the two solids' maps, and a solid's with its own and the other's colour, in right and wrong pictures."""
     pairs = {"objects": "two solids", "bound": "a solid and its colour", "unbound": "a solid and the other's colour"}
-    columns = [
-        (kind, which) for kind in pairs for which in ("right", "a solid missing" if kind == "objects" else "a swap")
-    ]
-    rows = [
-        [SMALL[name], *(mechanism.similarity_when(own, kind, which) for kind, which in columns)]
-        for name, own in models.items()
-    ]
-    return markdown(["C at 40 % of the steps", *(f"{pairs[kind]}, {which}" for kind, which in columns)], rows)
+    columns = [(kind, which) for kind in pairs for which in ("right", "missing" if kind == "objects" else "swap")]
+    rows = [[SMALL[name], *(mechanism.similarity_when(own, *of) for of in columns)] for name, own in models.items()]
+    titles = (f"{pairs[kind]}, {WRONG.get(which, which)}" for kind, which in columns)
+    return markdown(["C at 40 % of the steps", *titles], rows)
 
 
 def sink_sentence(sink="sink", control="sd", ours="tsam:preset=fast"):
     """What the documents say of the model with a sink that ships, beside the one without."""
-    runs, said = counted_runs(2), {}
-    for name in (sink, control):
-        for setting in ("stock", ours):
-            method, pictures = runs[name].run.methods.index(setting), runs[name].run.done("drawn")
-            right, swap = (share(runs[name], method, key) for key in ("counted", "swap"))
-            said[name, setting] = f"{right} of {pictures[method].sum()} pictures right", swap
-    (stock, swapped), (guided, mended), (without, few) = said[sink, "stock"], said[sink, ours], said[control, "stock"]
+    runs = counted_runs(2)
+
+    def said(model, setting):
+        right, swap = (share(runs[model], setting, key) for key in ("counted", "swap"))
+        return f"{right} of {drawn(runs[model], setting)} pictures right", swap
+
+    (stock, swapped), (guided, mended), (without, few) = said(sink, "stock"), said(sink, ours), said(control, "stock")
     return (
-        f"stock gets two solids in {stock}, and T-SAM in {guided} ({cell(runs[sink], ours)} points); colours are"
+        f"stock gets two solids in {stock}, and T-SAM in {guided} ({gain(runs[sink], ours)} points); colours are"
         f" swapped in {swapped} and in {mended}. Without a sink, stock has {without} and {few} swapped."
     )
 
 
 def mechanism_figure(models):
-    right = {
-        label: {name: counted_right(scores, method) for name, scores in counted_runs(2).items() if name in models}
-        for label, method in (("stock", "stock"), ("T-SAM", "tsam:preset=fast"))
-    }
+    """Fig. 2 and 6, with the shares of right pictures of two solids."""
+    runs = counted_runs(2)
+    methods = {"stock": "stock", "T-SAM": "tsam:preset=fast"}
+    right = {label: {name: percent(runs[name], own) for name in models} for label, own in methods.items()}
     return mechanism.picture(models, "sink", right)
 
 
@@ -296,32 +279,32 @@ def presets_table():
 
     rows = []
     for name, preset in PRESETS.items():
-        one = T5_PRESETS[name] == preset
-        rows.append([f'`"{name}"`' + ("" if one else ", Stable Diffusion"), *cells(preset)])
-        if not one:
-            rows.append([f'`"{name}"`, PixArt-α, SD 3, FLUX', *cells(T5_PRESETS[name])])
+        of_t5 = [] if T5_PRESETS[name] == preset else [[f'`"{name}"`, PixArt-α, SD 3, FLUX', *cells(T5_PRESETS[name])]]
+        rows += [[f'`"{name}"`' + ", Stable Diffusion" * bool(of_t5), *cells(preset)], *of_t5]
     return markdown(["preset", "objective", "size of an update", "γ", "guided steps", "extra updates"], rows)
 
 
 def parts():
     """{name: Markdown} of everything that a document may hold."""
-    found = {"operations": operations_table("operations", TABLE)}
-    found |= {
+    models = mechanisms()
+    found = {
+        "operations": operations_table("operations", TABLE),
+        "modular": operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()}),
         "overhead": overhead_sentence(),
+        "launches": cost_table(
+            "launches", "calls of operators", TABLE, lambda n: f"{n['calls']}, {n['kernels']} kernels"
+        ),
+        "small": cost_table("small", "seconds", SMALL, "{}x".format),
         "presets": presets_table(),
         "counted": counted_table(),
         "overall": overall_sentence(),
         "tuning": tuning.tables(),
-        **{f"starts-{solids}": starts.tables(found) for solids, found in starts.all_starts().items()},
-        "launches": launches_table(),
-        "small": small_table(),
+        "mechanism": mechanism_table(models),
+        "overlap": overlap_table(models),
+        "sink-sentence": sink_sentence(),
+        **{f"counted-{solids}": counted_tables(solids) for solids in (2, 3)},
+        **{f"starts-{solids}": starts.tables(of_models) for solids, of_models in starts.all_starts().items()},
     }
-    models = mechanisms()
-    found["mechanism"], found["overlap"] = mechanism_table(models), overlap_table(models)
-    found["sink-sentence"] = sink_sentence()
-    for solids in (2, 3):
-        found[f"counted-{solids}"] = counted_tables(solids)
-    found["modular"] = operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()})
     for form, keys in COLUMNS_OF.items():
         runs = runs_of(f"{form}-{{}}").values()
         found |= {run.folder.name: markdown(*table_of(Scores(run), keys)) for run in runs}
@@ -343,8 +326,8 @@ def outputs():
     """{path: text} of every document and of the cards' sentences."""
     found = parts()
     texts = {path: filled(path.read_text(encoding="utf-8"), found) for path in DOCUMENTS}
-    cards = json.dumps({"card": card_sentences()}, indent=1, ensure_ascii=False) + "\n"
-    return texts | {RESULTS / "summary.json": cards}
+    cards = {kind: card_sentence(scores) for kind, scores in counted_runs(2).items() if kind in FAMILIES}
+    return texts | {RESULTS / "summary.json": json.dumps({"card": cards}, indent=1, ensure_ascii=False) + "\n"}
 
 
 def main():
@@ -359,9 +342,7 @@ def main():
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")
     figures = {"mechanism": mechanism_figure(mechanisms()), "starts": starts.figure(starts.all_starts())}
-    if counted_runs(2):
-        figures["counted"] = counted_figure()
-    for name, figure in figures.items():
+    for name, figure in (figures | {"counted": counted_figure()}).items():
         save(figure, ROOT / "docs" / f"{name}.png")
 
 

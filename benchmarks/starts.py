@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rows import RESULTS, SMALL, of_run, runs_of
 from variants import PEERS, STEPS
 
-from diffusers_tsam.evaluation.report import auc, interval, markdown
+from diffusers_tsam.evaluation.report import BLUE, auc, interval, markdown
 from diffusers_tsam.figures import GREY, INK
 
 
@@ -103,16 +103,15 @@ def numbers_of(found):
 
 
 def figure(all_found):
-    columns = max(map(len, all_found.values()))
-    fig = Figure((3.4 * columns, 3.4 * len(all_found)), dpi=110, layout="constrained", facecolor="white")
-    panels = fig.subplots(len(all_found), columns, sharey=True, squeeze=False)
+    fig = Figure((3.4 * len(SMALL), 3.4 * len(all_found)), dpi=110, layout="constrained", facecolor="white")
+    panels = fig.subplots(len(all_found), len(SMALL), sharey=True)
     for line, (solids, found) in zip(panels, all_found.items()):
         for axes, (model, prompts) in zip(line, found.items()):
-            fast = cost_of_fast(model)
-            for label, drawn, cost, colour in (
-                ("best of 2, 4, 8 starts", "stock", 1, "#1f6fb4"),
-                ("the same, then fast", "fast", fast, INK),
-            ):
+            ways = (
+                ("best of 2, 4, 8 starts", "stock", 1, BLUE),
+                ("the same, then fast", "fast", cost_of_fast(model), INK),
+            )
+            for label, drawn, cost, colour in ways:
                 points = [(cost, chosen(prompts, 1, "chance", 5, drawn)[0])]
                 points += [(cost + n * 5 / OF, chosen(prompts, n, "contrast", 5, drawn)[0]) for n in numbers_of(found)]
                 axes.plot(*zip(*points), "o-", color=colour, label=label)
@@ -121,7 +120,5 @@ def figure(all_found):
             axes.set(title=f"{SMALL[model]}, {WORDS[solids]} solids", xlabel="cost, plain pictures' operations")
             axes.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("counted right, %")
-        for axes in line[len(found) :]:
-            axes.remove()
     fig.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return fig

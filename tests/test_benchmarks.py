@@ -21,6 +21,7 @@ from variants import VARIANTS, variant
 from diffusers_tsam import tsam
 from diffusers_tsam.evaluation.__main__ import main as evaluation
 from diffusers_tsam.evaluation.prompts import Prompt
+from diffusers_tsam.evaluation.report import Scores
 from diffusers_tsam.evaluation.runs import Run
 
 
@@ -84,6 +85,7 @@ def test_a_method_has_words(setting, words):
 
 def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_counted(tmp_path, monkeypatch):
     found = {"stock": 2, "tsam:preset=fast": 4, "conform:preset=light:alpha=1": 3, "syngen": None}  # right, of four
+    found |= {"tsam:preset=light": 3, "tsam": 1}
     settings = {"methods": {name: {} for name in found}, "seeds": 2, "format": "png", "model": "pixart"}
     settings |= {"prompt_set": "shapes:2:test:2", "kind": "pixart", "arguments": {"num_inference_steps": 25}}
     prompts = [Prompt(str(k), text, []) for k, text in enumerate(("a red cube and a blue ring", "a white star"))]
@@ -104,20 +106,19 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
     table = report.counted_table().splitlines()
     assert table[0] == "| counted right | PixArt-α |" and table[2].startswith("| stock, two solids | 50.0 ± 98.0 % |")
     assert table[3] == '| T-SAM, `preset="fast"` | +50.0 ± 98.0 |'
-    assert table[4:] == ["| the best peer of these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"]
+    assert table[5] == '| T-SAM, `preset="paper"` | -25.0 ± 49.0 |'
+    assert table[6] == "| the best peer of these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"
+    assert table[7:9] == ["| stock, three solids |  |", '| T-SAM, `preset="fast"` |  |']  # not drawn
     every = report.counted_tables(2)
     assert "| CONFORM's loss, words given, preset light, α 1 (4) | 75.0 ± 49.0 % | +25.0 ± 49.0 | 50 % of 2 |" in every
     assert "| 100 % of 2 | 25.0 ± 49.0 % |" in every and "nan" not in every
     assert "(4) | 100.0 ± 0.0 % | +50.0 ± 98.0 | 100 % of 2 | 100 % of 2 |" in every
-    assert report.counted_tables(3) == "Not drawn yet."
-    assert len(report.counted_figure().axes[0].containers) == 3  # light was not drawn
-    (tmp_path / "summary.json").write_text('{"card": {"sd": "as it was"}}')
-    cards = report.card_sentences()
-    assert cards["sd"] == "as it was" and "100.0 ± 0.0 % of 4 pictures" in cards["pixart"]
+    assert [len(axes.containers) for axes in report.counted_figure().axes] == [4, 0]
+    assert "100.0 ± 0.0 % of 4 pictures" in report.card_sentence(Scores(run))
     rows = runs.of_run(run)
     assert [row["right"] for row in rows if row["setting"] == "stock"] == [True, True, False, False]
     assert [row["caption"] for row in rows[:4]] == ["a red cube and a blue ring"] * 2 + ["a white star"] * 2
-    assert {row["updates"] for row in rows} == {0, 1, 2}  # what was kept of drawing it
+    assert {row["updates"] for row in rows} == {0, 1, 2, 4, 5}  # what was kept of drawing it
 
 
 def test_the_documents_say_what_the_data_say_and_ask_only_for_what_is_there():
