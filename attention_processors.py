@@ -83,8 +83,8 @@ def record_self_attention(*encoders):
     """
     if None in encoders:
         raise ValueError(
-            "This pipeline has no text encoder to read T from. Pass `prompt_embeds` with the `text_self_attention` that"
-            " another pipeline's `get_text_self_attention` gives, or `tsam_steps=0`."
+            "This pipeline has no text encoder to read T from. Load one, or pass `prompt_embeds` with the"
+            " `text_self_attention` that another pipeline's `get_text_self_attention` gives, or `tsam_steps=0`."
         )
     recordings = [SelfAttentionRecording(encoder) for encoder in encoders]
     with ExitStack() as stack:
