@@ -8,6 +8,7 @@ matrices of its prompt. `report.py` makes Section 4's numbers and figures of the
 """
 
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,10 +88,6 @@ def with_interval(rows, statistic):
     return statistic(sum(clusters, [])), *np.percentile(values, (2.5, 97.5))
 
 
-def in_words(value, low, high):
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
-
-
 def sink_of(rows):
     """What <bos> takes of a token's attention, the mean over one model's lines."""
     return np.mean([row["bos"] for row in rows])
@@ -98,13 +95,14 @@ def sink_of(rows):
 
 def numbers_of(rows):
     """{what: text} of a model's lines: Fig. 6b, 2b, 6a, 2a and 5."""
-    found = {"<bos> takes": f"{100 * sink_of(rows):.0f} %"}
-    for name, key in (("the embeddings tell bound pairs", "embeddings"), ("T tells them", "syntax")):
-        found[name] = in_words(*with_interval(rows, lambda pairs, key=key: separable(pairs, key)))
+    statistics = {
+        "the embeddings tell bound pairs": partial(separable, key="embeddings"),
+        "T tells them": partial(separable, key="syntax"),
+    }
     for moment, share in enumerate(MOMENTS):
-        name = f"embeddings with maps, at {100 * share:.0f} %"
-        found[name] = in_words(*with_interval(rows, lambda pairs, moment=moment: correlation(pairs, moment)))
-    return found
+        statistics[f"embeddings with maps, at {100 * share:.0f} %"] = partial(correlation, moment=moment)
+    found = {name: "{:.2f} ({:.2f} to {:.2f})".format(*with_interval(rows, of)) for name, of in statistics.items()}
+    return {"<bos> takes": f"{100 * sink_of(rows):.0f} %"} | found
 
 
 def similarity_when(rows, kind, which, moment=1):
@@ -138,7 +136,7 @@ def picture(models, shown, right):
     names = sorted(models, key=lambda name: sink_of(models[name]))
     ticks = range(len(names)), [f"{100 * sink_of(models[name]):.0f} %" for name in names]
     for key, name, colour in (("syntax", "T", BLUE), ("embeddings", "embeddings", ORANGE)):
-        found = [with_interval(models[model], lambda pairs, key=key: separable(pairs, key)) for model in names]
+        found = [with_interval(models[model], partial(separable, key=key)) for model in names]
         middles, low, high = map(np.array, zip(*found))
         told.errorbar(ticks[0], middles, (middles - low, high - middles), fmt="o-", capsize=3, color=colour, label=name)
     told.axhline(0.5, color=GREY, linewidth=0.8)

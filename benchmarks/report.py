@@ -32,6 +32,7 @@ TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder 
 PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen": "SynGen", "focus": "FOCUS"}
 OURS = {f"tsam:preset={name}": f'T-SAM, `preset="{name}"`' for name in ("fast", "light")}
 OURS["tsam"] = 'T-SAM, `preset="paper"`'
+OUR_COLOURS = {"tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE}
 WRONG = {"double": "a solid too many", "touching": "touching", "missing": "a solid missing", "swap": "a swap"}
 COLUMNS_OF = {  # of four solids, of prompts with regions, and of long ones
     "four": ("counted", "missing", "swap"),
@@ -58,8 +59,6 @@ def described(setting):
         return "stock"
     if name in PEERS:
         first = f"{PEERS[name]}'s loss, words given"
-    elif name == "anywhere":
-        first = "a control, moved to where chance says"
     else:
         first = f"`{given.pop('objective', PRESETS[given.get('preset', 'paper')].objective)}`"
     order = sorted(given.keys() - {"gamma", "sharpness"}, key=lambda key: (key != "preset", key))
@@ -167,18 +166,16 @@ def counted_tables(solids):
 
 def counted_figure():
     """The headline as a picture: dots with 95 % intervals, by model, of two and of three solids."""
-    shown = {"stock": GREY, "tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE, "peer": "#c8553d"}
-    labels = {"stock": "stock", "peer": "the best peer of these pictures, told the words"}
-    labels |= {name: words.replace("`", "") for name, words in OURS.items()}
+    shown = {"stock": ("stock", GREY)}
+    shown |= {name: (OURS[name].replace("`", ""), colour) for name, colour in OUR_COLOURS.items()}
+    shown["peer"] = "the best peer of these pictures, told the words", "#c8553d"
     fig = Figure((11, 4), dpi=120, layout="constrained", facecolor="white")
     for axes, (words, solids) in zip(fig.subplots(1, 2, sharey=True), (("two solids", 2), ("three solids", 3))):
         runs = counted_runs(solids)
-        for offset, (name, colour) in enumerate(shown.items()):
-            for x, scores in enumerate(runs.values()):
-                method = best_peer(scores) if name == "peer" else name
-                if method and drawn(scores, method):
-                    at, label = x + (offset - 1.5) * 0.14, labels.pop(name, None)  # once
-                    axes.errorbar(at, *percent(scores, method), fmt="o", capsize=3, color=colour, label=label)
+        for offset, (name, (label, colour)) in enumerate(shown.items()):
+            found = [percent(scores, best_peer(scores) if name == "peer" else name) for scores in runs.values()]
+            at, label = np.arange(len(found)) + (offset - 1.5) * 0.14, label if solids == 2 else None  # named once
+            axes.errorbar(at, *np.array(found).reshape(-1, 2).T, fmt="o", capsize=3, color=colour, label=label)
         axes.set_xticks(range(len(runs)), [SMALL[name] for name in runs])
         axes.set(title=words, ylim=(0, 108), yticks=range(0, 101, 20))
         axes.spines[["top", "right"]].set_visible(False)

@@ -76,7 +76,6 @@ def test_the_models_that_are_counted_have_no_dropout():
         ("tsam:preset=fast", "`contrast`, preset fast"),
         ("tsam:preset=light:objective=attainable:alpha=4:gamma=4", "`attainable`, preset light, α 4"),
         ("conform:sharpness=none:alpha=4:preset=fast", "CONFORM's loss, words given, preset fast, α 4"),
-        ("anywhere:preset=light", "a control, moved to where chance says, preset light"),
     ],
 )
 def test_a_method_has_words(setting, words):
@@ -113,7 +112,7 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
     assert "| CONFORM's loss, words given, preset light, α 1 (4) | 75.0 ± 49.0 % | +25.0 ± 49.0 | 50 % of 2 |" in every
     assert "| 100 % of 2 | 25.0 ± 49.0 % |" in every and "nan" not in every
     assert "(4) | 100.0 ± 0.0 % | +50.0 ± 98.0 | 100 % of 2 | 100 % of 2 |" in every
-    assert [len(axes.containers) for axes in report.counted_figure().axes] == [4, 0]
+    assert [len(axes.containers) for axes in report.counted_figure().axes] == [4, 4]
     assert "100.0 ± 0.0 % of 4 pictures" in report.card_sentence(Scores(run))
     rows = runs.of_run(run)
     assert [row["right"] for row in rows if row["setting"] == "stock"] == [True, True, False, False]
