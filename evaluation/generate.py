@@ -40,7 +40,7 @@ from .runs import Run, digest, processes, save
 
 OF_A_LOSS = ("sharpness",)
 OF_THE_RUN = ("prompt", "generator", "num_images_per_prompt", "num_inference_steps", "guidance_scale")
-OF_THE_RUN += ("prompt_embeds", "latents", "output_type", "return_dict")
+OF_THE_RUN += ("prompt_embeds", "latents", "output_type", "return_dict", "regions")
 STOCK = {"tsam_steps": 0}
 KINDS = {
     each.name: kind_of_field(each)

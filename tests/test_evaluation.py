@@ -201,6 +201,7 @@ def test_errors_say_what_to_do(copy, tmp_path):
         ("--batch 0", "--batch is 0, but has to be at least 1"),
         ("--guidance-scale inf", "--guidance-scale is inf, but has to be finite"),
         ("--methods stock:num_inference_steps=3", "changes 'num_inference_steps', which all of a run's methods share"),
+        ("--methods tsam:regions=3", "changes 'regions', which all of a run's methods share"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(arguments, said, tmp_path, monkeypatch):
