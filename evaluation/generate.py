@@ -183,7 +183,8 @@ class JointPipeline:
         self.set_progress_bar_config = self.pipe.set_progress_bar_config
 
     def __call__(self, prompt, guidance_scale=None, **arguments):  # which the guider has
-        state = self.pipe(prompt=prompt, negative_prompt="", max_sequence_length=SD3_TOKENS, **arguments)
+        usual = {"negative_prompt": "", "max_sequence_length": SD3_TOKENS}
+        state = self.pipe(prompt=prompt, **usual | arguments)
         return SimpleNamespace(**{name: state.get(name) for name in ("images", "losses", "attentions")})
 
 
@@ -232,7 +233,7 @@ def draw(pipe, prompts, seeds, arguments, baseline=None, **given):
     elif "objective" in arguments:
         arguments["objective"] = objective(arguments["objective"])
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # the same noise on every device
-    return pipe([prompt.text for prompt in prompts], generator=generators, **given, **arguments)
+    return pipe([prompt.text for prompt in prompts], generator=generators, **given | arguments)
 
 
 def described(pipe, kind, model, methods, given, **others):
