@@ -311,6 +311,8 @@ def generate(
             output = draw(pipe, own_prompts, [seed for _, seed in jobs], *how, **given)
             seconds, rows = (time.perf_counter() - started) / len(jobs), []
             kept = keep(pipe, own_prompts, output) if keep else [{}] * len(jobs)
+            if len(kept) != len(jobs):
+                raise ValueError(f"`keep` returned {len(kept)} dicts for {len(jobs)} pictures. Return one for each.")
             for job, image, loss, others in zip(jobs, output.images, np.asarray(output.losses, dtype=float), kept):
                 if not done[method][job]:  # a batch may be half done
                     save(image, run.picture(method, *job))

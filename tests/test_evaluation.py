@@ -401,6 +401,8 @@ def test_each_prompt_has_its_own_regions_and_something_of_each_picture_is_kept(t
     rows = list(run.rows("score-judge"))
     assert len(rows) == 4 and all(row["placed"] in (0, 0.5, 1) for row in rows)
     assert "solids where asked, %" in reports.report(tmp_path)
+    with pytest.raises(ValueError, match="`keep` returned 1 dicts for 2 pictures"):
+        generate("sd", ["stock"], "shapes:2:test:2", 1, tmp_path / "short", steps=1, keep=lambda *_: [{}])
 
 
 def test_a_solid_is_where_it_was_asked_for_if_it_is_seen_inside():
