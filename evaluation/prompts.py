@@ -161,7 +161,7 @@ def text_of(path):
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{str(path)!r} is not in UTF-8 ({error.reason} at byte {error.start}). Save it in UTF-8:"
-            f" iconv -f LATIN1 -t UTF-8 {path}, if it is in Latin-1."
+            f" iconv -f UTF-16 -t UTF-8 {path}, for instance, or LATIN1 in place of UTF-16."
         ) from error
 
 
