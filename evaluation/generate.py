@@ -62,7 +62,7 @@ def value_of(key, text):
         raise ValueError("There is no value.")
     if text == "none":
         return () if key == "refinement_steps" else None
-    kind = KINDS.get(key, float)
+    kind = KINDS.get(key, int if text.isdecimal() else float)  # stock's: `clip_skip` takes no float
     if kind in (int, float):
         return kind(text)
     return text if kind is str else tuple(map(int, text.split("+")))
