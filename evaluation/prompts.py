@@ -221,7 +221,8 @@ def of_file(path, chosen=""):
     if end in (".jsonl", ".ndjson"):
         return list(named(lines_of(path), path))
     if end == ".json" or (end in PLAIN and text.lstrip()[:1] in ("{", "[")):
-        return of_json(json_of(path, text), path, chosen)
+        why = "" if end == ".json" else f", read as JSON since it begins with {text.lstrip()[0]}"
+        return of_json(json_of(f"{path}{why}", text), path, chosen)
     if end not in PLAIN:
         raise ValueError(
             f"Prompts are {str(path)!r}, but {end} is not read. Pass .txt (a prompt a line), .json, .jsonl, .csv or"

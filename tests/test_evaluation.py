@@ -352,6 +352,7 @@ OTHER_FILES = [
         "a cat".encode("utf-16"),
         "is not in UTF-8 (invalid start byte at byte 0). Save it in UTF-8: iconv -f UTF-16",
     ),
+    ("bracket.txt", b"[a] cat", "bracket.txt, read as JSON since it begins with [' is no JSON: Expecting"),
     ("half.json", b'["a cat"', "is no JSON: Expecting"),
     ("half.jsonl", b'{"prompt": "a cat"}\n{"pro', "half.jsonl, line 2' is no JSON"),
     ("half.csv", b'prompt\n"a cat', "is no table at line 2"),
