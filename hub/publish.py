@@ -115,13 +115,19 @@ def publish_space(org, folder, dry_run=False, private=False):
         print(f"{api.endpoint}/spaces/{name} is up")
 
 
-def publish(org, folder, dry_run=False, private=False):
+def prepare(org, folder):
+    """Make the new folder. ValueError for a wrong ORG, which could lead out of it."""
+    if not org:
+        raise ValueError("ORG is empty. Pass a user or an organization.")
     if "." in org or "/" in org:
         raise ValueError(f"ORG is {org!r}, but diffusers loads no code from names with a dot or a second slash.")
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"--output is {str(folder)!r}: {error.strerror}. Pass a new folder.") from None
+
+
+def publish(org, folder, dry_run=False, private=False):
     repositories = {f"{org}/tsam-{kind}": (kind, "code") for kind in FAMILIES}
     repositories |= {f"{org}/{FACTS[kind]['weights']}": (kind, "weights") for kind in FAMILIES}
     repositories |= {f"{org}/tsam-{kind}": (kind, "blocks") for kind in MODULAR}
@@ -148,6 +154,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     folder = Path(args.output or Path(tempfile.mkdtemp(), "hub"))
     try:
+        prepare(args.org, folder)
         (publish_space if args.space else publish)(args.org, folder, args.dry_run, args.private)
     except (HTTPError, OSError, ValueError) as error:
         again = "" if isinstance(error, ValueError) else f" ({type(error).__name__}) What is up stays; run it again."

@@ -452,9 +452,9 @@ def test_the_space_names_its_gradio_and_runs_from_its_own_folder(app, tmp_path, 
     assert (front["sdk"], front["app_file"], front["license"]) == ("gradio", "app.py", "apache-2.0")
     assert front["sdk_version"].startswith(needed[1]) and int(needed[2]) == int(needed[1].split(".")[0]) + 1
     monkeypatch.syspath_prepend(ROOT / "hub")
-    monkeypatch.setattr(sys, "argv", ["publish.py", "ada", "--space", "--dry-run", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["publish.py", "ada", "--space", "--dry-run", "--output", str(tmp_path / "hub")])
     runpy.run_path(str(ROOT / "hub" / "publish.py"), run_name="__main__")
-    space = tmp_path / "ada" / "tsam-demo"
+    space = tmp_path / "hub" / "ada" / "tsam-demo"
     done = subprocess.run([sys.executable, "app.py", "--help"], cwd=space, capture_output=True, text=True)
     assert done.returncode == 0 and "--models" in done.stdout
     assert all((space / name).exists() for name in ("README.md", "requirements.txt", "style.css"))

@@ -132,6 +132,8 @@ def test_the_hub_understands_the_card_and_its_links_are_ours(dry, name):
     [
         (["my.org", "--dry-run"], "", "ORG is 'my.org', but diffusers loads no code from names with a dot"),
         (["tsam", "--dry-run", "--output", "."], "", "--output is '.': File exists. Pass a new folder."),
+        (["", "--dry-run"], "", "ORG is empty. Pass a user or an organization."),
+        (["tsam", "--dry-run", "--space", "--output", "."], "", "--output is '.': File exists. Pass a new folder."),
         (["tsam", "--dry-run", "--output", "/proc/out"], "", "--output is '/proc/out': "),
         (["tsam"], "", "no token found. You must provide a token or be logged in to Hugging Face with `hf auth login`"),
         (["tsam"], "wrong", "Invalid user token."),
