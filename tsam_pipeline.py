@@ -136,14 +136,9 @@ class GuidedLoop:
         }
 
     def callback(self):
-        """Stock's arguments that call the given callback with the pipeline itself."""
+        """Stock's argument that calls the given callback with the pipeline itself."""
         own = self.given.get("callback_on_step_end")
-        if own is None:
-            return {}
-        found = {"callback_on_step_end": lambda pipe, *args: own(self.pipe, *args)}
-        if isinstance(own, (PipelineCallback, MultiPipelineCallbacks)):
-            found["callback_on_step_end_tensor_inputs"] = own.tensor_inputs
-        return found
+        return {} if own is None else {"callback_on_step_end": lambda pipe, *args: own(self.pipe, *args)}
 
     def progress_bar(self, *args, **kwargs):
         self.bar = self.pipe.progress_bar(*args, **kwargs)
@@ -460,6 +455,8 @@ def call_of(stock, settings_class, deprecated=("callback", "callback_steps")):
             raise TypeError(f"`__call__` got unexpected arguments {', '.join(map(repr, unknown))}.")
         given.pop("self")
         settings = settings_class(**{each.name: given.pop(each.name) for each in fields(settings_class)})
+        if isinstance(given["callback_on_step_end"], (PipelineCallback, MultiPipelineCallbacks)):
+            given["callback_on_step_end_tensor_inputs"] = given["callback_on_step_end"].tensor_inputs
         return given | others, settings
 
     # Leave inference mode, because autograd cannot use tensors made in it; callers get the same results.

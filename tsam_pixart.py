@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ImagePipelineOutput
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .attention_processors import mean_self_attention, record_self_attention
 from .tsam import TextSelfAttention, symmetrize, text_of, texts_of
@@ -23,12 +22,11 @@ class PixArtLoop(GuidedLoop):
 
     def __init__(self, pipe, given, settings):
         given = dict(given)
-        self.on_step_end, tensor_inputs = (given.pop(name) for name in OBSERVERS)
-        if isinstance(self.on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = self.on_step_end.tensor_inputs
-        if not set(tensor_inputs) <= {"latents"}:
-            raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in ['latents'], but is {tensor_inputs}.")
-        self.tensor_inputs = tensor_inputs
+        self.on_step_end, self.tensor_inputs = (given.pop(name) for name in OBSERVERS)
+        if not set(self.tensor_inputs) <= {"latents"}:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in ['latents'], but is {self.tensor_inputs}."
+            )
         super().__init__(pipe, given, settings)
         pipe._guidance_scale, pipe._interrupt = given["guidance_scale"], False
 
