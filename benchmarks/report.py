@@ -201,7 +201,7 @@ def operations_table(part, names):
     for kind, found in read("cost.json")[part].items():
         plain, guided = found["plain_step_flop"], found["guided_pass_flop"]
         cells = [names[kind], f"{guided / 1e9:.0f} of {plain / 1e9:.0f} GFLOP, {guided / plain:.2f}x"]
-        cells += [f"{1 + n * guided / plain / found['steps']:.2f}x ({n} passes)" for n in found["passes"].values()]
+        cells += [f"{starts.cost_of(found, name):.2f}x ({n} passes)" for name, n in found["passes"].items()]
         rows.append([*cells, f"{found['guided_peak_bytes'] / found['plain_peak_bytes']:.2f}x"])
     head = ["", "a guided pass beside a plain step", *(f'a picture, `"{name}"`' for name in found["passes"])]
     return markdown([*head, "peak memory beside plain"], rows)

@@ -23,11 +23,15 @@ NUMBERS = (2, 4, 8)
 ARCHITECTURES = {"pixart": ("operations", "pixart"), "sd3": ("modular", "sd3")}  # in cost.json; the others are SD
 
 
+def cost_of(found, preset):
+    """What a picture costs beside a plain one, by operations. found: an architecture's in cost.json."""
+    return 1 + found["passes"][preset] * found["guided_pass_flop"] / found["plain_step_flop"] / found["steps"]
+
+
 def cost_of_fast(model):
-    """Of a plain picture, by operations of the published architecture."""
+    """Of a small model, by its published architecture."""
     part, kind = ARCHITECTURES.get(model, ("operations", "sd"))
-    found = json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))[part][kind]
-    return 1 + found["passes"]["fast"] * found["guided_pass_flop"] / found["plain_step_flop"] / found["steps"]
+    return cost_of(json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))[part][kind], "fast")
 
 
 def starts_of(run):
