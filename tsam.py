@@ -285,8 +285,8 @@ def spread_of(maps):
     maps = maps.reshape(*maps.shape[:2], -1, height * width)
     moments = (maps - maps.amin(-1, keepdim=True)) @ _places(height, width, maps.dtype, maps.device)
     total, moments = moments.split((1, 3), -1)
-    square, y, x = (moments / (total + TINY)).unbind(-1)
-    return (square - y * y - x * x).mean(-1)
+    square, middle = (moments / (total + TINY)).split((1, 2), -1)
+    return (square - (middle * middle).sum(-1, keepdim=True)).mean((-2, -1))
 
 
 @functools.lru_cache(maxsize=16)
