@@ -6,26 +6,22 @@ T beside R of one prompt; the loss of pictures that end right and wrong, over th
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers.utils import logging
 from matplotlib.figure import Figure
+from rows import RESULTS, ROOT, read
 
 from diffusers_tsam import PixArtAlphaTSAMPipeline
 from diffusers_tsam.comparing import compare
-from diffusers_tsam.evaluation.report import auc
+from diffusers_tsam.evaluation.report import BLUE, RED, auc
 from diffusers_tsam.figures import GREY, INK, draw_map, draw_picture, draw_table, save
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 from diffusers_tsam.shapes.judge import Judge, count, verdict
 from diffusers_tsam.shapes.scenes import prompts
 
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "contrast.json"
 CALL = ARGUMENTS["pixart"] | {"num_inference_steps": 25}
-CURVES = {"right": "#1f6fb4", "wrong": "#b4421f"}
+CURVES = {"right": BLUE, "wrong": RED}
 OBJECTIVES = ("relation", "contrast")
 
 
@@ -37,8 +33,8 @@ def measure(pipe, number):
         pictures = [drawn.picture for drawn in pair]
         for name, picture, seen, drawn in zip(("stock", "T-SAM"), pictures, judge.read(pictures), pair):
             found = verdict(wanted, seen, count(picture)[0])
-            rows.append({"prompt": caption, "seed": seed, "name": name, "losses": [round(x, 4) for x in drawn.losses]})
-            rows[-1] |= {key: found[key] for key in ("counted", "double")}
+            row = {"prompt": caption, "seed": seed, "name": name, "losses": [round(x, 4) for x in drawn.losses]}
+            rows.append(row | {key: found[key] for key in ("counted", "double")})
     return rows
 
 
@@ -81,18 +77,15 @@ def figure(pipe, rows):
 
 
 def main():
-    logging.set_verbosity_error()
     pipe = PixArtAlphaTSAMPipeline.from_pretrained(MODELS["pixart"])
-    pipe.set_progress_bar_config(disable=True)
-    if not RESULTS.exists():
-        RESULTS.write_text(json.dumps(measure(pipe, 80), indent=0) + "\n", encoding="utf-8")
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if not (RESULTS / "contrast.json").exists():
+        (RESULTS / "contrast.json").write_text(json.dumps(measure(pipe, 80), indent=0) + "\n", encoding="utf-8")
+    rows = read("contrast.json")
     stock = [row for row in rows if row["name"] == "stock"]
     for step in (0, 4, 9):
         split = [[row["losses"][step] for row in stock if row["counted"] == right] for right in (True, False)]
-        print(f"step {step + 1}: the area under the ROC curve is {auc(*map(np.array, split)):.2f}")
-    with torch.no_grad():
-        figure(pipe, rows)
+        print(f"step {step + 1}: the area under the ROC curve is {auc(*split):.2f}")
+    figure(pipe, rows)
 
 
 if __name__ == "__main__":

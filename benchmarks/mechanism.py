@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from diffusers_tsam.evaluation.report import auc
+from diffusers_tsam.evaluation.report import BLUE, auc
 from diffusers_tsam.figures import draw_table
 from diffusers_tsam.shapes.scenes import words_of_solids
 from diffusers_tsam.tsam import cosine_similarity, smooth
@@ -22,7 +22,7 @@ from diffusers_tsam.tsam import cosine_similarity, smooth
 
 MOMENTS = (0.0, 0.4, 1.0)  # of the denoising steps
 RESAMPLES = 500  # of the prompts, for intervals
-BLUE, ORANGE, GREY = "#1f6fb4", "#c8553d", "#999999"
+ORANGE, GREY = "#c8553d", "#999999"
 COLOURS = {"unbound": ORANGE, "bound": BLUE}
 
 

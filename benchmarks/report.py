@@ -11,14 +11,13 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 
 import mechanism
 import numpy as np
 import starts
 import tuning
 from matplotlib.figure import Figure
-from rows import RESULTS, SMALL, of_run, runs_of
+from rows import RESULTS, ROOT, SMALL, WORDS, by_solids, of_run, read, runs_of
 
 from diffusers_tsam import FAMILIES, MODULAR
 from diffusers_tsam.evaluation.report import BLUE, Scores, interval, markdown, table_of
@@ -26,13 +25,13 @@ from diffusers_tsam.figures import GREY, save
 from diffusers_tsam.tsam_arguments import PRESETS, T5_PRESETS
 
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = {"sd": "Stable Diffusion 1.5", "pixart": "PixArt-XL-2, its text encoder apart"}
 PEERS = {"attend_and_excite": "Attend-and-Excite", "conform": "CONFORM", "syngen": "SynGen", "focus": "FOCUS"}
 OURS = {f"tsam:preset={name}": f'T-SAM, `preset="{name}"`' for name in ("fast", "light")}
 OURS["tsam"] = 'T-SAM, `preset="paper"`'
-OUR_COLOURS = {"tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE}
+BEST_PEER = "the best peer of these pictures, told the words"
+DOTS = {"stock": GREY, "tsam:preset=light": "#7fb2de", "tsam:preset=fast": BLUE, BEST_PEER: mechanism.ORANGE}
 WRONG = {"double": "a solid too many", "touching": "touching", "missing": "a solid missing", "swap": "a swap"}
 COLUMNS_OF = {  # of four solids, of prompts with regions, and of long ones
     "four": ("counted", "missing", "swap"),
@@ -40,10 +39,6 @@ COLUMNS_OF = {  # of four solids, of prompts with regions, and of long ones
     "sentences": ("counted", "double", "missing"),
     "filled": ("counted", "double", "missing"),
 }
-
-
-def read(name):
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def parsed(setting):
@@ -69,9 +64,10 @@ def described(setting):
 # The headline: counted runs
 
 
-def counted_runs(solids):
-    """{one of SMALL: its `Scores`} of the runs whose solids were counted."""
-    return {name: Scores(run) for name, run in runs_of(f"{{}}-{solids}-counted").items()}
+def measured():
+    """Counted runs' `Scores` and the starts, both `by_solids`, and {model: rows} of how the sink works."""
+    models = {name: of_run(run) for name, run in sorted(runs_of("mechanism-{}").items())}
+    return by_solids("{}-{}-counted", Scores), by_solids("starts-{}-{}", starts.starts_of), models
 
 
 def drawn(scores, name):
@@ -109,10 +105,9 @@ def named(name):
     return f"{PEERS[loss]}, {given.get('preset', 'paper')}"
 
 
-def counted_table():
+def counted_table(counted):
     """The headline: a row a method, a column a model: counted right, in points over stock."""
-    found, rows = {words: counted_runs(solids) for words, solids in (("two", 2), ("three", 3))}, []
-    models = [name for name in SMALL if any(name in runs for runs in found.values())]
+    models, rows = [name for name in SMALL if any(name in runs for runs in counted.values())], []
 
     def row(name, runs, of):
         return [name, *(of(runs[model]) if model in runs else "" for model in models)]
@@ -121,16 +116,16 @@ def counted_table():
         name = best_peer(scores)
         return f"{gain(scores, name)} ({named(name)})" if name else ""
 
-    for words, runs in found.items():
-        rows.append(row(f"stock, {words} solids", runs, lambda scores: share(scores, "stock")))
+    for solids, runs in counted.items():
+        rows.append(row(f"stock, {WORDS[solids]} solids", runs, lambda scores: share(scores, "stock")))
         rows += [row(own, runs, lambda scores, name=name: gain(scores, name)) for name, own in OURS.items()]
-        rows.append(row("the best peer of these pictures, told the words", runs, of_peer))
+        rows.append(row(BEST_PEER, runs, of_peer))
     return markdown(["counted right", *map(SMALL.get, models)], rows)
 
 
-def overall_sentence():
+def overall_sentence(counted):
     """What one setting adds to stock over the pictures of all models, two and three solids: ours, and the best peer."""
-    cells = [scores for solids in (2, 3) for scores in counted_runs(solids).values()]
+    cells = [scores for runs in counted.values() for scores in runs.values()]
     gains = {
         name: np.concatenate([scores.gains(scores.run.methods.index(name), "counted") for scores in cells])
         for name in cells[0].run.methods
@@ -146,10 +141,10 @@ def overall_sentence():
     return f"Over all {pictures} pictures, points over stock: {'; '.join(said)}."
 
 
-def counted_tables(solids):
+def counted_tables(runs):
     """Every method of every model: how many pictures are right, and what it makes of stock's wrong and right ones."""
     tables, head = [], ["setting (pictures)", "right", "points over stock", "fixes", "keeps", *WRONG.values()]
-    for model, scores in counted_runs(solids).items():
+    for model, scores in runs.items():
         right, lines = scores.values["counted"], {}
         for method, name in enumerate(scores.run.methods):
             if drawn(scores, name):
@@ -164,23 +159,19 @@ def counted_tables(solids):
     return "\n\n".join(tables)
 
 
-def counted_figure():
+def counted_figure(counted):
     """The headline as a picture: dots with 95 % intervals, by model, of two and of three solids."""
-    shown = {"stock": ("stock", GREY)}
-    shown |= {name: (OURS[name].replace("`", ""), colour) for name, colour in OUR_COLOURS.items()}
-    shown["peer"] = "the best peer of these pictures, told the words", "#c8553d"
     fig = Figure((11, 4), dpi=120, layout="constrained", facecolor="white")
-    for axes, (words, solids) in zip(fig.subplots(1, 2, sharey=True), (("two solids", 2), ("three solids", 3))):
-        runs = counted_runs(solids)
-        for offset, (name, (label, colour)) in enumerate(shown.items()):
-            found = [percent(scores, best_peer(scores) if name == "peer" else name) for scores in runs.values()]
-            at, label = np.arange(len(found)) + (offset - 1.5) * 0.14, label if solids == 2 else None  # named once
+    for axes, (solids, runs) in zip(fig.subplots(1, 2, sharey=True), counted.items()):
+        for offset, (name, colour) in enumerate(DOTS.items()):
+            found = [percent(scores, best_peer(scores) if name == BEST_PEER else name) for scores in runs.values()]
+            at, label = np.arange(len(found)) + (offset - 1.5) * 0.14, OURS.get(name, name).replace("`", "")
             axes.errorbar(at, *np.array(found).reshape(-1, 2).T, fmt="o", capsize=3, color=colour, label=label)
         axes.set_xticks(range(len(runs)), [SMALL[name] for name in runs])
-        axes.set(title=words, ylim=(0, 108), yticks=range(0, 101, 20))
+        axes.set(title=f"{WORDS[solids]} solids", ylim=(0, 108), yticks=range(0, 101, 20))
         axes.spines[["top", "right"]].set_visible(False)
     fig.axes[0].set_ylabel("counted right, %")
-    fig.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return fig
 
 
@@ -193,7 +184,7 @@ def card_sentence(scores, name="tsam:preset=fast"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows of pictures
+# Costs, the mechanism, presets
 
 
 def operations_table(part, names):
@@ -222,11 +213,6 @@ def overhead_sentence():
     )
 
 
-def mechanisms():
-    """{model: rows} of what was kept of pictures to see how the sink works."""
-    return {name: of_run(run) for name, run in sorted(runs_of("mechanism-{}").items())}
-
-
 def mechanism_table(models):
     """What embeddings, T and maps say of who belongs to whom, a row a model."""
     found = {f"{SMALL[name]} ({len(rows)})": mechanism.numbers_of(rows) for name, rows in models.items()}
@@ -243,9 +229,8 @@ def overlap_table(models):
     return markdown(["C at 40 % of the steps", *titles], rows)
 
 
-def sink_sentence(sink="sink", control="sd", ours="tsam:preset=fast"):
-    """What the documents say of the model with a sink that ships, beside the one without."""
-    runs = counted_runs(2)
+def sink_sentence(runs, sink="sink", control="sd", ours="tsam:preset=fast"):
+    """What the documents say of the model with a sink that ships, beside the one without. runs: of two solids."""
 
     def said(model, setting):
         right, swap = (share(runs[model], setting, key) for key in ("counted", "swap"))
@@ -258,9 +243,8 @@ def sink_sentence(sink="sink", control="sd", ours="tsam:preset=fast"):
     )
 
 
-def mechanism_figure(models):
-    """Fig. 2 and 6, with the shares of right pictures of two solids."""
-    runs = counted_runs(2)
+def mechanism_figure(models, runs):
+    """Fig. 2 and 6, with the shares of right pictures in `runs`, of two solids."""
     methods = {"stock": "stock", "T-SAM": "tsam:preset=fast"}
     right = {label: {name: percent(runs[name], own) for name in models} for label, own in methods.items()}
     return mechanism.picture(models, "sink", right)
@@ -283,9 +267,8 @@ def presets_table():
     return markdown(["preset", "objective", "size of an update", "γ", "guided steps", "extra updates"], rows)
 
 
-def parts():
-    """{name: Markdown} of everything that a document may hold."""
-    models = mechanisms()
+def parts(counted, chosen, models):
+    """{name: Markdown} of everything that a document may hold, of what was `measured`."""
     found = {
         "operations": operations_table("operations", TABLE),
         "modular": operations_table("modular", {kind: blocks.name for kind, blocks in MODULAR.items()}),
@@ -295,14 +278,14 @@ def parts():
         ),
         "small": cost_table("small", "seconds", SMALL, "{}x".format),
         "presets": presets_table(),
-        "counted": counted_table(),
-        "overall": overall_sentence(),
+        "counted": counted_table(counted),
+        "overall": overall_sentence(counted),
         "tuning": tuning.tables(),
         "mechanism": mechanism_table(models),
         "overlap": overlap_table(models),
-        "sink-sentence": sink_sentence(),
-        **{f"counted-{solids}": counted_tables(solids) for solids in (2, 3)},
-        **{f"starts-{solids}": starts.tables(of_models) for solids, of_models in starts.all_starts().items()},
+        "sink-sentence": sink_sentence(counted[2]),
+        **{f"counted-{solids}": counted_tables(runs) for solids, runs in counted.items()},
+        **{f"starts-{solids}": starts.tables(of_models) for solids, of_models in chosen.items()},
     }
     for form, keys in COLUMNS_OF.items():
         runs = runs_of(f"{form}-{{}}").values()
@@ -321,11 +304,11 @@ def filled(text, found):
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
 
 
-def outputs():
-    """{path: text} of every document and of the cards' sentences."""
-    found = parts()
+def outputs(counted, chosen, models):
+    """{path: text} of every document and of the cards' sentences, of what was `measured`."""
+    found = parts(counted, chosen, models)
     texts = {path: filled(path.read_text(encoding="utf-8"), found) for path in DOCUMENTS}
-    cards = {kind: card_sentence(scores) for kind, scores in counted_runs(2).items() if kind in FAMILIES}
+    cards = {kind: card_sentence(scores) for kind, scores in counted[2].items() if kind in FAMILIES}
     return texts | {RESULTS / "summary.json": json.dumps({"card": cards}, indent=1, ensure_ascii=False) + "\n"}
 
 
@@ -333,15 +316,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if anything would change")
     args = parser.parse_args()
-    made = outputs()
+    counted, chosen, models = measured()
+    made = outputs(counted, chosen, models)
     changed = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     print(*(path.relative_to(ROOT) for path in changed), sep="\n")
     if args.check:
         sys.exit(bool(changed))
     for path, text in made.items():
         path.write_text(text, encoding="utf-8")
-    figures = {"mechanism": mechanism_figure(mechanisms()), "starts": starts.figure(starts.all_starts())}
-    for name, figure in (figures | {"counted": counted_figure()}).items():
+    figures = {"mechanism": mechanism_figure(models, counted[2]), "starts": starts.figure(chosen)}
+    for name, figure in (figures | {"counted": counted_figure(counted)}).items():
         save(figure, ROOT / "docs" / f"{name}.png")
 
 

@@ -4,12 +4,11 @@ A prompt's pictures of all starts are drawn to the end, unguided (and watched: Î
 the best of N is known for every N, loss and step: its share right is the mean over all choices of N of the starts.
 """
 
-import json
 from math import comb
 
 import numpy as np
 from matplotlib.figure import Figure
-from rows import RESULTS, SMALL, of_run, runs_of
+from rows import SMALL, WORDS, of_run, read
 from variants import PEERS, STEPS
 
 from diffusers_tsam.evaluation.report import BLUE, auc, interval, markdown
@@ -17,7 +16,6 @@ from diffusers_tsam.figures import GREY, INK
 
 
 OF = 25
-WORDS = {2: "two", 3: "three"}
 LOSSES = ("contrast", "relation", "attainable", *PEERS)
 NUMBERS = (2, 4, 8)
 ARCHITECTURES = {"pixart": ("operations", "pixart"), "sd3": ("modular", "sd3")}  # in cost.json; the others are SD
@@ -31,7 +29,7 @@ def cost_of(found, preset):
 def cost_of_fast(model):
     """Of a small model, by its published architecture."""
     part, kind = ARCHITECTURES.get(model, ("operations", "sd"))
-    return cost_of(json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))[part][kind], "fast")
+    return cost_of(read("cost.json")[part][kind], "fast")
 
 
 def starts_of(run):
@@ -42,11 +40,6 @@ def starts_of(run):
         own["fast" if row["setting"] == "tsam:preset=fast" else "stock"] = row["right"]
         own |= row.get("starts", {})
     return [[own[seed] for seed in sorted(own)] for own in prompts.values()]
-
-
-def all_starts():
-    """{number of solids: {model: its `starts_of`}}."""
-    return {n: {model: starts_of(run) for model, run in runs_of(f"starts-{{}}-{n}").items()} for n in WORDS}
 
 
 def best_of(number, order, right):

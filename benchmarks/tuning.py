@@ -1,13 +1,12 @@
 """Which constants and settings the presets have: tables of runs with one thing changed at a time, on tuning prompts."""
 
 import numpy as np
-from rows import SMALL, of_run, runs_of
+from rows import SMALL, by_solids, of_run
 from variants import STEPS, VARIANTS
 
 from diffusers_tsam.evaluation.report import Scores, auc, interval, markdown
 
 
-SOLIDS = (2, 3)
 FAST, LIGHT = "tsam:preset=fast", "tsam:preset=light"
 CHANGED = {  # what is changed of `fast`: in words
     "": "`fast`",
@@ -30,16 +29,15 @@ def gains(scores, change):
     return scores.gains(scores.run.methods.index(method), "counted")
 
 
-def area(run, loss, step=5):
+def area(rows, loss, step=5):
     """How well a loss tells wrong pictures: the area under the ROC curve."""
-    rows = of_run(run)
     at = [[row["starts"][loss][STEPS.index(step)] for row in rows if row["right"] == right] for right in (True, False)]
     return auc(*at)
 
 
 def tables():
     """Points over stock of every change, all models together, and how well each loss tells wrong pictures."""
-    found = {n: {m: Scores(run) for m, run in runs_of(f"tuning-{{}}-{n}").items()} for n in SOLIDS}
+    found = by_solids("tuning-{}-{}", Scores)
     head = ["changed", *(f"{n} solids ({', '.join(SMALL[m] for m in own)})" for n, own in found.items()), "together"]
     rows = []
     for change, words in {LIGHT: "`light`", **CHANGED}.items():
@@ -55,8 +53,8 @@ def tables():
         f" where `fast` gains {np.mean([own[0] for own in means]):.1f}: an upper bound of what tuning per model adds,"
         " picked on these pictures."
     )
-    watched = [(f"{SMALL[m]}, {n}", run) for n in SOLIDS for m, run in runs_of(f"watched-{{}}-{n}").items()]
-    areas = [[name, *(f"{area(run, name):.2f}" for _, run in watched)] for name in VARIANTS]
-    titles = (f"{name} ({run.done('score-judge').sum()})" for name, run in watched)
-    areas = markdown(["area under the ROC curve after 5 of 25 steps", *titles], areas)
+    watched = by_solids("watched-{}-{}", of_run).items()
+    watched = {f"{SMALL[m]}, {n} ({len(rows)})": rows for n, own in watched for m, rows in own.items()}
+    areas = [[name, *(f"{area(rows, name):.2f}" for rows in watched.values())] for name in VARIANTS]
+    areas = markdown(["area under the ROC curve after 5 of 25 steps", *watched], areas)
     return f"{markdown(head, rows)}\n\n{said}\n\n{areas}"

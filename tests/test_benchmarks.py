@@ -102,17 +102,18 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
     for module in (report, runs):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
 
-    table = report.counted_table().splitlines()
+    counted, *_ = report.measured()
+    table = report.counted_table(counted).splitlines()
     assert table[0] == "| counted right | PixArt-α |" and table[2].startswith("| stock, two solids | 50.0 ± 98.0 % |")
     assert table[3] == '| T-SAM, `preset="fast"` | +50.0 ± 98.0 |'
     assert table[5] == '| T-SAM, `preset="paper"` | -25.0 ± 49.0 |'
     assert table[6] == "| the best peer of these pictures, told the words | +25.0 ± 49.0 (CONFORM, light) |"
     assert table[7:9] == ["| stock, three solids |  |", '| T-SAM, `preset="fast"` |  |']  # not drawn
-    every = report.counted_tables(2)
+    every = report.counted_tables(counted[2])
     assert "| CONFORM's loss, words given, preset light, α 1 (4) | 75.0 ± 49.0 % | +25.0 ± 49.0 | 50 % of 2 |" in every
     assert "| 100 % of 2 | 25.0 ± 49.0 % |" in every and "nan" not in every
     assert "(4) | 100.0 ± 0.0 % | +50.0 ± 98.0 | 100 % of 2 | 100 % of 2 |" in every
-    assert [len(axes.containers) for axes in report.counted_figure().axes] == [4, 4]
+    assert [len(axes.containers) for axes in report.counted_figure(counted).axes] == [4, 4]
     assert "100.0 ± 0.0 % of 4 pictures" in report.card_sentence(Scores(run))
     rows = runs.of_run(run)
     assert [row["right"] for row in rows if row["setting"] == "stock"] == [True, True, False, False]
@@ -121,7 +122,7 @@ def test_tables_rows_figure_and_cards_are_those_of_the_runs_whose_solids_were_co
 
 
 def test_the_documents_say_what_the_data_say_and_ask_only_for_what_is_there():
-    for path, text in report.outputs().items():
+    for path, text in report.outputs(*report.measured()).items():
         assert path.read_text() == text, f"{path.name}: run `python benchmarks/report.py`"
     assert not re.search(r"<!-- ([\w-]+) -->\n<!-- /\1 -->", "".join(path.read_text() for path in report.DOCUMENTS))
     with pytest.raises(ValueError, match="No part is called 'nothing'; there are operations"):
