@@ -1,7 +1,7 @@
 """What guidance costs: operations, seconds and memory of T-SAM and of Attend-and-Excite beside the plain pipeline.
 
-    python benchmarks/cost.py                          # a CPU: small pictures, few steps, minutes
-    python benchmarks/cost.py --size 512 --steps 50    # a GPU
+    python benchmarks/cost.py  # a CPU: small pictures, few steps, minutes
+    python benchmarks/cost.py --size 512 --steps 50 --batch 8 --dtype float16  # a GPU
 
 The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), and for the modular blocks
 the denoisers of SDXL, SD3 and FLUX.1 (1024), with random weights; T5-XXL is replaced by one narrow layer. Operations
@@ -45,10 +45,12 @@ RESULTS = Path(__file__).parent / "results" / "cost.json"
 PROMPT = "a red cube and a blue sphere"
 NOUNS = [3, 7]  # what Attend-and-Excite has to be told: the tokens of "cube" and "sphere"
 TOKENS = {"sd": 77, "pixart": 120}
-PIPELINES = {
-    kind: (getattr(diffusers, family.stock), getattr(diffusers_tsam, family.pipeline))
-    for kind, family in FAMILIES.items()
-}
+PIPELINES = {kind: getattr(diffusers_tsam, family.pipeline) for kind, family in FAMILIES.items()}
+WAYS = {"plain": {"tsam_steps": 0}, **{name: {"preset": name} for name in PRESETS}}
+WAYS |= {f"the best of {n}": {"tsam_steps": 0, "candidates": n} for n in (2, 4, 8)}
+for end in ("", "_backward"):  # torch counts attention on a GPU alone
+    flash = f"_scaled_dot_product_flash_attention{{}}{end}".format
+    flop_registry[getattr(torch.ops.aten, flash("_for_cpu"))] = flop_registry[getattr(torch.ops.aten, flash(""))]
 
 
 def build_denoiser(kind):
@@ -73,7 +75,7 @@ def build_components(kind):
     tokenizer.model_max_length = TOKENS[kind]
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     text = CLIPTextConfig(**sizes, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    components |= {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(text)}
+    components |= {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(text).eval()}
     return components | {"safety_checker": None, "feature_extractor": None}
 
 
@@ -164,7 +166,7 @@ def simulate(kind, size, device):
     """A `Counter` of a plain step with classifier-free guidance, of decoding and of a guided pass, without data."""
     alignment = alignment_of(9, 0, device)
     with without_data(device):
-        pipe = PIPELINES[kind][1](**build_components(kind))
+        pipe = PIPELINES[kind](**build_components(kind))
         latents, t = torch.empty(2, 4, size // 8, size // 8), torch.tensor(1)
         given = {"encoder_hidden_states": torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096)}
         given["timestep"] = t.expand(2)
@@ -263,7 +265,7 @@ def operations(kinds, simulated, size, steps):
 
 def number_of_updates(kind, preset, steps):
     """Guided passes of a picture."""
-    owner = PIPELINES[kind][1] if kind in PIPELINES else loop_of(kind)
+    owner = PIPELINES[kind] if kind in PIPELINES else loop_of(kind)
     guided, refined, iterations = owner.settings(preset=preset).plan(steps)
     return guided + iterations * len(refined)
 
@@ -291,51 +293,47 @@ def measure(pipe, kind, device, arguments):
     passes = []
     denoiser = getattr(pipe, FAMILIES[kind].denoiser)
     hook = denoiser.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    gc.collect()
     with Counter(*pipe.components.values()) as counter:
         draw(pipe, **arguments)
     hook.remove()
+    gc.collect()  # what other calls left would count in the peak
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     started = clock(device)
     draw(pipe, **arguments)
     seconds = clock(device) - started
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else counter.peak
-    return sum(passes), counter.flop, seconds, peak
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else counter.peak
+    return {"guided_passes": sum(passes), "flop": counter.flop, "seconds": round(seconds, 3), "peak_bytes": peak}
 
 
-def pictures(kind, device, dtype, size, steps):
-    """Whole pictures, drawn one after the other with the same components and seed: (passes, operations, seconds, peak
-    bytes) by method."""
+def pictures(kind, device, dtype, size, steps, batch):
+    """What whole pictures cost, `batch` of them a call, by method: one call after the other, of the same components and
+    seed. Attend-and-Excite guides a batch's pictures one after another, and stops where its thresholds are reached."""
     components = build_components(kind)
-    stock, tsam = (cls(**components).to(device, dtype) for cls in PIPELINES[kind])
+    tsam = PIPELINES[kind](**components).to(device, dtype)  # and with it what the others share
     options = {"num_inference_steps": steps, "height": size, "width": size, "output_type": "pt"}
+    options["num_images_per_prompt"] = batch
     if kind == "pixart":
         options |= {"use_resolution_binning": False, "clean_caption": False}
-    rows = {
-        "plain": (stock, {}),
-        "T-SAM, paper": (tsam, {}),
-        "T-SAM, fast": (tsam, {"preset": "fast"}),
-        "T-SAM, light": (tsam, {"preset": "light"}),
-        "the best of 4 starts": (tsam, {"tsam_steps": 0, "candidates": 4}),
-    }
+    rows = {name: (tsam, own) for name, own in WAYS.items()}
+    rows["plain"] = (getattr(diffusers, FAMILIES[kind].stock)(**components), {})
     if kind == "sd":
         peer = diffusers.StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
-        side = size // 32
-        limits = {"token_indices": NOUNS, "max_iter_to_alter": max(steps // 2, 1), "attn_res": (side, side)}
-        rows["Attend-and-Excite"] = (peer, limits)
-    found = {}
+        rows["Attend-and-Excite"] = (peer, {"token_indices": NOUNS, "max_iter_to_alter": max(steps // 2, 1)})
+    found = {"size": size, "steps": steps, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found |= {"versions": {module.__name__: module.__version__ for module in (torch, diffusers)}, "methods": {}}
     for name, (pipe, more) in rows.items():
         pipe.set_progress_bar_config(disable=True)
-        found[name] = measure(pipe, kind, device, {**options, **more})
-    return {"size": size, "steps": steps, "device": device.type, "methods": found}
+        found["methods"][name] = measure(pipe, kind, device, options | more)
+    return found
 
 
 def clock(device):
     """Seconds, of the processor on a CPU."""
     if device.type != "cuda":
         return time.process_time()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -352,14 +350,12 @@ def milliseconds(calls, device, rounds):
 
 def small(device):
     """Seconds of whole pictures of the small models, by preset, beside plain ones: {model: {what: ratio}}."""
-    settings = {"plain": {"tsam_steps": 0}, **{name: {"preset": name} for name in PRESETS}}
-    settings |= {f"the best of {n}": {"tsam_steps": 0, "candidates": n} for n in (2, 4, 8)}
     found = {}
-    for kind, (_, owner) in PIPELINES.items():
+    for kind, owner in PIPELINES.items():
         pipe = owner.from_pretrained(MODELS[kind]).to(device)
         pipe.set_progress_bar_config(disable=True)
         given = ARGUMENTS[kind] | {"num_inference_steps": 25, "output_type": "pt"}
-        calls = {name: partial(draw, pipe, **given, **own) for name, own in settings.items()}
+        calls = {name: partial(draw, pipe, **given, **own) for name, own in WAYS.items()}
         took = milliseconds(calls, device, 5)
         found[kind] = {name: round(own / took["plain"], 2) for name, own in took.items()}
     return found
@@ -386,7 +382,7 @@ def overhead(device):
     """Milliseconds of what a guided call does outside of the network, beside a plain step of Stable Diffusion 1.5 at
     512 pixels in float32: `call`, once a call; `update`, the maps' mean, loss, gradient to the maps, and the move."""
     with torch.device(device), torch.no_grad():
-        pipe = PIPELINES["sd"][1](**build_components("sd"))
+        pipe = PIPELINES["sd"](**build_components("sd"))
 
         def start():
             with frozen(pipe.unet), record_cross_attention(pipe.layers_of(pipe.settings()), 10, stop=True):
@@ -394,7 +390,7 @@ def overhead(device):
 
         found = milliseconds({"call": start, "update": update_alone(device)[0]}, device, 20)
         batch, states = torch.randn(2, 4, 64, 64), torch.randn(2, TOKENS["sd"], 768)
-        found |= milliseconds({"plain step": lambda: pipe.unet(batch, 1, states)}, device, 1)
+        found |= milliseconds({"plain step": lambda: pipe.unet(batch, 1, states)}, device, 3)
     return found | {"device": device.type, "share": round(found["update"] / found["plain step"], 5)}
 
 
@@ -404,8 +400,11 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps of the pictures that are drawn")
+    parser.add_argument("--batch", type=int, default=1, help="pictures that a call draws")
     parts = ["operations", "modular", "launches", "overhead", "small", "sd", "pixart"]
-    parser.add_argument("--parts", nargs="+", default=parts, help="%(default)s; sd and pixart draw pictures")
+    parser.add_argument(
+        "--parts", nargs="+", default=parts, choices=parts, help="%(default)s; sd and pixart draw pictures"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -416,7 +415,9 @@ def main():
         "overhead": lambda: overhead(device),
         "small": lambda: small(device),
     }
-    calls |= {kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps) for kind in PIPELINES}
+    calls |= {
+        kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps, args.batch) for kind in PIPELINES
+    }
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.parts:
         found[part] = calls[part]()

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import cost
+import diffusers
 import mechanism
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import starts
 import torch
 import tuning
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import T5Config
 from variants import VARIANTS, variant
 
@@ -23,6 +25,7 @@ from diffusers_tsam.evaluation.__main__ import main as evaluation
 from diffusers_tsam.evaluation.prompts import Prompt
 from diffusers_tsam.evaluation.report import Scores
 from diffusers_tsam.evaluation.runs import Run
+from tiny import tiny_components, tiny_pixart_components, tiny_unet
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +69,30 @@ def test_the_models_that_are_counted_have_no_dropout():
     with mock.patch.multiple(cost, T5Config=lambda **_: T5Config(**config, num_layers=1), build_denoiser=mock.Mock()):
         encoder = cost.build_components("pixart")["text_encoder"]
     assert encoder.config.dropout_rate > 0 and not any(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("kind, components", [("sd", tiny_components), ("pixart", tiny_pixart_components)])
+def test_what_pictures_cost_is_measured_of_a_batch_of_every_method(kind, components, monkeypatch):
+    def drawn(pipe, kind, device, arguments):
+        one = measure(pipe, kind, device, arguments) if arguments.get("preset") == "light" else {"guided_passes": 1}
+        return len(pipe(cost.PROMPT, **arguments).images), one["guided_passes"]
+
+    unet = {"unet": tiny_unet(4, (8, 16, 16, 16, 16), 16)} if kind == "sd" else {}  # Attend-and-Excite reads 2x2 maps
+    measure = cost.measure
+    monkeypatch.setattr(cost, "build_components", lambda _: components() | unet)
+    monkeypatch.setattr(cost, "measure", drawn)
+    found = cost.pictures(kind, torch.device("cpu"), torch.float32, 64, 2, batch=2)
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    assert found.pop("methods") == dict.fromkeys([*cost.WAYS, *["Attend-and-Excite"] * (kind == "sd")], (2, 1))
+    assert found == {"size": 64, "steps": 2, "batch": 2, "dtype": "float32", "device": "cpu", "versions": versions}
+
+
+def test_attention_is_counted_on_a_cpu_too():
+    def flop(device):
+        q = torch.ones(1, 2, 8, 4, device=device)
+        return cost.counted([lambda: scaled_dot_product_attention(q, q, q)])[0].flop
+
+    assert flop("cpu") == flop("meta") > 0
 
 
 @pytest.mark.parametrize(
