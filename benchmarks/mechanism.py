@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from diffusers_tsam.evaluation.report import BLUE, auc
+from diffusers_tsam.evaluation.report import BLUE, auc, interval
 from diffusers_tsam.figures import draw_table
 from diffusers_tsam.shapes.scenes import words_of_solids
 from diffusers_tsam.tsam import cosine_similarity, smooth
@@ -108,11 +108,8 @@ def numbers_of(rows):
 def similarity_when(rows, kind, which, moment=1):
     """Fig. 4: mean C of a kind of pairs in the pictures of a verdict of the judge's, in words."""
     chosen = [row["pairs"] for row in rows if row[which]]
-    own = [[pair["maps"][moment] for pair in pairs if pair["kind"] == kind] for pairs in chosen]
-    if not own:
-        return "-"
-    values = np.mean(own, 1)
-    return f"{np.mean(values):.2f} ± {1.96 * np.std(values) / len(values) ** 0.5:.2f} ({len(values)})"
+    means = [np.mean([pair["maps"][moment] for pair in pairs if pair["kind"] == kind]) for pairs in chosen]
+    return "{:.2f} ± {:.2f} ({})".format(*interval(means), len(means)) if means else "-"
 
 
 def picture(models, shown, right):
