@@ -35,12 +35,12 @@ from ..tsam_layout import check_regions
 from . import prompts as prompt_sets
 from .baselines import BASELINES, told
 from .prompts import json_of
-from .runs import Run, digest, processes, save
+from .runs import Run, digest, locked, processes, save
 
 
 OF_A_LOSS = ("sharpness",)
 OF_THE_RUN = ("prompt", "generator", "num_images_per_prompt", "num_inference_steps", "guidance_scale")
-OF_THE_RUN += ("prompt_embeds", "latents", "output_type", "return_dict", "regions")
+OF_THE_RUN += ("prompt_embeds", "latents", "output_type", "return_dict", "regions", "timesteps", "sigmas")
 STOCK = {"tsam_steps": 0}
 KINDS = {
     each.name: kind_of_field(each)
@@ -105,7 +105,8 @@ def kind_of(model):
         return model, known, JointSettings
     family = family_of(SHIPPED.get(model, model))
     pipeline = getattr(importlib.import_module("..", __package__), FAMILIES[family].pipeline)
-    return model if model in TUNED else family, inspect.signature(pipeline.__call__).parameters, pipeline.settings
+    _, *known = inspect.signature(pipeline.__call__).parameters  # without self
+    return model if model in TUNED else family, known, pipeline.settings
 
 
 def check_methods(methods, known, settings, steps, regions):
@@ -143,12 +144,13 @@ def check_places(prompt):
     return checked is not None
 
 
-def recorded(arguments):
-    """A method's arguments for a run's settings, with a digest of its objective's file."""
-    file, _, name = str(arguments.get("objective", "")).rpartition(":")
-    if not file:
-        return arguments
-    return arguments | {"objective": f"{file}:{name} {digest(Path(file).read_bytes())}"}
+def recorded(function):
+    """What tells an objective, or `keep`, from others in a run's settings: a name, or "my.py:function" with a digest of
+    its file."""
+    if callable(function):
+        return getattr(function, "__qualname__", type(function).__name__)
+    file = str(function).rpartition(":")[0]
+    return f"{function} {digest(Path(file).read_bytes())}" if file else function
 
 
 def identity(model):
@@ -246,7 +248,10 @@ def described(pipe, kind, model, methods, given, **others):
         "scheduler": type(pipe.scheduler).__name__,
         "arguments": given,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "methods": {name: recorded(arguments) for name, (arguments, _) in methods.items()},
+        "methods": {
+            name: {key: recorded(value) if key == "objective" else value for key, value in arguments.items()}
+            for name, (arguments, _) in methods.items()
+        },
     }
 
 
@@ -273,8 +278,7 @@ def generate(
         check_integer(name, number, 1, "Leave it out, or pass more.")
     if guidance_scale is not None:
         check_number("guidance_scale", guidance_scale, "7.5 is usual.")
-    if isinstance(keep, str):
-        keep = function_of(keep, "keep")
+    keeper = function_of(keep, "keep") if isinstance(keep, str) else keep
     kind, known, settings = kind_of(model)
     methods = {name: parse_method(name, kind) for name in methods}
     wanted = prompt_sets.load(prompts, parser)
@@ -290,9 +294,10 @@ def generate(
         pipe.safety_checker = None  # its black pictures would count against a method
     given |= {"num_inference_steps": steps} | ({"output_attentions": True} if keep else {})
     if state.is_main_process:
-        others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds}
+        others = {"prompt_set": prompts, "parser": parser, "format": format, "seeds": seeds, "keep": recorded(keep)}
         settings = described(pipe, kind, model, methods, given, **others)
-        Run.create(output, settings, wanted)
+        with locked(Path(output) / "settings.json"):  # so that two commands' methods are both in it
+            Run.create(output, settings, wanted)
     state.wait_for_everyone()
     run = Run(output)
     number = [run.methods.index(name) for name in methods]
@@ -310,7 +315,7 @@ def generate(
             own_prompts = [wanted[prompt] for prompt, _ in jobs]
             output = draw(pipe, own_prompts, [seed for _, seed in jobs], *how, **given)
             seconds, rows = (time.perf_counter() - started) / len(jobs), []
-            kept = keep(pipe, own_prompts, output) if keep else [{}] * len(jobs)
+            kept = keeper(pipe, own_prompts, output) if keep else [{}] * len(jobs)
             if len(kept) != len(jobs):
                 raise ValueError(f"`keep` returned {len(kept)} dicts for {len(jobs)} pictures. Return one for each.")
             for job, image, loss, others in zip(jobs, output.images, np.asarray(output.losses, dtype=float), kept):

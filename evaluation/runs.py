@@ -1,7 +1,8 @@
 """A run is one folder: its settings, prompts and pictures, and JSON lines of what was drawn and scored.
 
-Every process appends to a file of its own, so that lines never interleave. It writes a picture beside its place, moves
-it there and then writes its line, so that what a killed process leaves half-written never counts as done.
+Every process appends to a file of its own, which it locks, so that lines never interleave. It writes a picture beside
+its place, moves it there and then writes its line, so that what a killed process leaves half-written never counts as
+done.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from PIL import Image
 
-from .prompts import Prompt, json_of, lines_of
+from .prompts import Prompt, json_of, lines_of, text_of
 
 
 ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # PNG's and JPEG's
@@ -46,9 +48,9 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         path = self.folder / "settings.json"
-        if not path.is_file():
-            raise ValueError(f"{str(folder)!r} is no run, since it has no settings.json. Run `generate` into it first.")
-        self.settings = json_of(path)
+        self.settings = json_of(path) if path.is_file() else {}
+        if "methods" not in self.settings:  # another program's
+            raise ValueError(f"{str(folder)!r} is no run, since it has no settings.json of one. Run `generate` first.")
         self.prompts = [Prompt(**entry) for entry in lines_of(self.folder / "prompts.jsonl")]
         texts = [prompt.text for prompt in self.prompts]
         self.clusters = np.unique(texts, return_inverse=True)[1]  # a prompt's number among the different texts
@@ -86,7 +88,12 @@ class Run:
                 f"The methods {' and '.join(shared)} would share a folder of pictures. Rename their files."
             )
         if new:
-            write(folder / "prompts.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in prompts))
+            path, lines = folder / "prompts.jsonl", "".join(f"{json.dumps(prompt)}\n" for prompt in prompts)
+            if path.exists() and text_of(path) != lines:  # a user's
+                raise ValueError(
+                    f"{str(folder)!r} has other prompts in prompts.jsonl, but no run. Choose another folder."
+                )
+            write(path, lines)
         write(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
         return cls(folder)
 
@@ -140,12 +147,18 @@ class Run:
 
     @contextmanager
     def writer(self, kind, process):
-        """A function that appends rows, with their method's name, and writes them to the file before it returns."""
+        """A function that appends rows, with their method's name, and writes them to the file before it returns.
+        ValueError if another command's writer has the same file."""
         path = self.folder / f"{kind}-{process}.jsonl"
-        if path.exists():  # cut off a killed process's text after its last whole line
-            with path.open("rb+") as file:
-                file.truncate(_whole(file))
-        with path.open("a", encoding="utf-8") as file:
+        try:
+            lock = locked(path).acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"Another command is writing {str(path)!r}. Wait until it ends, and run this again."
+            ) from error
+        with lock, path.open("a", encoding="utf-8") as file:
+            with path.open("rb+") as before:  # cut off a killed process's text after its last whole line
+                before.truncate(_whole(before))
 
             def append(rows):
                 file.write("".join(json.dumps(row | {"method": self.methods[row["method"]]}) + "\n" for row in rows))
@@ -178,6 +191,11 @@ def opened(path):
             f"{str(path)!r} is no picture: {error}. Remove it, and run `generate` with the same arguments, which draws"
             " it again."
         ) from error
+
+
+def locked(path):
+    """A file's lock, which ends with its process, even if that is killed."""
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def _whole(file, chunk=1 << 16):

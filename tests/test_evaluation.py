@@ -148,7 +148,9 @@ def test_a_file_of_prompts_or_of_an_objective_that_has_changed_is_refused(tmp_pa
     prompts, objective = "a red cube and a blue star\n\n", "def mine(maps, text): return maps.flatten(1).mean(1) + 3"
     Path("prompts.txt").write_text(prompts)
     Path("my.py").write_text(objective)
-    once = [*ONE, "tsam:objective=my.py:mine:preset=light,stock", "--prompts", "prompts.txt", "--output", "run"]
+    Path("keep.py").write_text("def kept(pipe, prompts, output): return [{'kept': 1}] * len(prompts)")
+    once = [*ONE, "tsam:objective=my.py:mine:preset=light,stock", "--prompts", "prompts.txt", "--keep", "keep.py:kept"]
+    once += ["--output", "run"]
     main(once)
     assert len(set(pictures("run").values())) == 2  # so that it guides
     assert 3 < next(Run("run").rows("drawn"))["loss"][0] < 3.1
@@ -157,11 +159,16 @@ def test_a_file_of_prompts_or_of_an_objective_that_has_changed_is_refused(tmp_pa
     Path("prompts.txt").write_text(prompts)
     Path("my.py").write_text(objective.replace("mean", "sum"))
     assert "other settings: tsam:objective=my.py:mine" in refused(*once)
+    Path("my.py").write_text(objective)
+    Path("keep.py").write_text(Path("keep.py").read_text().replace("1", "2"))
+    assert "other settings: keep. The first of these was 'keep.py:kept " in refused(*once)
 
 
 def test_errors_say_what_to_do(copy, tmp_path):
     score = ["score", copy, "--metrics", "judge"]
-    assert "Run `generate` into it first" in refused("score", tmp_path / "nothing")
+    (tmp_path / "settings.json").write_text("{}")  # another program's
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert f"'{folder}' is no run, since it has no settings.json of one" in refused("score", folder)
     assert "'clips', but has to be one of clip, caption, tifa, judge" in refused(*score[:3], "clips")
     assert "Pass --questions" in refused(*score[:3], "tifa")
     assert "--score-batch is 0" in refused(*score, "--score-batch", 0)
@@ -202,6 +209,8 @@ def test_errors_say_what_to_do(copy, tmp_path):
         ("--guidance-scale inf", "--guidance-scale is inf, but has to be finite"),
         ("--methods stock:num_inference_steps=3", "changes 'num_inference_steps', which all of a run's methods share"),
         ("--methods tsam:regions=3", "changes 'regions', which all of a run's methods share"),
+        ("--methods stock:timesteps=3", "changes 'timesteps', which all of a run's methods share"),
+        ("--methods tsam:self=3", "has no argument 'self'"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(arguments, said, tmp_path, monkeypatch):
@@ -229,6 +238,21 @@ def test_methods_that_would_share_a_folder_of_pictures_are_refused(tmp_path):
     methods = dict.fromkeys(("tsam:objective=a/b.py:one", "tsam:objective=a_b.py:one"), {})
     with pytest.raises(ValueError, match="would share a folder of pictures"):
         Run.create(tmp_path, {"methods": methods, "seeds": 1, "format": "png"}, named("a red cube"))
+
+
+def test_a_second_command_that_would_write_the_same_lines_or_over_a_users_prompts_is_refused(copy, tmp_path):
+    for kind, command in (
+        ("drawn", [*DRAW, copy, "--seeds", 3]),
+        ("score-judge", ["score", copy, "--metrics", "judge"]),
+    ):
+        with Run(copy).writer(kind, 0) as append:
+            append([{"method": 0, "prompt": 0, "seed": 0}])
+            assert f"Another command is writing '{copy}/{kind}-0.jsonl'" in refused(*command)
+        main([*map(str, command)])
+    mine = tmp_path / "prompts.jsonl"
+    mine.write_text('{"prompt": "a red cube"}\n')
+    assert "has other prompts in prompts.jsonl" in refused(*ONE, "stock", "--prompts", mine, "--output", tmp_path)
+    assert mine.read_text() == '{"prompt": "a red cube"}\n'
 
 
 def test_an_interrupted_command_says_in_one_line_that_it_goes_on(tmp_path, monkeypatch, capsys):
