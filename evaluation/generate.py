@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import json
 import re
 import time
 from dataclasses import fields
@@ -41,6 +42,7 @@ from .runs import Run, digest, locked, processes, save
 OF_A_LOSS = ("sharpness",)
 OF_THE_RUN = ("prompt", "generator", "num_images_per_prompt", "num_inference_steps", "guidance_scale")
 OF_THE_RUN += ("prompt_embeds", "latents", "output_type", "return_dict", "regions", "timesteps", "sigmas")
+OF_A_LINE = ("method", "prompt", "seed", "updates", "loss", "seconds")
 STOCK = {"tsam_steps": 0}
 KINDS = {
     each.name: kind_of_field(each)
@@ -142,6 +144,19 @@ def check_places(prompt):
         if phrase.lower() not in prompt.text.lower():
             raise ValueError(f"The prompt {prompt.text!r} has a region for {phrase!r}, which it does not have.")
     return checked is not None
+
+
+def check_kept(kept, number):
+    """Refuse what `keep` returned unless it is a JSON object for each picture without the names of a line's own."""
+    try:
+        right = len(kept) == number and not any(own.keys() & OF_A_LINE for own in kept) and json.dumps(kept)
+    except (AttributeError, TypeError):
+        right = False
+    if not right:
+        raise ValueError(
+            f"`keep` returned {str(kept)[:80]} for {number} pictures. Return a dict for each, as JSON has them, without"
+            f" the keys {', '.join(OF_A_LINE)}."
+        )
 
 
 def recorded(function):
@@ -316,8 +331,7 @@ def generate(
             output = draw(pipe, own_prompts, [seed for _, seed in jobs], *how, **given)
             seconds, rows = (time.perf_counter() - started) / len(jobs), []
             kept = keeper(pipe, own_prompts, output) if keep else [{}] * len(jobs)
-            if len(kept) != len(jobs):
-                raise ValueError(f"`keep` returned {len(kept)} dicts for {len(jobs)} pictures. Return one for each.")
+            check_kept(kept, len(jobs))
             for job, image, loss, others in zip(jobs, output.images, np.asarray(output.losses, dtype=float), kept):
                 if not done[method][job]:  # a batch may be half done
                     save(image, run.picture(method, *job))

@@ -281,6 +281,8 @@ def scorer(metric, run, device, clip, blip, vqa, sentences, questions):
     if metric == "judge":
         return Shapes(run.prompts), {"counted": True}
     entries = json_of(questions)
+    if not isinstance(entries, list):
+        raise ValueError(f"{str(questions)!r} is no list. Pass a list of questions as TIFA's.")
     answers = BlipAnswers(*pretrained("BlipForQuestionAnswering", vqa, device))
     nearest = Nearest() if sentences is None else Nearest(*pretrained("AutoModel", sentences, device))
     used = {"vqa": vqa, "sentences": sentences, "questions": digest(Path(questions).read_bytes())}

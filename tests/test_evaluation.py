@@ -171,6 +171,7 @@ def test_errors_say_what_to_do(copy, tmp_path):
         assert f"'{folder}' is no run, since it has no settings.json of one" in refused("score", folder)
     assert "'clips', but has to be one of clip, caption, tifa, judge" in refused(*score[:3], "clips")
     assert "Pass --questions" in refused(*score[:3], "tifa")
+    assert "settings.json' is no list" in refused(*score[:3], "tifa", "--questions", tmp_path / "settings.json")
     assert "--score-batch is 0" in refused(*score, "--score-batch", 0)
     (copy / "score-judge.json").write_text('{"clip": "another"}\n')
     assert "was scored with" in refused(*score)
@@ -433,8 +434,12 @@ def test_each_prompt_has_its_own_regions_and_something_of_each_picture_is_kept(t
     rows = list(run.rows("score-judge"))
     assert len(rows) == 4 and all(row["placed"] in (0, 0.5, 1) for row in rows)
     assert "solids where asked, %" in reports.report(tmp_path)
-    with pytest.raises(ValueError, match="`keep` returned 1 dicts for 2 pictures"):
-        generate("sd", ["stock"], "shapes:2:test:2", 1, tmp_path / "short", steps=1, keep=lambda *_: [{}])
+    for kept in (None, [{}], [1, 2], [{"prompt": "a red cube"}] * 2, [{"own": torch.ones(2)}] * 2):
+        with pytest.raises(ValueError, match="`keep` returned .* for 2 pictures. Return a dict for each"):
+            generate(
+                "sd", ["stock"], "shapes:2:test:2", 1, tmp_path / "wrong", steps=1, keep=mock.Mock(return_value=kept)
+            )
+    assert not pictures(tmp_path / "wrong")
 
 
 def test_a_solid_is_where_it_was_asked_for_if_it_is_seen_inside():
