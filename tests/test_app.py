@@ -450,6 +450,8 @@ def test_the_space_names_its_gradio_and_runs_from_its_own_folder(app, tmp_path, 
     front = dict(re.findall(r"^(\w+): (.+)$", (ROOT / "app" / "README.md").read_text(), re.MULTILINE))
     needed = re.search(r"gradio>=([\d.]+),<(\d+)", (ROOT / "setup.cfg").read_text())
     assert (front["sdk"], front["app_file"], front["license"]) == ("gradio", "app.py", "apache-2.0")
+    installed = (ROOT / "setup.cfg").read_text().split("install_requires =")[1].split("\n\n")[0].split()
+    assert {*installed} <= {*(ROOT / "app" / "requirements.txt").read_text().split()}
     assert front["sdk_version"].startswith(needed[1]) and int(needed[2]) == int(needed[1].split(".")[0]) + 1
     monkeypatch.syspath_prepend(ROOT / "hub")
     monkeypatch.setattr(sys, "argv", ["publish.py", "ada", "--space", "--dry-run", "--output", str(tmp_path / "hub")])
