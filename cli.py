@@ -260,6 +260,18 @@ def family_of(model, kind=None):
     return found
 
 
+def device_of(name=None):
+    """The device that is named, or a GPU if there is one, or the CPU. ValueError where torch cannot use it."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (AssertionError, RuntimeError) as error:  # the first where torch was built without it
+        raise ValueError(f"--device is {str(name)!r}: {error}") from error
+
+
 def load(model, kind=None, device=None, dtype=None):
     """A T-SAM pipeline from a folder or the Hub, on its device, and which of FAMILIES it is: `kind`, where given."""
     model, kind = str(model), family_of(model, kind)
@@ -267,12 +279,8 @@ def load(model, kind=None, device=None, dtype=None):
         import torch
 
         cls = getattr(importlib.import_module(__package__), FAMILIES[kind].pipeline)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(device)
     dtype = getattr(torch, dtype or ("float32" if device.type == "cpu" else "float16"))
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # the first where torch was built without it
-        raise ValueError(f"--device is {str(device)!r}: {error}") from error
     with loading(model):
         return _load(cls, model, FAMILIES[kind].denoiser, dtype).to(device), kind
 

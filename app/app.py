@@ -477,9 +477,9 @@ def main(argv=None):
     try:
         models = Models(args.models, args.hub, args.device)
         models.load(next(iter(SHIPPED)))  # before the first page asks
-    except ValueError as error:
+        serve(build(models), server_name=args.host, server_port=args.port)
+    except (OSError, OverflowError, ValueError) as error:  # the first two for a port
         parser.error(str(error))
-    serve(build(models), server_name=args.host, server_port=args.port)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Models:
     """
 
     def __init__(self, folders=(), hub=False, device=None):
-        self.hub, self.device = hub, device
+        self.hub, self.device = hub, cli.device_of(device)
         self.roots = [Path(folder).expanduser().resolve() for folder in folders]
         for root in self.roots:
             if not root.is_dir():

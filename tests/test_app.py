@@ -433,9 +433,11 @@ def test_it_listens_to_this_machine_alone_unless_asked(app, monkeypatch):
     monkeypatch.setattr(app, "serve", lambda page, **where: given.update(where))
     app.main(["--device", "cpu"])
     assert given == {"server_name": None, "server_port": None}  # for Gradio: 127.0.0.1, or what a Space asks for
-    with pytest.raises(SystemExit) as stop:
-        app.main(["--models", "/no/such/folder"])
-    assert stop.value.code == 2
+    monkeypatch.setattr(app, "serve", Mock(side_effect=OverflowError("port must be 0-65535.")))
+    for arguments in ("--models /no/such/folder", "--device toaster", "--device cpu --port 99999"):
+        with pytest.raises(SystemExit) as stop:
+            app.main(arguments.split())
+        assert stop.value.code == 2
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch):
