@@ -36,7 +36,7 @@ from starlette.middleware import Middleware
 
 from diffusers_tsam import cli, figures
 from diffusers_tsam.app import drawing
-from diffusers_tsam.app.drawing import CHOICES, FIELDS, SETTINGS, SHIPPED, Models, fields_of, wrong
+from diffusers_tsam.app.drawing import CHOICES, FIELDS, LIMITS, SETTINGS, SHIPPED, Models, fields_of, wrong
 from diffusers_tsam.shapes import WORDS
 
 
@@ -215,6 +215,7 @@ def linked(models, query):
         values = fields_of(models, query.get("model", usual), prompt, seed, **preset)
     except ValueError as error:
         values, problem = fields_of(models, usual, prompt, seed, **preset), str(error)
+    first = dict(values)
     if query.keys() & {"alpha", "relative_step"}:
         values |= {"alpha": None, "relative_step": None}
     for name in query.keys() & set(FIELDS[1:]):
@@ -223,6 +224,7 @@ def linked(models, query):
         except ValueError:
             problem = f"The link's {name} is {query[name][:100]!r}, which is no number."
     wrongs = wrong(models, values)
+    values |= {name: first[name] for name in wrongs.keys() & LIMITS.keys()}  # the page's fields hold not every number
     return values, problem or next(iter(wrongs.values()), "")
 
 

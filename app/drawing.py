@@ -172,6 +172,8 @@ def wrong(models, values):
         found["alpha"] = "Give either alpha or a relative step, and leave the other one empty."
     if not found.keys() & WHOLE and 1 < values["starts"] < values["seeds"]:
         found["starts"] = f"Choose among {values['seeds']} starts or more for as many seeds, or 1 for no choice."
+    if not found.keys() & WHOLE and values["seed"] + max(values["seeds"], values["starts"]) - 1 > LIMITS["seed"][1]:
+        found["seed"] = f"The last seed is {LIMITS['seed'][1]}. Begin with a lower one, or draw fewer."
     for name in SETTINGS:
         try:
             Settings(**{name: values[name], "regions": regions})

@@ -161,6 +161,8 @@ def test_no_large_model_is_loaded_and_no_more_than_the_limit(local, name, monkey
         ({"objective": ["l1"]}, "attainable"),
         ({"objective": "layout"}, "there are no regions"),
         ({"seeds": 3, "starts": 2}, "Choose among 3 starts or more"),
+        ({"seed": 2**32 - 1, "seeds": 2}, "The last seed is 4294967295."),
+        ({"seed": 2**32 - 7, "starts": 8}, "The last seed is 4294967295."),
         ({"regions": "a red cube: left"}, 'as "a red cube=0,0,0.5,1"'),
         ({"regions": "a red cube=0,0,64,64"}, "fractions of the picture"),
         ({"regions": "red " * MAX_PROMPT}, "at most 300"),
@@ -395,6 +397,7 @@ def test_a_link_gives_back_the_settings_that_it_was_made_of(model, app, models):
     [
         ({"steps": "many"}, "The link's steps is 'many', which is no number."),
         ({"steps": "1000"}, "from 1 to 100"),
+        ({"seed": "nan"}, "from 0 to 4294967295"),
         ({"model": "/etc"}, "There is no model '/etc' here"),
         ({"alpha": "nan"}, "finite"),
         ({"preset": "slow"}, "Choose one of"),
@@ -404,6 +407,7 @@ def test_a_link_gives_back_the_settings_that_it_was_made_of(model, app, models):
 def test_a_link_that_asks_for_what_cannot_be_is_told_of_and_a_preset_brings_its_settings(query, says, app, models):
     values, problem = app.linked(models, query)
     assert tuple(values) == FIELDS and (says in problem if says else not problem)
+    assert all(low <= values[name] <= high for name, (low, high) in drawing.LIMITS.items())
     assert (values.items() >= PAPER.items()) == (query.get("preset") == "paper")
 
 
