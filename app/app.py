@@ -312,8 +312,9 @@ def build(models):
                         looks = {"label": name.replace("_", " ").capitalize(), "info": info, "value": first[name]}
                         choices = {"choices": list(CHOICES[name])} if name in CHOICES else {}
                         text = name in ("negative_prompt", "regions")
+                        lines = {"lines": 2} if name == "regions" else {}  # Enter begins no second line of one
                         kind = gr.Dropdown if choices else gr.Textbox if text else gr.Number
-                        settings[name] = kind(**looks, **choices)
+                        settings[name] = kind(**looks, **choices, **lines)
             with gr.Column(scale=3, min_width=300):
                 status = gr.HTML(note(FINISHED), elem_id="tsam-status")
                 with Image.open(Path(__file__).with_name("example.png")) as both:

@@ -240,6 +240,8 @@ def test_an_example_and_a_preset_bring_their_settings(browser):
     browser.button("Advanced").click()
     browser.until(lambda: browser.value("Relative step") == "0.05", "what was tuned for it")
     assert (browser.value("Alpha"), browser.value("Objective")) == ("", "contrast")
+    browser.field("Regions").send_keys("a line", Keys.ENTER, "and another")
+    assert browser.value("Regions") == "a line\nand another"
     browser.field("Preset").click()
     next(each for each in browser.all('[role="option"]') if each.text.strip("✓ ") == "paper").click()
     browser.until(lambda: browser.value("Alpha") == "15", "what the preset says")
