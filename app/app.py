@@ -359,8 +359,14 @@ def build(models):
             for shown in drawn(dict(zip(FIELDS, values)), Session(request).flag):
                 yield {(parts | choice)[name]: value for name, value in shown.items()}
 
-        def again(row, request: gr.Request, event: gr.SelectData):
+        def ready(row, request: gr.Request):  # on the click, so that “Stop” also stops what waits in the queue
             Session(request).go_on()
+            return gr.validate(True, "")
+
+        def again(row, request: gr.Request, event: gr.SelectData):
+            if row is None:  # after KEPT
+                yield {status: note("These starts are no longer kept. “Draw” makes them again.", "error")}
+                return
             values = row.settings | drawing.ONE_START | {"seed": row.ranked[event.index][0]}
             for shown in drawn(values, Session(request).flag):
                 yield {parts[name]: value for name, value in shown.items() if name in parts}
@@ -431,7 +437,7 @@ def build(models):
             [go.click, prompt.submit], start, fields, [*parts.values(), *choice.values()], validator=check, **one
         )
         go_on.then(show, *showing, **quiet)
-        starts.select(again, row, [*parts.values()], **one).then(show, *showing, **quiet)
+        starts.select(again, row, [*parts.values()], validator=ready, **one).then(show, *showing, **quiet)
         pictures.select(turn, results, [*parts.values()], **quiet).then(show, *showing, **quiet)
         halt.click(stop, queue=False, **quiet)
         newest = {"trigger_mode": "always_last", **quiet}

@@ -421,6 +421,19 @@ def test_sessions_keep_apart_and_their_names_are_no_paths(app):
     assert not sessions[0].flag.exists()
 
 
+def test_drawings_take_turns_and_one_that_waits_can_be_stopped(app, local, name):
+    functions = {each.name: each for each in app.build(local).fns.values()}
+    again, request = functions["again"], SimpleNamespace(session_hash="waits")
+    assert {(functions[each].concurrency_id, functions[each].concurrency_limit) for each in ("start", "again")} == {
+        ("drawing", 1)
+    }
+    for row, says in ((Starts(values_of(local, name), [(3, 0.5)], []), "Stopped"), (None, "no longer kept")):
+        again.validator(row, request)  # as the click on a start does
+        app.Session(request).stop()
+        *_, last = again.fn(row, request, SimpleNamespace(index=0))
+        assert any(says in str(shown) for shown in last.values())
+
+
 @pytest.mark.slow
 def test_the_examples_are_what_they_claim(app, models):
     for kind, seed, prompt in app.EXAMPLES:
