@@ -187,6 +187,14 @@ class AnimaTextStep(TextStep, AnimaTextConditioningStep):
         return text._replace(attention=F.pad(text.attention, others * 2), content=F.pad(text.content, others))
 
 
+class WaitingStep:
+    """Mixed into a stock step that tokenizes and encodes, but does not give T: it waits, for `alone`'s reason."""
+
+    def __call__(self, components, state):
+        with locked(components.text_encoder):
+            return super().__call__(components, state)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Candidates: steps that prepare latents
 
@@ -516,11 +524,22 @@ class TSAMBlocks:
                 if list(inspect.signature(type(block).loop_step).parameters)[:2] == ["self", "components"]:
                     blocks[name] = type(f"TSAM{type(block).__name__}", (self.loop, type(block)), {})()
                     loops += 1
+            elif type(block).__name__.endswith("TextEncoderStep"):  # Anima's
+                blocks[name] = type(f"TSAM{type(block).__name__}", (WaitingStep, type(block)), {})()
             elif type(block).__name__.endswith("PrepareLatentsStep"):
                 blocks[name] = type(f"TSAM{type(block).__name__}", (StartsStep, type(block)), {})()
             else:
                 loops += self._replace(block.sub_blocks)
         return loops
+
+    def __call__(self, components, state):
+        name = self.loop.denoiser
+        if getattr(components, name, self) is None:  # blocks that only encode have no such attribute
+            raise ValueError(
+                f"This pipeline has no `{name}` and cannot draw. Call `load_components()`, or give it one by"
+                f" `update_components({name}=...)`."
+            )
+        return super().__call__(components, state)
 
     @property
     def outputs(self):

@@ -556,7 +556,7 @@ class TestThreads:
         monkeypatch.setattr(cls, "__call__", call)
         return most
 
-    @pytest.mark.parametrize("kind", ["sdxl"], indirect=True)
+    @pytest.mark.parametrize("kind", ["sdxl", "anima"], indirect=True)
     def test_blocks_tokenize_one_after_another_guided_or_off(self, kind, most):
         pipes = [make(kind.tsam, kind.components) for _ in range(3)]
         at_once(

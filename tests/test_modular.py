@@ -73,6 +73,12 @@ def test_what_cannot_be_is_refused_before_the_denoiser_runs(names, options, erro
         assert not calls
 
 
+def test_without_a_denoiser_every_call_is_refused(kind, pipe):
+    pipe.update_components(**{kind.denoiser: None})
+    with pytest.raises(ValueError, match=f"This pipeline has no `{kind.denoiser}` and cannot draw."):
+        run(pipe, tsam_steps=0)
+
+
 def test_without_its_text_step_a_pipeline_asks_for_t_and_takes_it(kind):
     blocks, components = kind.tsam().get_workflow("text2image"), kind.components
     names = [name for name in ("text_encoder", "denoise.text_conditioning") if name in blocks.sub_blocks]  # Anima's two
