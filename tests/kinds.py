@@ -53,9 +53,7 @@ class Kind:
     @property
     def grid(self):
         """Of maps."""
-        if self.name == "wan":
-            return 3, 4, 6
-        return (16, 16) if self.name == "sd" or self.name.startswith("sd_") else (8, 8)
+        return (3, 4, 6) if self.name == "wan" else (8, 8)
 
     @property
     def fields(self):
@@ -73,18 +71,19 @@ def named(*kinds):
     return {kind.name: kind for kind in kinds}
 
 
-RAW = {"use_resolution_binning": False, "clean_caption": False, "height": 32, "width": 32}
+SIZE = {"height": 32, "width": 32}
+RAW = {"use_resolution_binning": False, "clean_caption": False, **SIZE}
 SHALLOW = RAW | {"attention_layers": (1, 2)}  # of 4 blocks, which take a fifth of the time of the default's 20
 shallow_pixart = functools.partial(tiny.tiny_pixart_components, blocks=4)
-KINDS = named(Kind("sd", tiny.tiny_components, 20.0, {}), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
+KINDS = named(Kind("sd", tiny.tiny_components, 20.0, SIZE), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
 assert KINDS.keys() == FAMILIES.keys()
-IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-MASK = torch.zeros(1, 1, 64, 64).index_fill(3, torch.arange(32), 1.0)  # the left half is filled
+IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MASK = torch.zeros(1, 1, 32, 32).index_fill(3, torch.arange(16), 1.0)  # the left half is filled
 # Latents, because stock draws those of a masked image from the first of several generators alone.
 FILLED = {"image": IMAGE, "mask_image": MASK, "masked_image_latents": IMAGE[:, :, ::2, ::2].repeat(1, 2, 1, 1)[:, :4]}
 FURTHER = named(
     Kind("sd_img2img", tiny.tiny_components, 20.0, {"image": IMAGE, "strength": 1.0}),
-    Kind("sd_inpaint", functools.partial(tiny.tiny_components, in_channels=9), 20.0, FILLED),
+    Kind("sd_inpaint", functools.partial(tiny.tiny_components, in_channels=9), 20.0, SIZE | FILLED),
     Kind("sd_controlnet", tiny.tiny_controlnet_components, 20.0, {"image": IMAGE}),
     Kind("sdxl", tiny.tiny_sdxl_components, 10.0, {"height": 64, "width": 64}),
     Kind("pixart_sigma", shallow_pixart, 500.0, SHALLOW),
@@ -108,7 +107,7 @@ class Blocks(Kind):
     settings = property(lambda self: self.tsam.loop.settings)
 
 
-SMALL = {"height": 32, "width": 32, "max_sequence_length": 16}
+SMALL = SIZE | {"max_sequence_length": 16}
 SDXL = Blocks("sdxl", tiny.tiny_sdxl_components, 10.0, {"height": 64, "width": 64}, "StableDiffusionXLPipeline", "unet")
 SD3 = Blocks("sd3", tiny.tiny_sd3_components, 30.0, SMALL | {"negative_prompt": ""}, "StableDiffusion3Pipeline")
 FLUX = Blocks("flux", tiny.tiny_flux_components, 100.0, SMALL, "FluxPipeline")

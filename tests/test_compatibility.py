@@ -61,9 +61,9 @@ def of_sd():
 
 
 @functools.cache
-def plainly_guided(kind):
+def plainly_guided(kind, **options):
     """What everything else is compared with: the same weights without anything added."""
-    return guided(make(kind.tsam, kind.components))
+    return guided(make(kind.tsam, kind.components), **options)
 
 
 def components_of(pipe):
@@ -211,7 +211,8 @@ def ip_adapter_of(unet):
 
 class TestIPAdapter:
     IMAGE, OTHER = np.random.default_rng(0).random((2, 16, 16, 3))
-    GIVEN = {"ip_adapter_image": IMAGE}
+    ALPHA = {"alpha": 10.0}  # with which this adapter's loss falls
+    GIVEN = {"ip_adapter_image": IMAGE, **ALPHA}
 
     @pytest.fixture
     def pipe(self, of_sd):
@@ -223,22 +224,22 @@ class TestIPAdapter:
         return of_sd
 
     def test_an_image_or_its_embeddings_act_at_their_scale_until_it_is_unloaded(self, pipe):
-        full = holds(pipe, plainly_guided(SD), **self.GIVEN)
+        full = holds(pipe, plainly_guided(SD, **self.ALPHA), **self.GIVEN)
         prepared = pipe.prepare_ip_adapter_image_embeds(self.IMAGE, None, CPU, 1, True)
-        assert torch.equal(holds(pipe, ip_adapter_image_embeds=prepared).images, full.images)
-        assert differ(guided(pipe, ip_adapter_image=self.OTHER).images, full.images)
+        assert torch.equal(holds(pipe, ip_adapter_image_embeds=prepared, **self.ALPHA).images, full.images)
+        assert differ(guided(pipe, **self.GIVEN | {"ip_adapter_image": self.OTHER}).images, full.images)
         pipe.set_ip_adapter_scale(0.5)
         holds(pipe, full, **self.GIVEN)
         pipe.set_ip_adapter_scale(0.0)
-        same(guided(pipe, **self.GIVEN), plainly_guided(SD))
+        same(guided(pipe, **self.GIVEN), plainly_guided(SD, **self.ALPHA))
         pipe.unload_ip_adapter()
         assert torch.equal(guided(pipe).images, plainly_guided(SD).images)
 
     def test_a_mask_is_obeyed(self, pipe):
-        mask = torch.zeros(1, 1, 64, 64)
+        mask = torch.zeros(1, 1, 32, 32)
         masks = {"ip_adapter_masks": [mask]}
-        same(guided(pipe, cross_attention_kwargs=masks, **self.GIVEN), plainly_guided(SD))
-        mask[..., :32] = 1
+        same(guided(pipe, cross_attention_kwargs=masks, **self.GIVEN), plainly_guided(SD, **self.ALPHA))
+        mask[..., :16] = 1
         holds(pipe, guided(pipe, **self.GIVEN), cross_attention_kwargs=masks, **self.GIVEN)
 
     def test_each_image_of_a_batch_has_its_prompts_own(self, pipe):

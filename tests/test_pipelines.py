@@ -390,14 +390,14 @@ class TestRestoration:
 
     @every
     def test_callers_may_be_in_any_grad_mode(self, kind, pipe):
-        options = {
-            **TWO,
-            "objective": lambda maps, text: (tsam.similarity_of(maps, text.content) * text.target).sum((1, 2)),
-        }
-        expected = run(pipe, alpha=kind.alpha, **options)
+        def own(maps, text):
+            return (tsam.similarity_of(maps, text.content) * text.target).sum((1, 2))
+
+        options = {"alpha": kind.alpha, "objective": own, **TWO}
+        expected = run(pipe, **options)
         for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
             with mode():
-                output = run(pipe, alpha=kind.alpha, **options)
+                output = run(pipe, **options)
             assert torch.equal(output.images, expected.images) and torch.equal(output.losses, expected.losses)
             assert all(gradient is None for _, gradient in state_of(pipe)["parameters"])
 

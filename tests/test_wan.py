@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanTransformer3DModel,
-)
+from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from transformers import UMT5EncoderModel
 
 from attached import Seen, attention_maps
@@ -81,7 +76,7 @@ def test_both_predictions_and_the_step_start_from_the_moved_latents(kind, dtype,
     """Against stock's drawing from the latents that one update gives. Stock keeps them in float32."""
     components = kind.build()
     components["transformer"].save_pretrained(tmp_path)
-    components["transformer"] = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    components["transformer"] = type(components["transformer"]).from_pretrained(tmp_path, torch_dtype=dtype)
     pipe, stock = make(kind.tsam, components), make(kind.stock, components)
     stepped, step = [], pipe.scheduler.step
 
@@ -175,7 +170,7 @@ def test_other_schedulers_guide_too_and_without_an_alpha_draw_stocks_video(kind,
 WAYS = {
     "enable_gradient_checkpointing": {},
     "fuse_qkv_projections": {},
-    "compile": {"backend": "eager"},
+    "compile_repeated_blocks": {"backend": "eager"},
     "enable_group_offload": {"onload_device": "cpu", "offload_device": "cpu", "offload_type": "leaf_level"},
 }
 

@@ -1,36 +1,8 @@
 """Tiny models of every family with random weights, built from nothing in a fraction of a second."""
 
+import diffusers
 import torch
-from diffusers import (
-    AnimaTextConditioner,
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    AutoencoderKLWan,
-    ControlNetModel,
-    CosmosTransformer3DModel,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-)
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+import transformers as hf
 
 
 WORDS = "a an and with black white red blue green car clock cube sphere dog on table the of".split()
@@ -51,7 +23,7 @@ def tiny_tokenizer(length=77, alphabet=ASCII):
                 tokens.append(parts[-1])
     tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    return hf.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
 def sharpened(model, factor, *names):
@@ -68,21 +40,21 @@ CROSS, JOINT = ("attn2.to_q", "attn2.to_k"), ("to_q", "to_k", "add_q_proj", "add
 def tiny_vae(**config):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 64}
-    return AutoencoderKL(**blocks, **sizes, layers_per_block=1, **config).eval()
+    return diffusers.AutoencoderKL(**blocks, **sizes, layers_per_block=1, **config).eval()
 
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def tiny_scheduler():
-    return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def tiny_clip(tokenizer, cls=CLIPTextModel, width=16):
+def tiny_clip(tokenizer, cls=hf.CLIPTextModel, width=16):
     sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 24}
     depths = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": tokenizer.model_max_length}
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **depths, **tokens)
+    config = hf.CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **depths, **tokens)
     return sharpened(cls(config), 12, "q_proj", "k_proj")
 
 
@@ -95,7 +67,7 @@ def tiny_unet(in_channels, widths, cross_attention_dim, **config):
     }
     sizes = {"in_channels": in_channels, "block_out_channels": widths, "cross_attention_dim": cross_attention_dim}
     small = {"sample_size": 32, "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4}
-    return sharpened(UNet2DConditionModel(**blocks, **sizes, **small, **config), 4, *CROSS)
+    return sharpened(diffusers.UNet2DConditionModel(**blocks, **sizes, **small, **config), 4, *CROSS)
 
 
 def tiny_components(length=77, alphabet=ASCII, in_channels=4):
@@ -115,7 +87,9 @@ def tiny_components(length=77, alphabet=ASCII, in_channels=4):
 def tiny_controlnet_components():
     """One whose last layers are not zero, as an untrained one's are."""
     components = tiny_components()
-    controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(8, 8)).eval()
+    controlnet = diffusers.ControlNetModel.from_unet(
+        components["unet"], conditioning_embedding_out_channels=(8, 8)
+    ).eval()
     for layer in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         torch.nn.init.normal_(layer.weight, std=0.3)
     torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
@@ -125,10 +99,10 @@ def tiny_controlnet_components():
 def tiny_t5_tokenizer():
     """T5Tokenizer of WORDS, one token each; other text falls apart into characters."""
     pieces = {"▁" + word: -1.0 for word in WORDS} | {"▁": -2.0} | {chr(code): -10.0 for code in range(33, 127)}
-    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces.items()], extra_ids=0)
+    return hf.T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces.items()], extra_ids=0)
 
 
-def tiny_t5(tokenizer, width=16, config=T5Config, cls=T5EncoderModel):
+def tiny_t5(tokenizer, width=16, config=hf.T5Config, cls=hf.T5EncoderModel):
     sizes = {"d_model": width, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     of_encoder = {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False}
     return cls(config(vocab_size=len(tokenizer), **sizes, **of_encoder)).eval()
@@ -141,7 +115,7 @@ def tiny_pixart_components(sample_size=32, blocks=20, **kwargs):
     tokenizer = tiny_t5_tokenizer()
     text_encoder = tiny_t5(tokenizer)
     sizes = {"sample_size": sample_size, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}
-    transformer = PixArtTransformer2DModel(num_layers=blocks, num_attention_heads=2, **sizes, **kwargs)
+    transformer = diffusers.PixArtTransformer2DModel(num_layers=blocks, num_attention_heads=2, **sizes, **kwargs)
     return {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
@@ -155,18 +129,18 @@ def tiny_wan_components():
     """Frames of maps of a sixteenth of the pixels' side."""
     torch.manual_seed(0)
     tokenizer = tiny_t5_tokenizer()
-    vae = AutoencoderKLWan(
+    vae = diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    transformer = WanTransformer3DModel(
+    transformer = diffusers.WanTransformer3DModel(
         num_layers=4, num_attention_heads=2, attention_head_dim=12, text_dim=16, ffn_dim=32
     )
     return {
         "tokenizer": tokenizer,
-        "text_encoder": tiny_t5(tokenizer, config=UMT5Config, cls=UMT5EncoderModel),
+        "text_encoder": tiny_t5(tokenizer, config=hf.UMT5Config, cls=hf.UMT5EncoderModel),
         "vae": vae.eval(),
         "transformer": sharpened(transformer, 3, "attn2.norm_q"),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         "transformer_2": None,
     }
 
@@ -180,22 +154,22 @@ def tiny_sdxl_components(in_channels=4):
     return {
         "vae": tiny_vae(),
         "text_encoder": tiny_clip(tokenizer),
-        "text_encoder_2": tiny_clip(tokenizer, CLIPTextModelWithProjection, 24),
+        "text_encoder_2": tiny_clip(tokenizer, hf.CLIPTextModelWithProjection, 24),
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
         "unet": unet,
-        "scheduler": EulerDiscreteScheduler(**BETAS),
+        "scheduler": diffusers.EulerDiscreteScheduler(**BETAS),
     }
 
 
 def tiny_sd3_components(**kwargs):
     torch.manual_seed(0)
     tokenizer, tokenizer_3 = tiny_tokenizer(), tiny_t5_tokenizer()
-    clips = [tiny_clip(tokenizer, CLIPTextModelWithProjection, width) for width in (8, 16)]
+    clips = [tiny_clip(tokenizer, hf.CLIPTextModelWithProjection, width) for width in (8, 16)]
     sizes = {"sample_size": 16, "patch_size": 2, "pos_embed_max_size": 16, "in_channels": 4, "out_channels": 4}
     widths = {"joint_attention_dim": 24, "caption_projection_dim": 16, "pooled_projection_dim": 24}
     heads = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
-    transformer = SD3Transformer2DModel(**sizes, **widths, **heads, **kwargs)
+    transformer = diffusers.SD3Transformer2DModel(**sizes, **widths, **heads, **kwargs)
     return {
         "vae": tiny_vae(shift_factor=0.0),
         "text_encoder": clips[0],
@@ -205,7 +179,7 @@ def tiny_sd3_components(**kwargs):
         "tokenizer_2": tokenizer,
         "tokenizer_3": tokenizer_3,
         "transformer": sharpened(transformer, 3, *JOINT),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
 
@@ -214,7 +188,7 @@ def tiny_flux_components():
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_t5_tokenizer()
     sizes = {"in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)}
     heads = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16}
-    transformer = FluxTransformer2DModel(**sizes, **heads)
+    transformer = diffusers.FluxTransformer2DModel(**sizes, **heads)
     return {
         "vae": tiny_vae(shift_factor=0.0),
         "text_encoder": tiny_clip(tokenizer),
@@ -222,7 +196,7 @@ def tiny_flux_components():
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer_2,
         "transformer": sharpened(transformer, 3, *JOINT),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
 
@@ -231,18 +205,18 @@ def tiny_anima_components():
     torchvision."""
     torch.manual_seed(0)
     vocab = {piece: number for number, piece in enumerate([*BYTES, "<|endoftext|>"])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer = hf.Qwen2Tokenizer(vocab=vocab, merges=[])
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
-    config = Qwen3Config(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes)
-    text_encoder = Qwen3Model(config)
+    config = hf.Qwen3Config(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes)
+    text_encoder = hf.Qwen3Model(config)
     t5_tokenizer = tiny_t5_tokenizer()
     widths = dict.fromkeys(("source_dim", "target_dim", "model_dim"), 16)
     sizes = {"num_layers": 2, "target_vocab_size": len(t5_tokenizer), "min_sequence_length": 24}
-    conditioner = AnimaTextConditioner(num_attention_heads=2, **widths, **sizes)
+    conditioner = diffusers.AnimaTextConditioner(num_attention_heads=2, **widths, **sizes)
     heads = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
     sizes = {"mlp_ratio": 2.0, "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (4, 32, 32)}
-    transformer = CosmosTransformer3DModel(**heads, **sizes, concat_padding_mask=False)
-    vae = AutoencoderKLQwenImage(
+    transformer = diffusers.CosmosTransformer3DModel(**heads, **sizes, concat_padding_mask=False)
+    vae = diffusers.AutoencoderKLQwenImage(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True]
     )
     return {
@@ -252,5 +226,5 @@ def tiny_anima_components():
         "text_conditioner": conditioner.eval(),
         "transformer": sharpened(transformer, 3, "attn2.norm_q"),
         "vae": vae.eval(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
