@@ -56,7 +56,7 @@ def test_an_example_is_short_says_how_to_run_it_and_is_run_here(example):
     assert f'"{example.stem}"' in Path(__file__).read_text()
 
 
-@pytest.mark.parametrize("name, arguments, least", [("pixart", "--steps 10", 20), ("sdxl", "--steps 5 --model .", 10)])
+@pytest.mark.parametrize("name, arguments, least", [("pixart", "--steps 5", 20), ("sdxl", "--steps 5 --model .", 10)])
 def test_guidance_changes_the_picture_of_a_seed(name, arguments, least, run):
     StableDiffusionXLPipeline(**tiny_sdxl_components()).save_pretrained(".")
     drawn = run(name, *arguments.split())
@@ -64,7 +64,7 @@ def test_guidance_changes_the_picture_of_a_seed(name, arguments, least, run):
 
 
 def test_stock_forgets_the_sphere_that_guidance_draws(run, judge):
-    drawn = run("stable_diffusion")
+    drawn = run("stable_diffusion", "--steps", 10)
     assert judge.read([drawn.stock, drawn.tsam]) == [{CUBE}, {CUBE, SPHERE}]
 
 
@@ -77,7 +77,7 @@ def test_a_picture_of_a_batch_is_the_same_alone(run, capsys):
 
 def test_a_lora_acts_at_its_scale_and_not_at_zero(run):
     pytest.importorskip("peft")
-    drawn = run("lora", "--steps", 5, "--training-steps", 1)
+    drawn = run("lora", "--steps", 3, "--training-steps", 1)
     drawn.pipe.unload_lora_weights()
     generators = [torch.Generator().manual_seed(seed) for seed in (74, 1)]
     without = drawn.pipe(drawn.prompts, **drawn.settings | {"generator": generators}).images
@@ -97,7 +97,7 @@ def test_the_attention_of_every_word_and_step_is_shown(run):
 
 
 def test_an_image_is_moved_until_its_own_loss_is_low_enough(run):
-    drawn = run("callback", "--steps", 10)
+    drawn = run("callback", "--steps", 5)
     losses = torch.stack(drawn.alignment.losses)
     assert drawn.moves == (losses > drawn.LIMIT).sum(0).tolist() and len(set(drawn.moves)) > 1
     for number, stock, aligned in zip(drawn.moves, drawn.stock, drawn.aligned):
@@ -117,7 +117,7 @@ def test_ones_own_loss_falls_and_draws_the_sphere_that_stock_forgets(run, judge)
 
 
 def test_solids_get_the_colours_back_that_stock_swaps(run, judge):
-    drawn = run("sink")
+    drawn = run("sink", "--steps", 10)
     for prompt, *pictures in zip(drawn.SEEDS, *drawn.drawn.values()):
         stock, tsam = judge.read(pictures)
         assert tsam == set(solids_of(prompt)) != stock
@@ -129,7 +129,7 @@ def test_solids_are_drawn_where_they_are_asked_for_and_where_they_are_not_when_a
 
 
 def test_a_long_prompt_is_cut_by_stock_alone(run):
-    drawn = run("long_prompt", "--steps", 10)
+    drawn = run("long_prompt", "--steps", 5)
     assert len(drawn.windows) == 2 and drawn.seen["maps"].shape[1] == len(drawn.seen["tokens"]) > 30
     assert differ(drawn.cut.images[0], drawn.whole.images[0]) > 20
     assert differ(drawn.whole.images[0], drawn.tsam.images[0]) > 0

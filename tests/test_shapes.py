@@ -193,7 +193,7 @@ def test_both_models_share_their_vae():
 
 def test_one_solid_comes_out_right_nearly_always(pipe, judge):
     wanted = scenes.prompts(1, "train", 16)
-    options = {"tsam_steps": 0, "num_inference_steps": 10, "generator": generators(16), **ARGUMENTS[kind_of(pipe).name]}
+    options = {"tsam_steps": 0, "num_inference_steps": 6, "generator": generators(16), **ARGUMENTS[kind_of(pipe).name]}
     images = pipe([caption for caption, _ in wanted], **options).images
     right = [set(solids) <= seen for (_, solids), seen in zip(wanted, judge.read(images))]
     assert sum(right) >= 14
@@ -227,7 +227,8 @@ def test_a_sink_takes_its_share_of_attention_and_leaves_t_as_it_was(tmp_path, mo
         return attention[:, 1:8, 0].mean().item(), own / own.sum(-1, keepdim=True)
 
     share, before = read()
-    monkeypatch.setattr(train, "SINK_STEPS", 120)
+    monkeypatch.setattr(train, "SINK_STEPS", 80)
+    monkeypatch.setattr(train, "WARMUP", 10)
     train.fit_sink(SimpleNamespace(sink=0.9, seed=0, work=tmp_path), encoder, tokenizer)
     with_sink, after = read()
     assert share < 0.5 and with_sink == pytest.approx(0.9, abs=0.04)
