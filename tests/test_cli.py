@@ -199,10 +199,8 @@ def test_a_picture_that_breaks_is_no_result(tsam, kind, pipe, tmp_path, folder, 
 
 @pytest.mark.parametrize("name", [None, "sd", "sink"])
 def test_a_shipped_model_has_its_own_settings_and_another_the_pipelines(name, folder, tmp_path, monkeypatch, refused):
-    asked, model = (
-        spied(monkeypatch, error=ValueError("enough")),
-        {None: ["--model", folder], "sd": [], "sink": ["--sink"]},
-    )
+    asked = spied(monkeypatch, error=ValueError("enough"))
+    model = {None: ["--model", folder], "sd": [], "sink": ["--sink"]}
     given = ["a red cube and a blue sphere", "--gamma", "3", "--output", tmp_path / "a.png", *model[name]]
     assert refused(given) == "tsam: enough"
     (((pipe, prompt, seed, settings), call),) = asked

@@ -369,14 +369,11 @@ def test_prompts_are_read_from_files(name, mark, tmp_path):
         assert [prompt.text for prompt in load(f"{path}:objects")] == [B]
 
 
+SIXTEEN = "a cat".encode("utf-16")
 OTHER_FILES = [
     ("prompts.xlsx", b"PK", ".xlsx is not read. Pass .txt (a prompt a line), .json, .jsonl, .csv or .tsv"),
     ("latin.txt", b"a caf\xe9", "is not in UTF-8 (unexpected end of data at byte 5). Save it in UTF-8"),
-    (
-        "sixteen.txt",
-        "a cat".encode("utf-16"),
-        "is not in UTF-8 (invalid start byte at byte 0). Save it in UTF-8: iconv -f UTF-16",
-    ),
+    ("sixteen.txt", SIXTEEN, "is not in UTF-8 (invalid start byte at byte 0). Save it in UTF-8: iconv -f UTF-16"),
     ("bracket.txt", b"[a] cat", "bracket.txt, read as JSON since it begins with [' is no JSON: Expecting"),
     ("half.json", b'["a cat"', "is no JSON: Expecting"),
     ("half.jsonl", b'{"prompt": "a cat"}\n{"pro', "half.jsonl, line 2' is no JSON"),

@@ -164,16 +164,13 @@ def test_both_custom_pipelines_and_the_installed_classes_live_in_one_process(fol
     assert all(torch.equal(draw(pipe, **LITTLE), drawn(kind)) for name, kind in KINDS.items() for pipe in pipes[name])
 
 
+CASTS = torch.float8_e4m3fn, torch.float32  # stored and computed in
 # The dtype that a stock pipeline is loaded in, what then is done to it, and how many dtypes its weights have
 WEIGHTS = {
     "float32": (torch.float32, lambda pipe: None, 1),
     "bfloat16": (torch.bfloat16, lambda pipe: None, 1),
     "mixed": (torch.bfloat16, lambda pipe: pipe.vae.float(), 2),
-    "cast by layers": (
-        torch.float32,
-        lambda pipe: denoiser_of(pipe).enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
-        2,
-    ),
+    "cast by layers": (torch.float32, lambda pipe: denoiser_of(pipe).enable_layerwise_casting(*CASTS), 2),
 }
 
 

@@ -314,6 +314,7 @@ def test_a_preset_gives_what_is_left_out_and_what_is_given_is_taken_as_it_is():
 
 NAN, INF, NAMES = math.nan, math.inf, ", ".join(map(repr, OBJECTIVE_NAMES))
 NO_INTEGER, NO_NUMBER = "has to be an integer but is", "has to be a number but is"
+NONE_OF = "is .*, but has to be one of"
 WRONG = [
     ("tsam_steps", [-1], ValueError, "is -1, but .* at least 0. Pass 0 for off, or None"),
     ("tsam_steps", [5], ValueError, "is 5, but there are only 4 denoising steps. Pass 0 to 4"),
@@ -340,18 +341,8 @@ WRONG = [
     ("refinement_steps", [(-1,)], ValueError, r"is -1, .* pass \(\) for no refinement"),
     ("refinement_steps", [(0.0,), (None,), (True,)], TypeError, NO_INTEGER),
     ("refinement_steps", [0, "0", b"0"], TypeError, r"has to be a sequence but is .* Pass \(0, 10\)"),
-    (
-        "preset",
-        ["slow", "", None, 3, ["fast"], ("paper", "fast")],
-        ValueError,
-        "is .*, but has to be one of 'paper', 'fast', 'light'",
-    ),
-    (
-        "objective",
-        ["contrasts", "L1", "", 3, ["l1"], {"l1"}, torch.ones(1)],
-        ValueError,
-        f"is .*, but has to be one of {NAMES}",
-    ),
+    ("preset", ["slow", "", None, 3, ["fast"], ("paper", "fast")], ValueError, f"{NONE_OF} 'paper', 'fast', 'light'"),
+    ("objective", ["contrasts", "L1", "", 3, ["l1"], {"l1"}, torch.ones(1)], ValueError, f"{NONE_OF} {NAMES}"),
     ("objective", ["l2"], ValueError, r"is 'l2', but .*, or a function \(maps, text\)"),
     ("objective", ["layout"], ValueError, "is 'layout', but there are no `regions`"),
 ]
