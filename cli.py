@@ -28,7 +28,7 @@ from .tsam_arguments import (
 
 
 SETTINGS = {"sd": StableDiffusionSettings, "pixart": PixArtAlphaSettings}  # as the pipelines', without importing these
-# What the command takes of T-SAM's settings. The rest is for programs, or has a flag of its own form.
+# Settings without a flag made from them: they are for programs, or have a flag of another form.
 NOT_FLAGS = ("text_self_attention", "output_attentions", "regions")
 # Of 0 to 109, stock Stable Diffusion forgets the sphere of "a red cube and a blue sphere" at 74 only (at 30 and 41 it
 # draws something unasked beside); stock PixArt-α forgets nothing at 0 to 59.
@@ -100,8 +100,8 @@ def arguments():
     parser = Parser(
         "tsam",
         description="Draw a prompt with and without T-SAM, from the same seed, and show what each word looks at.",
-        epilog="What is not given was tuned for the models that ship; any other has the pipeline's own defaults. Those"
-        f" that ship know these words alone: {', '.join(WORDS)}.",
+        epilog="Settings that you leave out were tuned for the models that ship; another model gets the pipeline's"
+        f" defaults. The models that ship know only these words: {', '.join(WORDS)}.",
     )
     add = parser.add_argument
     names = " or ".join(family.name for family in FAMILIES.values())
@@ -342,6 +342,23 @@ def remarks(seen, prompt, shipped, more):
         yield f"the model knows {knows}, but not {', '.join(map(repr, unknown))}; --model takes another"
 
 
+def picture_of(prompt, seeds, drawn, captions, settings, scale, when):
+    """The command's figure: of one seed what each word looks at, of several the pictures alone."""
+    from . import figures
+
+    chosen = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
+    shown = {name: value for name, (value, default) in chosen.items() if value != default and name not in NOT_FLAGS}
+    notes = [f"{name.replace('_', ' ')} {getattr(value, '__name__', value)}" for name, value in (shown | scale).items()]
+    names = "Stock", "T-SAM, same seed"
+    if len(seeds) > 1:
+        rows = zip(names, zip(*captions), zip(*(pictures for pictures, *_ in drawn)))
+        return figures.sheet(prompt, [f"seed {seed}" for seed in seeds], [*rows], " · ".join([f"loss {when}", *notes]))
+    pictures, _, _, seen = drawn[0]
+    rows, notes = [*zip(names, captions[0], pictures, seen["maps"])], [f"seed {seeds[0]}", *notes]
+    tables, footer = tables_of(settings, seen), " · ".join([f"maps and S {when}, one scale a word", *notes])
+    return figures.figure(prompt, seen["tokens"], rows, tables, footer, seen.get("regions", ()))
+
+
 def run(args):
     """Everything the command does; the lines it prints."""
     check(args)
@@ -388,19 +405,7 @@ def run(args):
             lines.append(f"{of}the judge sees: " + "stock {}; T-SAM {}".format(*solids))
         for phrase, (before, after) in seen.get("region_shares", {}).items():
             lines.append(f"{of}attention of {phrase!r} inside its region: stock {before:.0%}, T-SAM {after:.0%}")
-    chosen = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
-    shown = {name: value for name, (value, default) in chosen.items() if value != default and name not in NOT_FLAGS}
-    notes = [f"{name.replace('_', ' ')} {getattr(value, '__name__', value)}" for name, value in (shown | scale).items()]
-    names = "Stock", "T-SAM, same seed"
-    if len(seeds) > 1:
-        rows = zip(names, zip(*captions), zip(*(pictures for pictures, *_ in drawn)))
-        picture = figures.sheet(
-            args.prompt, [f"seed {seed}" for seed in seeds], [*rows], " · ".join([f"loss {when}", *notes])
-        )
-    else:
-        rows, notes = [*zip(names, captions[0], pictures, seen["maps"])], [f"seed {seed}", *notes]
-        tables, footer = tables_of(settings, seen), " · ".join([f"maps and S {when}, one scale a word", *notes])
-        picture = figures.figure(args.prompt, seen["tokens"], rows, tables, footer, seen.get("regions", ()))
+    picture = picture_of(args.prompt, seeds, drawn, captions, settings, scale, when)
     figures.save(picture, args.output)
     return [*lines, *remarks(seen, args.prompt, shipped, kind == "sd")]
 

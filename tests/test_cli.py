@@ -296,7 +296,7 @@ def test_help_explains_every_option_in_one_line_imports_nothing_heavy_and_needs_
     assert all(option.help and "\n" not in option.help for option in options)
     choices = {option.dest: option.choices for option in options}
     assert choices["preset"] == tuple(PRESETS) and choices["pipeline"] == tuple(FAMILIES)
-    assert "know these words alone: red, green" in parser.epilog and "ring, star, a, an, and, with" in parser.epilog
+    assert "know only these words: red, green" in parser.epilog and "ring, star, a, an, and, with" in parser.epilog
     command = [sys.executable, "-X", "importtime", "-m", "diffusers_tsam", "--help"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True, text=True)
