@@ -8,6 +8,7 @@ from diffusers_tsam.evaluation.report import Scores, auc, interval, markdown
 
 
 FAST, LIGHT = "tsam:preset=fast", "tsam:preset=light"
+TOLD = "objective=benchmarks/variants.py:told_pairs"
 CHANGED = {  # what is changed of `fast`: in words
     "": "`fast`",
     "objective=benchmarks/variants.py:place_1": "μ = 1 in place of ¼",
@@ -40,7 +41,7 @@ def tables():
     found = by_solids("tuning-{}-{}", Scores)
     head = ["changed", *(f"{n} solids ({', '.join(SMALL[m] for m in own)})" for n, own in found.items()), "together"]
     rows = []
-    for change, words in {LIGHT: "`light`", **CHANGED}.items():
+    for change, words in {LIGHT: "`light`", **CHANGED, TOLD: "R told: a solid and its colour, no other words"}.items():
         each = [np.concatenate([gains(scores, change) for scores in own.values()]) for own in found.values()]
         numbers = map(interval, [*each, np.concatenate(each)])
         rows.append([words, *(f"{100 * mean:+.1f} ± {100 * half:.1f}" for mean, half in numbers)])

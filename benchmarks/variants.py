@@ -37,6 +37,15 @@ def corrected(attention, content):
     return tsam._by_largest((shares - expected).clamp(min=0).tril(-1))
 
 
+def of_pairs(maps, content, things):
+    """`contrast` of the words of solids alone, with R told: 1 for a solid and its colour, else 0."""
+    content, relation = torch.zeros_like(content), maps.new_zeros(*content.shape, content.shape[1])
+    for image, own in enumerate(things):
+        for (colour,), (solid,) in own:
+            content[image, [colour, solid]], relation[image, solid, colour] = True, 1
+    return tsam.contrast(maps, tsam.Syntax(None, None, content, None, relation))
+
+
 VARIANTS = {
     "contrast": tsam.contrast,
     "place_0": variant(place=0),
@@ -51,7 +60,7 @@ VARIANTS = {
     "apc": variant(relation=corrected),
     "share": variant(relation=lambda attention, content: tsam._by_largest(shares_of(attention, content))),
 }
-globals().update(VARIANTS)  # so that an argument can name one
+globals().update(VARIANTS, told_pairs=told(of_pairs))  # so that an argument can name one
 
 
 def losses(pipe, prompts, output):
