@@ -267,9 +267,11 @@ def test_every_guider_goes_with_guidance(kind, guider):
         pipe.update_components(guider=GUIDERS[guider]())
     state = held(*pipes, num_inference_steps=2)
     torch.testing.assert_close(state.losses[0, :3], plain.losses[0, :3], rtol=1e-4, atol=1e-4)
-    if kind is SDXL:  # of a seed whose first start is better: it meets the guider as new
-        chosen = run(pipes[1], seed=3, tsam_steps=0, candidates=2, candidate_steps=3)
-        assert chosen.chosen == 0 and torch.equal(chosen.images, run(pipes[1], seed=3, tsam_steps=0).images)
+    if kind is SDXL:  # of equal starts the first is chosen, and meets the guider as new
+        alone, equal = plain.images, plain.images.repeat(2, 1, 1, 1)
+        chosen = run(pipes[1], latents=equal, tsam_steps=0, candidates=2, candidate_steps=3)
+        assert chosen.chosen == 0
+        assert torch.equal(chosen.images, run(pipes[1], latents=alone, tsam_steps=0).images)
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
