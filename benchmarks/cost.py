@@ -319,7 +319,8 @@ def pictures(kind, device, dtype, size, steps, batch):
     rows["plain"] = (getattr(diffusers, FAMILIES[kind].stock)(**components), {})
     if kind == "sd":
         peer = diffusers.StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
-        rows["Attend-and-Excite"] = (peer, {"token_indices": NOUNS, "max_iter_to_alter": max(steps // 2, 1)})
+        limits = {"max_iter_to_alter": max(steps // 2, 1), "attn_res": (size // 32, size // 32)}
+        rows["Attend-and-Excite"] = (peer, {"token_indices": NOUNS, **limits})
     found = {"size": size, "steps": steps, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     found |= {"versions": {module.__name__: module.__version__ for module in (torch, diffusers)}, "methods": {}}
