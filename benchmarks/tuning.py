@@ -7,8 +7,7 @@ from variants import STEPS, VARIANTS
 from diffusers_tsam.evaluation.report import Scores, auc, interval, markdown
 
 
-FAST, LIGHT = "tsam:preset=fast", "tsam:preset=light"
-TOLD = "objective=benchmarks/variants.py:told_pairs"
+FAST, LIGHT, TOLD = "tsam:preset=fast", "tsam:preset=light", "objective=benchmarks/variants.py:told_pairs"
 CHANGED = {  # what is changed of `fast`: in words
     "": "`fast`",
     "objective=benchmarks/variants.py:place_1": "μ = 1 in place of ¼",

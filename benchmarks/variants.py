@@ -46,20 +46,12 @@ def of_pairs(maps, content, things):
     return tsam.contrast(maps, tsam.Syntax(None, None, content, None, relation))
 
 
-VARIANTS = {
-    "contrast": tsam.contrast,
-    "place_0": variant(place=0),
-    "place_half": variant(place=0.5),
-    "place_1": variant(place=1),
-    "place_2": variant(place=2),
-    "related_0": variant(related=0),
-    "related_1": variant(related=1),
-    "exponent_0": variant(exponent=0),
-    "exponent_1": variant(exponent=1),
-    "exponent_4": variant(exponent=4),
-    "apc": variant(relation=corrected),
-    "share": variant(relation=lambda attention, content: tsam._by_largest(shares_of(attention, content))),
-}
+VARIANTS = {"contrast": tsam.contrast}
+VARIANTS |= {f"place_{name}": variant(place=weight) for name, weight in (("0", 0), ("half", 0.5), ("1", 1), ("2", 2))}
+VARIANTS |= {f"related_{weight}": variant(related=weight) for weight in (0, 1)}
+VARIANTS |= {f"exponent_{exponent}": variant(exponent=exponent) for exponent in (0, 1, 4)}
+VARIANTS["apc"] = variant(relation=corrected)
+VARIANTS["share"] = variant(relation=lambda attention, content: tsam._by_largest(shares_of(attention, content)))
 globals().update(VARIANTS, told_pairs=told(of_pairs))  # so that an argument can name one
 
 
