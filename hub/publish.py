@@ -3,7 +3,7 @@
     python hub/publish.py ORG --dry-run
     hf auth login && python hub/publish.py ORG
 
-A dry run writes and lists the seven repositories, and needs no token and no network.
+A dry run writes and lists the eight repositories, and needs no token and no network.
 """
 
 import argparse
@@ -150,7 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--dry-run", action="store_true", help="only write and list what would be uploaded")
     parser.add_argument("--output", metavar="FOLDER", help="new folder to write to (default: a temporary one)")
     parser.add_argument("--private", action="store_true", help="create private repositories")
-    parser.add_argument("--space", action="store_true", help="publish the demo, as a Space, instead of the seven")
+    parser.add_argument("--space", action="store_true", help="publish the demo, as a Space, instead of these")
     args = parser.parse_args()
     folder = Path(args.output or Path(tempfile.mkdtemp(), "hub"))
     try:
