@@ -100,7 +100,8 @@ def test_several_controlnets_guide_and_are_left_as_they_were():
     components["controlnet"] = diffusers.MultiControlNetModel([components["controlnet"], other])
     stock, pipe = make(CONTROLNET.stock, components), make(CONTROLNET.tsam, components)
     options = {"image": [IMAGE, IMAGE], "controlnet_conditioning_scale": [1.0, 0.5]}
-    assert torch.equal(run(stock, **options).images, run(pipe, **options, tsam_steps=0).images)
+    for ours in ({"tsam_steps": 0}, {"alpha": 0.0}):  # with guided steps and without
+        assert torch.equal(run(stock, **options).images, run(pipe, **options, **ours).images)
     output = run(pipe, **options, alpha=20.0)
     assert output.losses[0, 2] < output.losses[0, 0] and isinstance(pipe.controlnet, diffusers.MultiControlNetModel)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in pipe.controlnet.parameters())
