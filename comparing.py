@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attention_processors import lock_of, mean_maps, record_cross_attention, shadowed
+from .attention_processors import lock_of, mean_maps, record_cross_attention
 from .cli import check_prompt
 from .tsam import LatentAlignment
 from .tsam_layout import check_regions, layout_of
@@ -48,13 +48,6 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
     lower = {"stock": "`guidance_scale`, or pass another `dtype`"}
     lower["T-SAM"] = f"`{size}`, which is {getattr(settings, size)}, or {lower['stock']}"
     layout = layout_of(check_regions(settings.regions, 1), text, named(pipe.words_of))
-    prepare, starts, chosen = pipe.prepare_latents, [], []
-
-    @functools.wraps(prepare)
-    def prepare_latents(*args, **kwargs):
-        """Of several candidates T-SAM's drawing chooses, so that stock's does not choose again."""
-        starts.append(prepare(*args, **kwargs))
-        return starts[chosen[0]] if chosen else starts[-1]
 
     def run(name, **changes):
         steps, seen = [], LatentAlignment(text, settings, device="cpu", layout=layout)
@@ -78,8 +71,6 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
         # Hold the lock, because another thread's call would draw through this recorder.
         with lock_of(model), record_cross_attention(layers, seen.num_tokens, graph=False) as recorded:
             output = pipe(prompt, **call)
-        if output.chosen is not None:
-            chosen.append(output.chosen.item())
         guided = list(dict.fromkeys(output.steps))
         attentions = seen.attentions(steps)[0] | {"uncut": named(pipe.words_of)(prompt)}
         if layout is not None:
@@ -88,9 +79,8 @@ def compare(pipe, prompt, seed, settings, on_step=None, **arguments):
             attentions["regions"] = list(zip(layout.regions[0], own))
         return Drawn(output.images[0], seen.losses_per_image()[0].tolist(), guided, attentions)
 
-    with shadowed(pipe, "prepare_latents", prepare_latents):
-        tsam = run("T-SAM")
-        stock = None if pipe.interrupt else run("stock", tsam_steps=0, candidates=1)
+    tsam = run("T-SAM")
+    stock = None if pipe.interrupt else run("stock", tsam_steps=0)
     return None if pipe.interrupt else (stock, tsam)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_tsam import FAMILIES, cli, comparing, figures, tsam_pipeline
+from diffusers_tsam import FAMILIES, cli, comparing, figures
 from diffusers_tsam.pipeline_tsam_sd import StableDiffusionTSAMPipeline
 from diffusers_tsam.shapes import TUNED
 from diffusers_tsam.shapes.judge import Judge
@@ -108,16 +108,11 @@ def test_several_seeds_are_a_sheet_and_the_best_of_them_ranks_first(tsam, capsys
     assert f"after step 1, best first: {listed}\n" in capsys.readouterr().out and asked[-1].args[2] == ranked[0][0]
 
 
-def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe, monkeypatch):
+def test_both_pictures_are_those_that_the_pipelines_draw(kind, stock, pipe):
     guidance = {"alpha": 30.0, "refinement_iterations": 1}
     (ours, aligned), *_ = compared(kind, pipe, PROMPT, 3, guidance, num_inference_steps=4)
     theirs, called = (run(each, seed=3, output_type="pil", **guidance).images[0] for each in (stock, pipe))
     assert ours == theirs != aligned == called
-    asked, guidance["candidates"] = spied(monkeypatch, tsam_pipeline, "choose"), 3
-    pictures, *_ = compared(kind, pipe, PROMPT, 4, guidance, num_inference_steps=4)
-    assert len(asked) == 1  # for both
-    for picture, given in zip(pictures, ({"tsam_steps": 0}, {})):
-        assert picture == run(pipe, seed=4, output_type="pil", **guidance | given).images[0]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
