@@ -224,7 +224,7 @@ def linked(models, query):
         except ValueError:
             problem = f"The link's {name} is {query[name][:100]!r}, which is no number."
     wrongs = wrong(models, values)
-    values |= {name: first[name] for name in wrongs.keys() & LIMITS.keys()}  # the page's fields hold not every number
+    values |= {name: first[name] for name in wrongs.keys() & LIMITS.keys()}  # the fields cannot hold every number
     return values, problem or next(iter(wrongs.values()), "")
 
 
@@ -312,7 +312,7 @@ def build(models):
                         looks = {"label": name.replace("_", " ").capitalize(), "info": info, "value": first[name]}
                         choices = {"choices": list(CHOICES[name])} if name in CHOICES else {}
                         text = name in ("negative_prompt", "regions")
-                        lines = {"lines": 2} if name == "regions" else {}  # Enter begins no second line of one
+                        lines = {"lines": 2} if name == "regions" else {}  # of one, Enter would submit
                         kind = gr.Dropdown if choices else gr.Textbox if text else gr.Number
                         settings[name] = kind(**looks, **choices, **lines)
             with gr.Column(scale=3, min_width=300):
