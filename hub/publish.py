@@ -92,15 +92,17 @@ def build_space(folder):
         shutil.copy(file, folder / "diffusers_tsam")
 
 
-def check(api, org, repositories):
+def check(api, org, repositories, repo_type="model"):
     """Refuse what is not ours to write to, before anything is uploaded."""
     user = api.whoami()
     own = [user["name"], *(group["name"] for group in user.get("orgs", []))]
     if org not in own:
         raise ValueError(f"ORG is {org!r}, neither you nor an organization of yours. Pass one of {', '.join(own)}.")
     ours = {"pipeline.py", "modular_tsam.py", *(f"{family.module}.py" for family in FAMILIES.values())}
+    ours.add("diffusers_tsam/tsam.py")  # of the demo
     for name in repositories:
-        files = set(api.list_repo_files(name)) - {".gitattributes"} if api.repo_exists(name) else set()
+        exists = api.repo_exists(name, repo_type=repo_type)
+        files = set(api.list_repo_files(name, repo_type=repo_type)) - {".gitattributes"} if exists else set()
         if files and not files & ours:
             raise ValueError(f"{name} exists, and its {len(files)} files are not T-SAM's. Rename it on the Hub first.")
 
@@ -108,6 +110,8 @@ def check(api, org, repositories):
 def publish_space(org, folder, dry_run=False, private=False):
     """The demo alone, as ORG/tsam-demo."""
     api, name = HfApi(), f"{org}/tsam-demo"
+    if not dry_run:
+        check(api, org, [name], "space")
     build_space(folder / name)
     if not dry_run:
         api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)

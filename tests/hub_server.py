@@ -41,7 +41,7 @@ def answer(hub, method, path, token, data):
         return 200, {"url": f"{hub.url}/{name}", "name": name}, {}
 
     # /api/models/NAME[/WHAT/REVISION] and /NAME/resolve/REVISION/FILE, REVISION being the last one
-    found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)(?:/(\w+)/[^/]+(?:/(.+))?)?", path)
+    found = re.fullmatch(r"(?:/api/models|/api/spaces)?/([^/]+/[^/]+)(?:/(\w+)/[^/]+(?:/(.+))?)?", path)
     files = hub.repositories.get(found[1]) if found else None
     if files is None:
         return refusal(404, f"Repository not found: {path}", "RepoNotFound")

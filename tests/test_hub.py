@@ -139,14 +139,17 @@ def test_the_hub_understands_the_card_and_its_links_are_ours(dry, name):
         (["tsam"], "wrong", "Invalid user token."),
         (["google"], "secret", "ORG is 'google', neither you nor an organization of yours. Pass one of ada, tsam."),
         (["ada"], "secret", "ada/tsam-pixart exists, and its 1 files are not T-SAM's. Rename it on the Hub first."),
+        (["google", "--space"], "secret", "ORG is 'google', neither you nor an organization of yours. Pass one of "),
+        (["ada", "--space"], "secret", "ada/tsam-demo exists, and its 1 files are not T-SAM's. Rename it on the Hub"),
     ],
 )
 def test_what_cannot_be_published_says_so_before_anything_is_uploaded(arguments, token, message):
     with hub_server() as hub:
-        theirs = hub.repositories["ada/tsam-pixart"] = Repository({"notes.txt": b"mine"})
+        theirs = Repository({"notes.txt": b"mine"})
+        hub.repositories |= dict.fromkeys(("ada/tsam-pixart", "ada/tsam-demo"), theirs)
         status, _, errors = publish(*arguments, hub=hub, token=token)
         assert status == 2 and message in errors and len(errors.splitlines()) == 1, errors
-        assert [*hub.repositories.values()] == [theirs] and not theirs.commits
+        assert [*hub.repositories.values()] == [theirs] * 2 and not theirs.commits
 
 
 def test_what_is_published_is_what_the_dry_run_wrote_and_again_changes_nothing(hub, dry):
