@@ -499,6 +499,12 @@ def remind(pipeline):
         pipeline.__class__ = type(cls.__name__, (RemindsOfCode, cls), {"__module__": cls.__module__})
 
 
+def mixed(mixin, block):
+    """A block of the class of `block`, with `mixin` before it."""
+    cls = type(block)
+    return type(f"TSAM{cls.__name__}", (mixin, cls), {})()
+
+
 class TSAMBlocks:
     """Replaces stock blocks' text steps and loops by ours."""
 
@@ -522,12 +528,12 @@ class TSAMBlocks:
                 blocks[name] = self.text_step()
             elif isinstance(block, LoopSequentialPipelineBlocks):
                 if list(inspect.signature(type(block).loop_step).parameters)[:2] == ["self", "components"]:
-                    blocks[name] = type(f"TSAM{type(block).__name__}", (self.loop, type(block)), {})()
+                    blocks[name] = mixed(self.loop, block)
                     loops += 1
             elif type(block).__name__.endswith("TextEncoderStep"):  # Anima's
-                blocks[name] = type(f"TSAM{type(block).__name__}", (WaitingStep, type(block)), {})()
+                blocks[name] = mixed(WaitingStep, block)
             elif type(block).__name__.endswith("PrepareLatentsStep"):
-                blocks[name] = type(f"TSAM{type(block).__name__}", (StartsStep, type(block)), {})()
+                blocks[name] = mixed(StartsStep, block)
             else:
                 loops += self._replace(block.sub_blocks)
         return loops
