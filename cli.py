@@ -342,8 +342,8 @@ def remarks(seen, prompt, shipped, more):
         yield f"the model knows {knows}, but not {', '.join(map(repr, unknown))}; --model takes another"
 
 
-def picture_of(prompt, seeds, drawn, captions, settings, scale, when):
-    """The command's figure: of one seed what each word looks at, of several the pictures alone."""
+def save_picture(args, seeds, drawn, captions, settings, scale, when):
+    """Write the command's PNG: of one seed what each word looks at, of several the pictures alone."""
     from . import figures
 
     chosen = {each.name: (getattr(settings, each.name), each.default) for each in fields(settings)}
@@ -352,11 +352,14 @@ def picture_of(prompt, seeds, drawn, captions, settings, scale, when):
     names = "Stock", "T-SAM, same seed"
     if len(seeds) > 1:
         rows = zip(names, zip(*captions), zip(*(pictures for pictures, *_ in drawn)))
-        return figures.sheet(prompt, [f"seed {seed}" for seed in seeds], [*rows], " · ".join([f"loss {when}", *notes]))
-    pictures, _, _, seen = drawn[0]
-    rows, notes = [*zip(names, captions[0], pictures, seen["maps"])], [f"seed {seeds[0]}", *notes]
-    tables, footer = tables_of(settings, seen), " · ".join([f"maps and S {when}, one scale a word", *notes])
-    return figures.figure(prompt, seen["tokens"], rows, tables, footer, seen.get("regions", ()))
+        columns, footer = [f"seed {seed}" for seed in seeds], " · ".join([f"loss {when}", *notes])
+        picture = figures.sheet(args.prompt, columns, [*rows], footer)
+    else:
+        pictures, _, _, seen = drawn[0]
+        rows, notes = [*zip(names, captions[0], pictures, seen["maps"])], [f"seed {seeds[0]}", *notes]
+        tables, footer = tables_of(settings, seen), " · ".join([f"maps and S {when}, one scale a word", *notes])
+        picture = figures.figure(args.prompt, seen["tokens"], rows, tables, footer, seen.get("regions", ()))
+    figures.save(picture, args.output)
 
 
 def run(args):
@@ -373,8 +376,7 @@ def run(args):
         from .tsam_layout import check_regions
 
         check_regions(settings.regions, 1)
-    from . import figures  # here and not above, because this takes its time
-    from .comparing import draw
+    from .comparing import draw  # here and not above, because this takes its time
 
     pipe, _ = load(model, kind, args.device, args.dtype)
     if args.sink:
@@ -405,8 +407,7 @@ def run(args):
             lines.append(f"{of}the judge sees: " + "stock {}; T-SAM {}".format(*solids))
         for phrase, (before, after) in seen.get("region_shares", {}).items():
             lines.append(f"{of}attention of {phrase!r} inside its region: stock {before:.0%}, T-SAM {after:.0%}")
-    picture = picture_of(args.prompt, seeds, drawn, captions, settings, scale, when)
-    figures.save(picture, args.output)
+    save_picture(args, seeds, drawn, captions, settings, scale, when)
     return [*lines, *remarks(seen, args.prompt, shipped, kind == "sd")]
 
 
