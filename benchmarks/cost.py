@@ -1,14 +1,15 @@
 """What guidance costs: operations, seconds and memory of T-SAM and of Attend-and-Excite beside the plain pipeline.
 
     python benchmarks/cost.py  # a CPU: small pictures, few steps, minutes
-    python benchmarks/cost.py --size 512 --steps 50 --batch 8 --dtype float16  # a GPU
+    python benchmarks/cost.py --size 512 --steps 50 --batch 8 --dtype float16  # a GPU, at 512 and 1024, batch 1, 4, 8
 
 The architectures are those published for Stable Diffusion 1.5 and PixArt-XL-2 (512 pixels), and for the modular blocks
 the denoisers of SDXL, SD3 and FLUX.1 (1024), with random weights; T5-XXL is replaced by one narrow layer. Operations
 and memory of the first tables are counted by torch on tensors without data, so they are exact at every size; those of
 the others are counted while the pictures are drawn.
 
-What it finds goes to results/cost.json, part by part; `report.py` makes the documents' tables of it.
+What it finds goes to results/cost.json, part by part, what takes seconds by card, dtype, size and batch as well;
+`report.py` makes the documents' tables of it.
 """
 
 import argparse
@@ -45,6 +46,7 @@ RESULTS = Path(__file__).parent / "results" / "cost.json"
 PROMPT = "a red cube and a blue sphere"
 NOUNS = [3, 7]  # what Attend-and-Excite has to be told: the tokens of "cube" and "sphere"
 TOKENS = {"sd": 77, "pixart": 120}
+BLOCKS = [kind for kind in MODULAR if kind != "anima"]
 PIPELINES = {kind: getattr(diffusers_tsam, family.pipeline) for kind, family in FAMILIES.items()}
 WAYS = {"plain": {"tsam_steps": 0}, **{name: {"preset": name} for name in PRESETS}}
 WAYS |= {f"the best of {n}": {"tsam_steps": 0, "candidates": n} for n in (2, 4, 8)}
@@ -133,12 +135,12 @@ def counted(calls, *modules):
 
 
 @contextmanager
-def without_data(device, dtype=torch.bfloat16):
-    """Everything is made in `dtype` and without data.
-
-    device: "meta", on which attention is counted as torch's counter knows it, or "cpu" in `FakeTensorMode`, on which it
-    takes the memory of the fused kernels that a GPU has, too.
+def made_in(dtype, device, data=False):
+    """Everything is made in `dtype` on a device, unless with data on "meta", on which attention is counted as torch's
+    counter knows it, or on "cpu" in `FakeTensorMode`, on which it takes the memory of the fused kernels that a GPU has,
+    too.
     """
+    fake = nullcontext() if data or device == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         for cached in (_blur, _places):  # before, so that all is counted; behind, so that no fake tensor stays
@@ -146,59 +148,58 @@ def without_data(device, dtype=torch.bfloat16):
             stack.callback(cached.cache_clear)
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
-        stack.enter_context(torch.device(device))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else nullcontext())
-        stack.enter_context(torch.no_grad())
+        for context in (torch.device(device), fake, torch.no_grad()):
+            stack.enter_context(context)
         yield
 
 
-def alignment_of(columns, first, device, **settings):
-    """A `LatentAlignment` of a prompt of nine tokens, which begin at `first` of `columns`."""
+def alignment_of(columns, first, device, batch=1, **settings):
+    """A `LatentAlignment` of a batch of one prompt of nine tokens, which begin at `first` of `columns`."""
     content = torch.zeros(1, columns, dtype=torch.bool)
     content[:, first : first + 9] = True
     text = TextSelfAttention(torch.ones(1, columns, columns), content, [["word"] * 9])
-    alignment = LatentAlignment(text, Settings(**settings or {"alpha": 1.0}))
+    alignment = LatentAlignment(text, Settings(**settings or {"alpha": 1.0}), batch)
     alignment.text = Syntax(*(part.to(device) if torch.is_tensor(part) else part for part in alignment.text))
     return alignment
 
 
-def simulate(kind, size, device):
-    """A `Counter` of a plain step with classifier-free guidance, of decoding and of a guided pass, without data."""
-    alignment = alignment_of(9, 0, device)
-    with without_data(device):
+def simulate(kind, size, device, batch=1, dtype=torch.bfloat16, measured=counted):
+    """What is `measured` of a plain step with classifier-free guidance, of decoding and of a guided pass."""
+    alignment = alignment_of(9, 0, device, batch)
+    with made_in(dtype, device, data=measured is not counted):
         pipe = PIPELINES[kind](**build_components(kind))
-        latents, t = torch.empty(2, 4, size // 8, size // 8), torch.tensor(1)
-        given = {"encoder_hidden_states": torch.empty(2, TOKENS[kind], 768 if kind == "sd" else 4096)}
-        given["timestep"] = t.expand(2)
+        latents, t = torch.randn(2 * batch, 4, size // 8, size // 8), torch.tensor(1)
+        given = {"encoder_hidden_states": torch.randn(2 * batch, TOKENS[kind], 768 if kind == "sd" else 4096)}
+        given["timestep"] = t.expand(2 * batch)
         denoiser = getattr(pipe, FAMILIES[kind].denoiser)
         if kind == "pixart":
-            denoiser.pos_embed.pos_embed = denoiser.pos_embed.pos_embed.to(device)  # comes from numpy
-            given["encoder_attention_mask"] = torch.empty(2, TOKENS[kind])
+            denoiser.pos_embed.pos_embed = denoiser.pos_embed.pos_embed.to(latents)  # comes from numpy
+            given["encoder_attention_mask"] = torch.ones(2 * batch, TOKENS[kind])
             given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
         layers = pipe.layers_of(pipe.settings())
         calls = (
             lambda: denoiser(latents, **given),
-            lambda: pipe.vae.decode(latents[:1]),
-            lambda: pipe.align_latents(alignment, latents[:1], t, (), given, layers),
+            lambda: pipe.vae.decode(latents[:batch]),
+            lambda: pipe.align_latents(alignment, latents[:batch], t, (), given, layers),
         )
         with frozen(denoiser):
-            return counted(calls, *pipe.components.values())
+            return measured(calls, *pipe.components.values())
 
 
-def build_modular(kind, size):
-    """The published denoiser of blocks with random weights, and what its loop finds in its state for one image."""
+def build_modular(kind, size, batch):
+    """The published denoiser of blocks with random weights, and what its loop finds in its state."""
     side = size // 8
     if kind == "flux":
         model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-        state = {"latents": torch.empty(1, side**2 // 4, 64), "prompt_embeds": torch.empty(1, 512, 4096)}
-        state |= {"pooled_prompt_embeds": torch.empty(1, 768), "guidance": torch.empty(1)}
-        state |= {"txt_ids": torch.empty(512, 3), "img_ids": torch.empty(side**2 // 4, 3)}
+        state = {"latents": torch.randn(batch, side**2 // 4, 64), "prompt_embeds": torch.randn(batch, 512, 4096)}
+        state |= {"pooled_prompt_embeds": torch.randn(batch, 768), "guidance": torch.ones(batch)}
+        state |= {"txt_ids": torch.zeros(512, 3), "img_ids": torch.zeros(side**2 // 4, 3)}
         return model, state
     if kind == "sd3":
         sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
         model = diffusers.SD3Transformer2DModel(pos_embed_max_size=192, **sizes)
-        model.pos_embed.pos_embed = model.pos_embed.pos_embed.to(torch.empty(0).device)  # comes from numpy
-        latents, embeds, pooled = (1, 16, side, side), (1, 77 + 256, 4096), (1, 2048)
+        model.pos_embed.pos_embed = model.pos_embed.pos_embed.to(torch.empty(0))  # comes from numpy
+        latents, embeds, pooled = (16, side, side), (77 + 256, 4096), (2048,)
     else:
         model = diffusers.UNet2DConditionModel(
             sample_size=128,
@@ -213,21 +214,22 @@ def build_modular(kind, size):
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
-        latents, embeds, pooled = (1, 4, side, side), (1, 77, 2048), (1, 1280)
-    state = {"latents": torch.empty(latents)}
+        latents, embeds, pooled = (4, side, side), (77, 2048), (1280,)
+    state = {"latents": torch.randn(batch, *latents)}
     for name in ("", "negative_"):
-        state |= {f"{name}prompt_embeds": torch.empty(embeds), f"{name}pooled_prompt_embeds": torch.empty(pooled)}
-        state |= {f"{name}add_time_ids": torch.empty(1, 6)}
+        state[f"{name}prompt_embeds"] = torch.randn(batch, *embeds)
+        state[f"{name}pooled_prompt_embeds"] = torch.randn(batch, *pooled)
+        state[f"{name}add_time_ids"] = torch.ones(batch, 6)
     return model, state
 
 
-def simulate_modular(kind, size, device):
-    """As `simulate`, of modular blocks' loop: a `Counter` of its plain step and of a guided pass."""
+def simulate_modular(kind, size, device, batch=1, dtype=torch.bfloat16, measured=counted):
+    """As `simulate`, of modular blocks' loop, which does not decode."""
     loop = loop_of(kind)
     defaults = {param.name: param.default for param in loop.inputs if param.name}
-    alignment = alignment_of(*{"sdxl": (77, 1), "sd3": (77 + 256, 77), "flux": (512, 0)}[kind], device)
-    with without_data(device):
-        model, given = build_modular(kind, size)
+    alignment = alignment_of(*{"sdxl": (77, 1), "sd3": (77 + 256, 77), "flux": (512, 0)}[kind], device, batch)
+    with made_in(dtype, device, data=measured is not counted):
+        model, given = build_modular(kind, size, batch)
         state = BlockState(**{**defaults, **given, "num_inference_steps": 50, "updates": [1]})
         state.alignment, state.given, state.saving = alignment, loop.settings(), nullcontext
         state.layers = loop.layers(model, state.given)
@@ -241,7 +243,7 @@ def simulate_modular(kind, size, device):
             lambda: loop.align(components, state, 0, t),
         )
         with frozen(model):
-            return counted(calls, model)
+            return measured(calls, model)
 
 
 def loop_of(kind):
@@ -249,13 +251,17 @@ def loop_of(kind):
     return blocks.sub_blocks["denoise.denoise"]
 
 
-def operations(kinds, simulated, size, steps):
-    """What one guided pass costs beside a plain step, and the presets' passes: {kind: ...}. simulated: `simulate` or
-    `simulate_modular`. The peak is that of guidance, beside the largest of the others."""
+def simulated(kind):
+    return simulate if kind in PIPELINES else simulate_modular
+
+
+def operations(kinds, size, steps):
+    """What one guided pass costs beside a plain step, and the presets' passes: {kind: ...}. The peak is that of
+    guidance, beside the largest of the others."""
     found = {}
     for kind in kinds:
-        plain, *_, guided = simulated(kind, size, "meta")
-        *others, guidance = simulated(kind, size, "cpu")
+        plain, *_, guided = simulated(kind)(kind, size, "meta")
+        *others, guidance = simulated(kind)(kind, size, "cpu")
         found[kind] = {"size": size, "steps": steps, "plain_step_flop": plain.flop, "guided_pass_flop": guided.flop}
         found[kind]["plain_peak_bytes"] = max(counter.peak for counter in others)
         found[kind]["guided_peak_bytes"] = guidance.peak
@@ -268,6 +274,17 @@ def number_of_updates(kind, preset, steps):
     owner = PIPELINES[kind] if kind in PIPELINES else loop_of(kind)
     guided, refined, iterations = owner.settings(preset=preset).plan(steps)
     return guided + iterations * len(refined)
+
+
+def seconds(device, dtype, size, batch):
+    """Milliseconds of a plain step and of a guided pass of every architecture, and by them what each preset makes of a
+    picture of 50 steps, beside a plain one, without encoding and decoding: {kind: ...}."""
+    found = {}
+    for kind in (*PIPELINES, *BLOCKS):
+        plain, *_, guided = simulated(kind)(kind, size, device, batch, dtype, partial(milliseconds, device, 5))
+        found[kind] = {"plain step": plain, "guided pass": guided}
+        found[kind] |= {name: round(1 + number_of_updates(kind, name, 50) / 50 * guided / plain, 2) for name in PRESETS}
+    return found
 
 
 def launches(kind):
@@ -306,7 +323,7 @@ def measure(pipe, kind, device, arguments):
     return {"guided_passes": sum(passes), "flop": counter.flop, "seconds": round(seconds, 3), "peak_bytes": peak}
 
 
-def pictures(kind, device, dtype, size, steps, batch):
+def pictures(kind, device, dtype, size, batch, steps):
     """What whole pictures cost, `batch` of them a call, by method: one call after the other, of the same components and
     seed. Attend-and-Excite guides a batch's pictures one after another, and stops where its thresholds are reached."""
     components = build_components(kind)
@@ -321,12 +338,10 @@ def pictures(kind, device, dtype, size, steps, batch):
         peer = diffusers.StableDiffusionAttendAndExcitePipeline(**components, requires_safety_checker=False)
         limits = {"max_iter_to_alter": max(steps // 2, 1), "attn_res": (size // 32, size // 32)}
         rows["Attend-and-Excite"] = (peer, {"token_indices": NOUNS, **limits})
-    found = {"size": size, "steps": steps, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found |= {"versions": {module.__name__: module.__version__ for module in (torch, diffusers)}, "methods": {}}
+    found = {}
     for name, (pipe, more) in rows.items():
         pipe.set_progress_bar_config(disable=True)
-        found["methods"][name] = measure(pipe, kind, device, options | more)
+        found[name] = measure(pipe, kind, device, options | more)
     return found
 
 
@@ -338,15 +353,15 @@ def clock(device):
     return time.perf_counter()
 
 
-def milliseconds(calls, device, rounds):
-    """{name: its median} of {name: call}, which take turns."""
-    times = {name: [] for name in calls}
+def milliseconds(device, rounds, calls, *_):
+    """The median of each call, which take turns."""
+    times = [[] for _ in calls]
     for _ in range(rounds):
-        for name, call in calls.items():
+        for call, own in zip(calls, times):
             started = clock(device)
             call()
-            times[name].append(clock(device) - started)
-    return {name: round(1e3 * sorted(own)[rounds // 2], 2) for name, own in times.items()}
+            own.append(clock(device) - started)
+    return [round(1e3 * sorted(own)[rounds // 2], 2) for own in times]
 
 
 def small(device):
@@ -356,9 +371,8 @@ def small(device):
         pipe = owner.from_pretrained(MODELS[kind]).to(device)
         pipe.set_progress_bar_config(disable=True)
         given = ARGUMENTS[kind] | {"num_inference_steps": 25, "output_type": "pt"}
-        calls = {name: partial(draw, pipe, **given, **own) for name, own in WAYS.items()}
-        took = milliseconds(calls, device, 5)
-        found[kind] = {name: round(own / took["plain"], 2) for name, own in took.items()}
+        plain, *others = milliseconds(device, 5, [partial(draw, pipe, **given, **own) for own in WAYS.values()])
+        found[kind] = {name: round(own / plain, 2) for name, own in zip(WAYS, (plain, *others))}
     return found
 
 
@@ -389,35 +403,37 @@ def overhead(device):
             with frozen(pipe.unet), record_cross_attention(pipe.layers_of(pipe.settings()), 10, stop=True):
                 alignment_of(TOKENS["sd"], 1, device, preset="light")
 
-        found = milliseconds({"call": start, "update": update_alone(device)[0]}, device, 20)
+        call, update = milliseconds(device, 20, [start, update_alone(device)[0]])
         batch, states = torch.randn(2, 4, 64, 64), torch.randn(2, TOKENS["sd"], 768)
-        found |= milliseconds({"plain step": lambda: pipe.unet(batch, 1, states)}, device, 3)
-    return found | {"device": device.type, "share": round(found["update"] / found["plain step"], 5)}
+        (plain,) = milliseconds(device, 3, [lambda: pipe.unet(batch, 1, states)])
+    return {"call": call, "update": update, "plain step": plain, "share": round(update / plain, 5)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side of the pictures that are drawn")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side of what takes seconds")
+    parser.add_argument("--batch", type=int, default=1, help="pictures of a call that takes seconds")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps of the pictures that are drawn")
-    parser.add_argument("--batch", type=int, default=1, help="pictures that a call draws")
-    parts = ["operations", "modular", "launches", "overhead", "small", "sd", "pixart"]
-    parser.add_argument(
-        "--parts", nargs="+", default=parts, choices=parts, help="%(default)s; sd and pixart draw pictures"
-    )
+    parts = ["operations", "modular", "launches", "overhead", "small", "seconds", *PIPELINES]
+    words = "%(default)s; the last two draw pictures, and seconds needs a GPU that holds FLUX"
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help=words)
     args = parser.parse_args()
     logging.set_verbosity_error()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = f"{name}, {args.dtype}, {args.size} pixels, batch {args.batch}, torch {torch.__version__}"
+    given = (device, getattr(torch, args.dtype), args.size, args.batch)
+    timed = {"seconds": partial(seconds, *given)}
+    timed |= {kind: partial(pictures, kind, *given, args.steps) for kind in PIPELINES}
     calls = {
-        "operations": lambda: operations(PIPELINES, simulate, 512, 50),
-        "modular": lambda: operations([kind for kind in MODULAR if kind != "anima"], simulate_modular, 1024, 50),
+        "operations": lambda: operations(PIPELINES, 512, 50),
+        "modular": lambda: operations(BLOCKS, 1024, 50),
         "launches": lambda: {kind: launches(kind) for kind in PIPELINES},
         "overhead": lambda: overhead(device),
         "small": lambda: small(device),
-    }
-    calls |= {
-        kind: lambda kind=kind: pictures(kind, device, dtype, args.size, args.steps, args.batch) for kind in PIPELINES
+        **{part: lambda part=part, own=own: {**found.get(part, {}), where: own()} for part, own in timed.items()},
     }
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.parts:
