@@ -6,6 +6,7 @@ import torch
 
 from diffusers_tsam import modular_tsam, tsam_candidates
 from kinds import (
+    ANIMA,
     BLOCKS,
     FLUX,
     KINDS,
@@ -126,6 +127,7 @@ def test_the_chosen_start_meets_every_scheduler_as_new(kind, pipe, scheduler, mo
 
 WORKFLOWS = [
     *((kind, "image2image", 4, {"strength": 0.9}) for kind in (SDXL, SD3, FLUX)),
+    (ANIMA, "img2img", 4, {"strength": 0.9}),
     (SDXL, "inpainting", 4, {"strength": 0.9}),
     (SDXL, "inpainting", 9, {"strength": 1.0}),
     (SDXL, "controlnet_text2image", 4, {}),
