@@ -38,7 +38,7 @@ VARIANTS = _families(
 
 
 class Blocks(NamedTuple):
-    """A kind of model that our modular blocks guide. blocks: their class; experimental: untested at its full size."""
+    """A kind of model that our blocks guide. blocks: their class; experimental: which layers to read is a guess."""
 
     name: str
     blocks: str

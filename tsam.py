@@ -25,8 +25,8 @@ logger = logging.get_logger("diffusers.tsam")  # diffusers' child, so that its v
 
 SMOOTHING_SIGMA = 0.5  # App. B.2
 RELEASE_ROW_WEIGHT = 0.2  # the release, `_compute_self_attn_loss_cos`
-RELATED_WEIGHT = 0.5  # λ of the contrast, best of ½ and 1 with the place term (benchmarks/RESULTS.md)
-PLACE_WEIGHT = 0.25  # μ of the contrast, as good as ½ and 1 on two solids and best on three (benchmarks/RESULTS.md)
+RELATED_WEIGHT = 0.5  # λ of the contrast; 1 gained less on tuning prompts (benchmarks/RESULTS.md)
+PLACE_WEIGHT = 0.25  # μ of the contrast; 1 gained less, too
 TINY = torch.finfo(torch.float32).tiny  # keeps divisors above zero; added, because clamping costs a backward pass more
 EPSILON = 1e-12  # the same for norms, whose gradient it bounds
 ROUNDING = 1e-6  # of a mean over a map in float32

@@ -262,8 +262,8 @@ def presets_table():
 
     rows = []
     for name, preset in PRESETS.items():
-        of_t5 = [] if T5_PRESETS[name] == preset else [[f'`"{name}"`, PixArt-α, SD 3, FLUX', *cells(T5_PRESETS[name])]]
-        rows += [[f'`"{name}"`' + ", Stable Diffusion" * bool(of_t5), *cells(preset)], *of_t5]
+        of_t5 = [] if T5_PRESETS[name] == preset else [[f'`"{name}"`, all others', *cells(T5_PRESETS[name])]]
+        rows += [[f'`"{name}"`' + ", Stable Diffusion and SDXL" * bool(of_t5), *cells(preset)], *of_t5]
     return markdown(["preset", "objective", "size of an update", "γ", "guided steps", "extra updates"], rows)
 
 
