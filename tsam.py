@@ -391,7 +391,7 @@ class LatentAlignment:
 
         The step is taken at the model's input, z_in = c·z, where c is the scheduler's `input_scale`, so that one alpha
         holds under every scheduler: z' = z - (α/c) ∇_{z_in} loss. `maps_at(model_input)` returns the averaged
-        cross-attention maps A (B, N, H, W), float32, for a model input in the latents' dtype. Eq. (6).
+        cross-attention maps A (B, N, H, W), float32, for an input of their dtype. Eq. (6). ValueError if B differs.
         """
         if len(latents) != len(self.tokens):
             raise ValueError(
