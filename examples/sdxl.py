@@ -25,7 +25,7 @@ pipe = StableDiffusionXLTSAMBlocks().get_workflow("text2image").init_pipeline(ar
 pipe.load_components(dtype=dtype)
 pipe.to(device)
 pipe.vae.to(torch.float32)  # SDXL's overflows in float16
-pipe.unet.enable_gradient_checkpointing()  # a quarter less memory in a guided pass, for a fifth more operations
+pipe.unet.enable_gradient_checkpointing()  # a guided pass: a quarter less memory, 1.4 times the operations
 
 
 def draw(**changes):
