@@ -1,18 +1,21 @@
 """The README's own words are run."""
 
 import inspect
+import json
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import diffusers_tsam
+from diffusers_tsam.evaluation.__main__ import arguments
 from diffusers_tsam.shapes import ARGUMENTS, MODELS
 
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = "docs", "benchmarks", "shapes", "hub"
+FOLDERS = "docs", "benchmarks", "shapes", "hub", "app", "evaluation"
 PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))]
 PAGES = [page for page in PAGES if page.name not in ("code.md", "weights.md")]  # which are filled in first
 
@@ -67,3 +70,16 @@ def test_the_defaults_in_the_table_of_arguments_are_those_of_the_code(column, pi
     assert set(ours) - {"kwargs"} == set(table)
     numbers = set(ours) - {"kwargs", "preset"}
     assert {name: str(parameters[name].default) for name in numbers} == {name: table[name] for name in numbers}
+
+
+def test_the_commands_that_measure_are_those_of_the_results():
+    (code,) = re.findall(r"```bash\n(E=.*?)```", (ROOT / "docs" / "contributing.md").read_text(), re.DOTALL)
+    code = code.replace('"python -m diffusers_tsam.evaluation"', "echo").replace("python ", ": ")
+    lines = subprocess.run(["bash", "-euc", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    runs = [arguments().parse_args(line.split()) for line in lines if line.startswith("generate")]
+    results = ROOT / "benchmarks" / "results" / "evaluation"
+    assert sorted(ROOT / run.output for run in runs) == sorted(results.iterdir())
+    for run in runs:
+        drawn = json.loads((ROOT / run.output / "settings.json").read_text())
+        assert set(run.methods) == set(drawn["methods"])
+        assert (run.model, run.prompts, run.seeds) == (drawn["model"], drawn["prompt_set"], drawn["seeds"])
