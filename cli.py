@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import logging
-import os
 import re
 import runpy
 import sys
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from . import FAMILIES
 from .shapes import ARGUMENTS, COLOURS, MODELS, SOLIDS, TUNED, WORDS, unknown_words
@@ -151,12 +151,15 @@ def check(args):
         raise ValueError(f"--output has to end in .png but is {args.output!r}.")
     if not output.parent.is_dir():
         raise ValueError(f"--output is {args.output!r}, but there is no folder {str(output.parent)!r}.")
-    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise ValueError(f"--output is {str(output)!r}, which cannot be written.")
-    if args.output and output.exists() and not args.force:
+    if args.output and output.is_file() and not args.force:
         raise ValueError(f"--output is {args.output!r}, which exists. Pass --force to overwrite it.")
     names = (output if k == 1 else Path(f"tsam-{k}.png") for k in count(1))
-    args.output = str(next(name for name in names if args.force or not name.exists()))
+    output = output if args.output or args.force else next(name for name in names if not name.exists())
+    args.output = str(output)
+    try:  # by opening, because permissions alone would let root write into /proc
+        (output.open("ab") if output.exists() else TemporaryFile(dir=output.parent)).close()
+    except OSError as error:
+        raise ValueError(f"--output is {args.output!r}, which cannot be written: {error.strerror}.") from error
     if args.sink and (args.model or args.pipeline == "pixart"):
         raise ValueError("--sink is for the Stable Diffusion that ships. Leave --model and --pipeline out.")
     if args.best_of and args.seed and len(args.seed) > 1:

@@ -338,7 +338,8 @@ EARLY = {  # behind the prompt, before a model is loaded
     "--device xla": "--device is 'xla'",
     "--output no/such/folder/a.png": "no folder",
     "--output a.jpg": "end in .png",
-    "--output folder.png": "cannot be written",
+    "--output folder.png": "'folder.png', which cannot be written: Is a directory.",
+    "--output /proc/a.png": "'/proc/a.png', which cannot be written: ",
 }
 LATE = {
     "--attention-resolution 5": "--attention-resolution is 5",
