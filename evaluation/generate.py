@@ -14,6 +14,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ KINDS = {
     for settings in (StableDiffusionSettings, PixArtAlphaSettings, JointSettings)
     for each in fields(settings)
 }
+NUMBERS = {float: "a number", int: "an integer", bool: "1 or 0"}
 REPLACED = {  # what a method's argument replaces: the other size of a step, or a peer's schedule
     "alpha": ["relative_step"],
     "relative_step": ["alpha"],
@@ -99,16 +101,27 @@ objective = functools.cache(objective_of)  # so that a run's pictures share one,
 
 
 def kind_of(model):
-    """A model's kind in TUNED or FAMILIES, its calls' argument names, and its `Settings` class. Loads no weights."""
+    """A model's kind in TUNED or FAMILIES, {argument of its calls: annotation}, and its `Settings` class. Loads no
+    weights."""
     if model == "sd3":
         from .. import StableDiffusion3TSAMBlocks
 
-        known = {each.name for each in StableDiffusion3TSAMBlocks().get_workflow("text2image").inputs}
+        known = {each.name: each.type_hint for each in StableDiffusion3TSAMBlocks().get_workflow("text2image").inputs}
         return model, known, JointSettings
     family = family_of(SHIPPED.get(model, model))
     pipeline = getattr(importlib.import_module("..", __package__), FAMILIES[family].pipeline)
-    _, *known = inspect.signature(pipeline.__call__).parameters  # without self
+    known = {each.name: each.annotation for each in inspect.signature(pipeline.__call__).parameters.values()}
     return model if model in TUNED else family, known, pipeline.settings
+
+
+def check_stocks(key, value, annotation):
+    """TypeError for a value of stock's argument unless its annotation admits it. A method can give numbers only."""
+    kinds = get_args(annotation) or (annotation,)
+    number = next((kind for kind in NUMBERS if kind in kinds), None)
+    if number is None:
+        raise TypeError(f"`{key}` takes no number. Leave it out.")
+    if not isinstance(value, (int, number)) and not (value is None and type(None) in kinds):
+        raise TypeError(f"`{key}` is {value!r}, but has to be {NUMBERS[number]}.")
 
 
 def check_methods(methods, known, settings, steps, regions):
@@ -125,6 +138,8 @@ def check_methods(methods, known, settings, steps, regions):
             raise ValueError(f"The method {name!r} has an objective of its own. Leave `objective` out.")
         own = {each.name: arguments[each.name] for each in fields(settings) if each.name in arguments}
         try:
+            for key in arguments.keys() - own.keys() - {*OF_A_LOSS}:
+                check_stocks(key, arguments[key], known[key])
             if regions:
                 own["regions"] = True
             if "objective" in own:

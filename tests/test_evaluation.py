@@ -211,7 +211,10 @@ def test_errors_say_what_to_do(copy, tmp_path):
         ("--methods stock:num_inference_steps=3", "changes 'num_inference_steps', which all of a run's methods share"),
         ("--methods tsam:regions=3", "changes 'regions', which all of a run's methods share"),
         ("--methods stock:timesteps=3", "changes 'timesteps', which all of a run's methods share"),
-        ("--methods tsam:self=3", "has no argument 'self'"),
+        ("--methods tsam:self=3", "The method 'tsam:self=3': `self` takes no number. Leave it out"),
+        ("--methods stock:callback_on_step_end=3", "`callback_on_step_end` takes no number. Leave it out"),
+        ("--methods tsam:clip_skip=1.5", "`clip_skip` is 1.5, but has to be an integer"),
+        ("--methods stock:eta=none", "`eta` is None, but has to be a number"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(arguments, said, tmp_path, monkeypatch):
@@ -311,7 +314,7 @@ def test_every_small_model_is_drawn_by_the_same_methods(model, tmp_path):
     assert "has no argument" in refused(*command, f"tsam:{other}")
     assert "drawn with other settings: arguments" in refused(*command, methods, "--guidance-scale", "9")
     if model != "sink":  # a method may change what the shipped model's calls have
-        main([*command, {"pixart": "stock:use_resolution_binning=none", "sd3": "stock:max_sequence_length=9"}[model]])
+        main([*command, {"pixart": "stock:use_resolution_binning=0", "sd3": "stock:max_sequence_length=9"}[model]])
         assert len(pictures(tmp_path)) == 4
     if model == "sd3":
         quarters = ["--prompts", "quarters:2:test:1"]
