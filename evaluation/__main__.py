@@ -30,7 +30,7 @@ def arguments():
         add("--output", required=True, help="the run's folder, which goes on where it was stopped")
         add("--steps", type=int, default=50, help="denoising steps (50)")
         add("--guidance-scale", type=float, help="the pipeline's own")
-        add("--batch", type=int, default=8, help="pictures at once on a device (8)")
+        add("--batch", type=int, default=8, help="pictures at once on a device, free to change (8)")
         add("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a cpu, else float16")
         add("--parser", help="a spaCy model, for prompts that no template fits")
         add("--format", choices=("png", "jpg", "webp"), default="png", help="of the pictures (png)")

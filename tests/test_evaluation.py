@@ -20,7 +20,7 @@ from diffusers_tsam.evaluation.__main__ import main
 from diffusers_tsam.evaluation.baselines import BASELINES
 from diffusers_tsam.evaluation.generate import generate, identity, parse_method, plan
 from diffusers_tsam.evaluation.prompts import FORMS, Prompt, load, things_of_template
-from diffusers_tsam.evaluation.runs import Run, save, whole
+from diffusers_tsam.evaluation.runs import Run, opened, save, whole
 from diffusers_tsam.evaluation.score import TEMPLATES, BlipAnswers, Caption, Clip, Nearest, Shapes, Tifa, in_template
 from diffusers_tsam.shapes import MODELS, scenes
 from tiny import tiny_tokenizer
@@ -132,12 +132,15 @@ def test_two_processes_draw_the_pictures_that_one_draws_and_the_core_and_the_bas
     assert sum(each) == 12 and min(each) > 0
 
 
-def test_the_same_folder_takes_more_methods_and_seeds_but_no_other_settings(copy):
-    before = pictures(copy)
-    main([*DRAW, str(copy), "--methods", "stock,tsam:alpha=1", "--seeds", "3"])
+def test_the_same_folder_takes_more_methods_and_seeds_and_other_batches_but_no_other_settings(copy):
+    before, lost = pictures(copy), sorted(pictures(copy))[0]
+    drawn = np.asarray(opened(copy / lost), dtype=int)
+    (copy / lost).unlink()
+    main([*DRAW, str(copy), "--methods", f"{METHODS},tsam:alpha=1", "--seeds", "3", "--batch", "2"])
     after = pictures(copy)
-    assert {name: after[name] for name in before} == before
-    assert len(after) == 12 + 2 + 6  # a third seed of stock, three of the new method
+    assert {name: after[name] for name in before if name != lost}.items() <= before.items()
+    assert np.abs(np.asarray(opened(copy / lost)) - drawn).max() <= 1  # to rounding
+    assert len(after) == 12 + 6 + 6  # a third seed of the old methods, three of the new one
     said = refused(*DRAW, copy, "--steps", "4")
     assert "drawn with other settings: arguments" in said and "Choose another folder" in said
     assert "prompt_set" in refused(*DRAW, copy, "--prompts", "shapes:3:test:3")
