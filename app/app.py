@@ -83,18 +83,18 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """What belongs to one open page: its files, and its wish to stop, a file too, since a lent GPU draws in another
-    process."""
+    """What belongs to one open page: its files, and its wish to draw, a file too, since a lent GPU draws in another
+    process. A page that has left keeps neither."""
 
     def __init__(self, request):
         name = hashlib.sha256(str(request.session_hash).encode()).hexdigest()
-        self.folder, self.flag = Path(WORK.name, name), Path(WORK.name, f"{name}.stop")
+        self.folder, self.flag = Path(WORK.name, name), Path(WORK.name, f"{name}.draws")
 
     def stop(self):
-        self.flag.touch()
+        self.flag.unlink(missing_ok=True)
 
     def go_on(self):
-        self.flag.unlink(missing_ok=True)
+        self.flag.touch()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def build(models):
 
         @GPU
         def drawn(values, flag):
-            yield from live(models, values, flag.exists)
+            yield from live(models, values, lambda: not flag.exists())
 
         def start(request: gr.Request, *values):
             for shown in drawn(dict(zip(FIELDS, values)), Session(request).flag):

@@ -411,14 +411,17 @@ def test_a_link_that_asks_for_what_cannot_be_is_told_of_and_a_preset_brings_its_
     assert (values.items() >= PAPER.items()) == (query.get("preset") == "paper")
 
 
-def test_sessions_keep_apart_and_their_names_are_no_paths(app):
+def test_sessions_keep_apart_and_leave_nothing_and_their_names_are_no_paths(app, models):
     sessions = [app.Session(SimpleNamespace(session_hash=name)) for name in ("a", "b", "../../a", None)]
     assert len({session.flag for session in sessions}) == 4
     assert all(path.parent == Path(app.WORK.name) for each in sessions for path in (each.flag, each.folder))
-    sessions[0].stop()
-    assert [session.flag.exists() for session in sessions] == [True, False, False, False]
+    (leave,) = (each.fn for each in app.build(models).fns.values() if each.name == "leave")
     sessions[0].go_on()
-    assert not sessions[0].flag.exists()
+    sessions[0].folder.mkdir()
+    assert [session.flag.exists() for session in sessions] == [True, False, False, False]
+    for name in ("a", "b"):
+        leave(SimpleNamespace(session_hash=name))
+    assert not any(path.exists() for each in sessions for path in (each.flag, each.folder))
 
 
 def test_drawings_take_turns_and_one_that_waits_can_be_stopped(app, local, name):
