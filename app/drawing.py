@@ -59,10 +59,13 @@ class Models:
 
     def __init__(self, folders=(), hub=False, device=None):
         self.hub, self.device = hub, cli.device_of(device)
-        self.roots = [Path(folder).expanduser().resolve() for folder in folders]
+        self.roots = list(dict.fromkeys(Path(folder).expanduser().resolve() for folder in folders))
+        names = [root.name for root in self.roots]
         for root in self.roots:
             if not root.is_dir():
                 raise ValueError(f"--models is {str(root)!r}, which is no folder.")
+            if names.count(root.name) > 1:
+                raise ValueError(f"--models has two folders {root.name!r}, and pages see names only. Rename one.")
         self.loaded, self.lock = OrderedDict(), threading.Lock()
 
     def offered(self):

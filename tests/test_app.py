@@ -110,8 +110,10 @@ def test_links_that_lead_out_of_the_folders_given_are_not_offered(tmp_path, fold
     (inside / "own" / "model_index.json").write_text("{}")
     (inside / "again").symlink_to(inside / "own")
     assert list(Models([inside]).offered())[len(SHIPPED) :] == ["models/again", "models/own"]
-    with pytest.raises(ValueError, match="--models is .*none', which is no folder"):
-        Models([tmp_path / "none"])
+    (tmp_path / "other" / "models").mkdir(parents=True)
+    for other, said in (("none", "is .*none', which is no folder"), ("other/models", "has two folders 'models'")):
+        with pytest.raises(ValueError, match=f"--models {said}"):
+            Models([inside, inside, tmp_path / other])
 
 
 def test_code_beside_weights_is_never_run_and_an_error_does_not_say_where_they_lie(tmp_path, folder):
