@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -92,7 +93,7 @@ def build_space(folder):
         shutil.copy(file, folder / "diffusers_tsam")
 
 
-def check(api, org, repositories, repo_type="model"):
+def check(api, org, repositories, repo_type):
     """Refuse what is not ours to write to, before anything is uploaded."""
     user = api.whoami()
     own = [user["name"], *(group["name"] for group in user.get("orgs", []))]
@@ -107,18 +108,6 @@ def check(api, org, repositories, repo_type="model"):
             raise ValueError(f"{name} exists, and its {len(files)} files are not T-SAM's. Rename it on the Hub first.")
 
 
-def publish_space(org, folder, dry_run=False, private=False):
-    """The demo alone, as ORG/tsam-demo."""
-    api, name = HfApi(), f"{org}/tsam-demo"
-    if not dry_run:
-        check(api, org, [name], "space")
-    build_space(folder / name)
-    if not dry_run:
-        api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=name, repo_type="space", folder_path=folder / name, commit_message="T-SAM's demo")
-        print(f"{api.endpoint}/spaces/{name} is up")
-
-
 def prepare(org, folder):
     """Make the new folder. ValueError for a wrong ORG, which could lead out of it."""
     if not org:
@@ -131,21 +120,29 @@ def prepare(org, folder):
         raise ValueError(f"--output is {str(folder)!r}: {error.strerror}. Pass a new folder.") from None
 
 
-def publish(org, folder, dry_run=False, private=False):
-    repositories = {f"{org}/tsam-{kind}": (kind, "code") for kind in FAMILIES}
-    repositories |= {f"{org}/{FACTS[kind]['weights']}": (kind, "weights") for kind in FAMILIES}
-    repositories |= {f"{org}/tsam-{kind}": (kind, "blocks") for kind in MODULAR}
+def publish(org, folder, space=False, dry_run=False, private=False):
+    """Build, list and upload the repositories, or the demo alone, as ORG/tsam-demo."""
+    repo_type = "space" if space else "model"
+    if space:
+        repositories = {f"{org}/tsam-demo": build_space}
+    else:
+        repositories = {f"{org}/tsam-{k}": partial(build, org=org, kind=k, card="code") for k in FAMILIES}
+        for k in FAMILIES:
+            repositories[f"{org}/{FACTS[k]['weights']}"] = partial(build, org=org, kind=k, card="weights")
+        repositories |= {f"{org}/tsam-{k}": partial(build_blocks, org=org, kind=k) for k in MODULAR}
     api = HfApi()
     if not dry_run:
-        check(api, org, repositories)
-    for name, (kind, card) in repositories.items():
-        build_blocks(folder / name, org, kind) if card == "blocks" else build(folder / name, org, kind, card)
+        check(api, org, repositories, repo_type)
+    for name, write in repositories.items():
+        write(folder / name)
         for file in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
             print(f"{file.stat().st_size:>12,}  {file.relative_to(folder).as_posix()}")
     for name in () if dry_run else repositories:
-        api.create_repo(name, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder / name, commit_message="T-SAM for diffusers")
-        print(f"{api.endpoint}/{name} is up")
+        sdk = "gradio" if space else None
+        url = api.create_repo(name, repo_type=repo_type, space_sdk=sdk, private=private or None, exist_ok=True)
+        message = "T-SAM for diffusers"
+        api.upload_folder(repo_id=name, repo_type=repo_type, folder_path=folder / name, commit_message=message)
+        print(f"{url} is up")
 
 
 if __name__ == "__main__":
@@ -159,7 +156,7 @@ if __name__ == "__main__":
     folder = Path(args.output or Path(tempfile.mkdtemp(), "hub"))
     try:
         prepare(args.org, folder)
-        (publish_space if args.space else publish)(args.org, folder, args.dry_run, args.private)
+        publish(args.org, folder, args.space, args.dry_run, args.private)
     except (HTTPError, OSError, ValueError) as error:
         again = "" if isinstance(error, ValueError) else f" ({type(error).__name__}) What is up stays; run it again."
         sys.stderr.write(f"publish.py: error: {' '.join(str(error).split())}{again}\n")

@@ -157,6 +157,13 @@ def test_what_is_published_is_what_the_dry_run_wrote_and_again_changes_nothing(h
         assert hub.repositories[name] == files_of(dry[0] / name) and hub.repositories[name].commits == 1
 
 
+def test_the_space_goes_up_alone_and_lists_its_files(hub):
+    status, printed, errors = publish("ada", "--space", hub=hub, token="secret")
+    listed = re.findall(r"^ *[\d,]+  ada/tsam-demo/(\S+)$", printed, re.M)
+    assert status == 0 and hub.repositories["ada/tsam-demo"].keys() == {*listed} > {"app.py", "diffusers_tsam/tsam.py"}
+    assert errors == "" and "/ada/tsam-demo is up" in printed and "ada/tsam-sd" not in hub.repositories
+
+
 def card_codes(hub, official, name):
     """The code of a card as users paste it, but for size and weights; and the same with the installed class."""
     (code,) = re.findall(r"```python\n(.*?)```", hub.repositories[name]["README.md"].decode(), re.DOTALL)
