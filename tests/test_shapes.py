@@ -226,13 +226,16 @@ def test_a_sink_takes_its_share_of_attention_and_leaves_t_as_it_was(tmp_path, mo
         own = attention[:, 1:8, 1:8]
         return attention[:, 1:8, 0].mean().item(), own / own.sum(-1, keepdim=True)
 
-    share, before = read()
+    layer, (share, before) = encoder.encoder.layers[0], read()
+    bias = layer.self_attn.out_proj.bias.clone()
     monkeypatch.setattr(train, "SINK_STEPS", 80)
     monkeypatch.setattr(train, "WARMUP", 10)
     train.fit_sink(SimpleNamespace(sink=0.9, seed=0, work=tmp_path), encoder, tokenizer)
     with_sink, after = read()
     assert share < 0.5 and with_sink == pytest.approx(0.9, abs=0.04)
     assert (after - before).abs().sum(-1).mean() < 0.25  # of at most 2
+    given = layer.self_attn(layer.layer_norm1(encoder.embeddings(ids[:1, :1])))[0]  # by <bos> to itself
+    torch.testing.assert_close(given - bias, 0.1 * (given - layer.self_attn.out_proj.bias))  # the bias takes the rest
 
 
 def test_the_shipped_sink_is_what_changed_of_the_model_and_saves_as_an_ordinary_folder(tmp_path, monkeypatch):
