@@ -75,7 +75,7 @@ SIZE = {"height": 32, "width": 32}
 RAW = {"use_resolution_binning": False, "clean_caption": False, **SIZE}
 SHALLOW = RAW | {"attention_layers": (1, 2)}  # of 4 blocks, which take a fifth of the time of the default's 20
 shallow_pixart = functools.partial(tiny.tiny_pixart_components, blocks=4)
-KINDS = named(Kind("sd", tiny.tiny_components, 20.0, SIZE), Kind("pixart", shallow_pixart, 500.0, SHALLOW))
+KINDS = named(Kind("sd", tiny.tiny_components, 20.0, SIZE), Kind("pixart", shallow_pixart, 50.0, SHALLOW))
 assert KINDS.keys() == FAMILIES.keys()
 IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(1, 1, 32, 32).index_fill(3, torch.arange(16), 1.0)  # the left half is filled
@@ -86,7 +86,7 @@ FURTHER = named(
     Kind("sd_inpaint", functools.partial(tiny.tiny_components, in_channels=9), 20.0, SIZE | FILLED),
     Kind("sd_controlnet", tiny.tiny_controlnet_components, 20.0, {"image": IMAGE}),
     Kind("sdxl", tiny.tiny_sdxl_components, 10.0, {"height": 64, "width": 64}),
-    Kind("pixart_sigma", shallow_pixart, 500.0, SHALLOW),
+    Kind("pixart_sigma", shallow_pixart, 50.0, SHALLOW),
     Kind("wan", tiny.tiny_wan_components, 50.0, {"height": 64, "width": 96, "num_frames": 9}),
 )
 assert FURTHER.keys() == VARIANTS.keys()

@@ -244,8 +244,9 @@ class TestIPAdapter:
 
     def test_each_image_of_a_batch_has_its_prompts_own(self, pipe):
         batch = guided(pipe, [PROMPT, SHORT], generator=generators(2), **self.GIVEN)
-        alone = guided(pipe, SHORT, seed=1, **self.GIVEN)
-        torch.testing.assert_close(batch.images[1], alone.images[0], rtol=1e-3, atol=1e-3)
+        other, alone = (guided(pipe, prompt, seed=1, **self.GIVEN) for prompt in (PROMPT, SHORT))
+        far, near = ((batch.images[1] - each.images[0]).abs().max() for each in (other, alone))
+        assert near < 0.01 * far  # rounding, which these weights amplify, is far less than another prompt's T
 
 
 def test_freeu_acts_with_guidance_on_and_off_again(of_sd):
