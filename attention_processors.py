@@ -162,25 +162,27 @@ class TSAMAttnProcessor:
         own = get_ident() == self.thread or hidden_states.requires_grad
         if own and (self.graph or not torch.is_grad_enabled()):
             context = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
-            probabilities = cross_attention_probabilities(attn, hidden_states, context, attention_mask)
+            probabilities = cross_attention_probabilities(attn, hidden_states, context, attention_mask, self.processor)
             self.maps[self.index] = probabilities.mean(1)[..., : self.num_tokens]
             if self.last:
                 raise LastMapRecorded
         return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
 
-def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask=None):
+def cross_attention_probabilities(attn, hidden_states, encoder_hidden_states, attention_mask=None, processor=None):
     """softmax(q kᵀ/√d) of one `Attention` or `WanAttention`, float32 (B, heads, P, N); hidden_states (B, P, C)."""
     wan = isinstance(attn, WanAttention)
     if not wan and attn.norm_cross:
         encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
 
-    def heads(projected, norm):
+    def heads(name, states, norm):
+        own = getattr(processor, f"{name}_custom_diffusion", None)  # Custom Diffusion trains projections of its own
+        projected = getattr(attn, name)(states) if own is None else own(states.to(own.weight.dtype))
         projected = norm(projected) if wan else projected  # over all heads together
         projected = projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         return projected if wan or norm is None else norm(projected)
 
-    query, key = heads(attn.to_q(hidden_states), attn.norm_q), heads(attn.to_k(encoder_hidden_states), attn.norm_k)
+    query, key = heads("to_q", hidden_states, attn.norm_q), heads("to_k", encoder_hidden_states, attn.norm_k)
     mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, N), additive
     return attention_probabilities(query, key, attn_mask=mask, scale=None if wan else attn.scale)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, CustomDiffusionAttnProcessor2_0
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -195,6 +195,17 @@ def test_textual_inversion_is_drawn_read_and_aligned(of_sd, vectors, tmp_path):
     things = ["<thing>", "<thing>_1", "<thing>_2"][:vectors]
     assert output.attentions[0]["tokens"] == ["a", "red", *things, "and", "a", "blue", "sphere"]
     assert of_sd.get_text_self_attention(THING).tokens == [output.attentions[0]["tokens"]]
+
+
+def test_the_projections_that_custom_diffusion_trains_are_read(of_sd):
+    for layer in [layer for name, layer in of_sd.unet.named_modules() if name.endswith("attn2")]:
+        layer.set_processor(CustomDiffusionAttnProcessor2_0(True, True, layer.inner_dim, layer.cross_attention_dim))
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            setattr(layer.processor, f"{name}_custom_diffusion", getattr(layer, name))
+            setattr(layer, name, copy.deepcopy(getattr(layer, name)))
+        for unused in (layer.to_q, layer.to_k):
+            torch.nn.init.normal_(unused.weight)
+    same(holds(of_sd), plainly_guided(SD))
 
 
 def ip_adapter_of(unet):
