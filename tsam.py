@@ -333,12 +333,15 @@ class LatentAlignment:
     text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times. settings: `Settings`; read are
     alpha, relative_step, gamma, objective, region_weight and output_attentions (keep the maps before each step's first
     update). A user's objective gets a prompt's windows as rows, (B·K, n, H, W); an image's loss is their sum.
-    device: the latents'. layout: a `Layout` of the images, adds its loss.
+    device: the latents'. layout: a `Layout` of the images, adds its loss. unaligned: what to say follows if there is
+    nothing to align; None says nothing.
 
     num_tokens: N, the number of map columns needed. losses: one (B,) tensor per update, taken before it.
     """
 
-    def __init__(self, text, settings, num_images_per_prompt=1, device=None, layout=None):
+    def __init__(
+        self, text, settings, num_images_per_prompt=1, device=None, layout=None, unaligned="T-SAM changes nothing"
+    ):
         attention, content = (x.to(device).repeat_interleave(num_images_per_prompt, 0) for x in text[:2])
         self.tokens = [tokens for tokens in text.tokens for _ in range(num_images_per_prompt)]
         self.windows = content.shape[1] // attention.shape[2]
@@ -357,8 +360,8 @@ class LatentAlignment:
         self.keep_maps = settings.output_attentions
         self.losses, self.maps, self.finite = [], [], []
         self.loss_scale = torch.empty(0)  # (B,) from the first update on; 1 except in float16
-        if not self.possible:
-            logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
+        if unaligned and not self.possible:
+            logger.warning("%s: it aligns words with each other, and no prompt has two.", unaligned)
 
     @property
     def possible(self):

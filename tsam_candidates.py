@@ -20,6 +20,9 @@ class Scouted(Exception):
         self.loss = loss.float().cpu()
 
 
+ALIKE = "T-SAM finds all starts alike"
+
+
 def score():
     """The settings of the loss that starts are compared by."""
     return Settings(preset="fast", objective="contrast")
@@ -31,7 +34,7 @@ class Scouting:
     own: the given latents of each start of this call, None where they are drawn; the starts of one image are rows
     beside each other. states: the generators' states to draw the first from, or None for the current ones. starts: of
     each, what `prepare_latents` returned, and the states after it. losses: (starts, images) float32, None if the call
-    was interrupted.
+    was interrupted. first: whether no other loop of this call has said that all are alike.
     """
 
     guided, reads, needed = False, True, True
@@ -87,7 +90,8 @@ class Scouting:
     def prediction(self, sample, *args, **kwargs):
         if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
             return self.model(sample, *args, **kwargs)
-        alignment = LatentAlignment(self.text, score(), self.given[self.per_prompt], self.latents.device)
+        images, device = self.given[self.per_prompt], self.latents.device
+        alignment = LatentAlignment(self.text, score(), images, device, unaligned=ALIKE if self.first else None)
         layers = self.pipe.layers_of(self.settings)
         kwargs.pop("return_dict", None)
         with record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
@@ -103,7 +107,7 @@ def scouted(pipe, given, settings, own, states=None, encoding=None):
     given |= {pipe.loop.per_prompt: given[pipe.loop.per_prompt] * len(own)}
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
     settings.chosen_after(loop.num_steps)  # refuse too many before a network runs
-    loop.own, loop.states, loop.encoding = own, states, encoding
+    loop.own, loop.states, loop.encoding, loop.first = own, states, encoding, encoding is None
     try:
         loop.run(output_type="latent", return_dict=False)
     except Scouted as scouted:
