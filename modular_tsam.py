@@ -7,6 +7,7 @@ latents before they predict. Guiders, image to image, inpainting, ControlNet and
 The paper covers none of these models. "A choice" marks what had to be chosen.
 """
 
+import copyreg
 import functools
 import inspect
 import shutil
@@ -483,6 +484,17 @@ class FluxLoop(JointLoop):
 # Blocks
 
 
+class Mixture(type):
+    """A class of two others. No module has it, so that it is pickled as these."""
+
+
+def mixture(name, mixin, cls):
+    return Mixture(name, (mixin, cls), {"__module__": cls.__module__})
+
+
+copyreg.pickle(Mixture, lambda cls: (mixture, (cls.__name__, *cls.__bases__)))
+
+
 class RemindsOfCode:
     """Warns on `save_pretrained` that the code is left out, because stock saves only weights."""
 
@@ -499,13 +511,13 @@ def remind(pipeline):
     """Mix `RemindsOfCode` into a pipeline's class."""
     cls = type(pipeline)
     if hasattr(pipeline, "_blocks") and not isinstance(pipeline, RemindsOfCode):
-        pipeline.__class__ = type(cls.__name__, (RemindsOfCode, cls), {"__module__": cls.__module__})
+        pipeline.__class__ = mixture(cls.__name__, RemindsOfCode, cls)
 
 
 def mixed(mixin, block):
     """A block of the class of `block`, with `mixin` before it."""
     cls = type(block)
-    return type(f"TSAM{cls.__name__}", (mixin, cls), {})()
+    return mixture(f"TSAM{cls.__name__}", mixin, cls)()
 
 
 class TSAMBlocks:

@@ -2,7 +2,8 @@
 pipelines."""
 
 import functools
-from copy import copy
+import pickle
+from copy import copy, deepcopy
 
 import diffusers
 import numpy as np
@@ -414,6 +415,14 @@ def test_a_pipeline_that_the_blocks_did_not_make_says_so_after_its_first_picture
     run(pipe, num_inference_steps=1)
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     assert "has no code of T-SAM" in warnings_seen.text
+
+
+def test_a_pipeline_can_be_copied_and_pickled(kind):
+    pipe = make(kind.tsam, kind.build())  # new, because transformers leaves hooks in a used encoder, which cannot be
+    again, copied = pickle.loads(pickle.dumps(pipe)), deepcopy(pipe)
+    assert type(again).__name__ == type(pipe).__name__
+    images, *others = (run(one, num_inference_steps=2).images for one in (pipe, again, copied))
+    assert all(torch.equal(images, other) for other in others)
 
 
 def test_blocks_of_a_diffusers_whose_loops_take_other_steps_are_refused(monkeypatch):
