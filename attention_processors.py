@@ -142,6 +142,9 @@ REPLACED = (
 class LastMapRecorded(Exception):
     """Ends a forward pass, because the rest changes no map."""
 
+    def __str__(self):  # seen only if somebody runs the denoiser meanwhile
+        return "An `objective` cannot run the denoiser that its maps are of. Let it run a copy, made before the call."
+
 
 class TSAMAttnProcessor:
     """Wraps a layer's processor: records the probabilities, and returns exactly what the processor returns.

@@ -1,5 +1,6 @@
 """What demanding users do: other text encoders, odd components, precision contexts, objectives of their own."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -241,6 +242,13 @@ def test_an_objective_that_writes_into_its_maps_leaves_those_that_are_returned(p
     options = {"output_attentions": True, "alpha": 0.0}
     written = run(pipe, objective=lambda maps, text: tsam.l1(maps.mul_(2), text), **options)
     assert torch.equal(written.attentions[0]["maps"], run(pipe, **options).attentions[0]["maps"])
+
+
+def test_an_objective_that_draws_with_the_model_that_is_read_is_told_to_use_a_copy(pipe):
+    with pytest.raises(attention_processors.LastMapRecorded, match="cannot run the denoiser.* Let it run a copy"):
+        run(pipe, objective=lambda maps, text: run(pipe, tsam_steps=0))
+    copied = make(kind_of(pipe).tsam, pipe.components | {pipe.denoiser: copy.deepcopy(denoiser_of(pipe))})
+    assert run(pipe, objective=lambda maps, text: (run(copied), tsam.l1(maps, text))[1]).losses.isfinite().all()
 
 
 @only_sd
