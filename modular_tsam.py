@@ -59,7 +59,7 @@ from .tsam_arguments import (
     check_text_self_attention,
     shares_of,
 )
-from .tsam_candidates import ALIKE, Scouted, chosen_of, generators_of, given_starts, least, restore, score
+from .tsam_candidates import Scouted, chosen_of, generators_of, given_starts, least, restore, score
 from .tsam_layout import Layout  # noqa: F401, because diffusers' loader copies the files that are named here
 from .tsam_pipeline import TESTED, StandIn, frozen, input_scale, steps_of, uncorrected, updates_per_timestep
 from .tsam_sd import text_of_clips, unet_layers
@@ -318,7 +318,6 @@ class AlignedLoop:
             restore(generators, states)
             scout = copy_of(state, values)
             scout.scored_at = (steps - 1) * components.scheduler.order
-            scout.unaligned = None if losses else ALIKE
             scouting = StandIn(components, scheduler=deepcopy(components.scheduler))
             with lock_of(getattr(components, self.denoiser)), shadowed(self, "progress_bar", progress_bar):
                 try:
@@ -327,14 +326,14 @@ class AlignedLoop:
                     losses.append(scouted.loss)
         restore(generators, starts[0][1])
         losses = torch.stack(losses, 1)
-        state.values |= chosen_of([values for values, _ in starts], least(losses))
-        state.values |= {"candidate_losses": losses, "chosen": least(losses)}
+        chosen = least(losses)
+        state.values |= chosen_of([values for values, _ in starts], chosen)
+        state.values |= {"candidate_losses": losses, "chosen": chosen}
 
     def get_block_state(self, state):
         block_state = super().get_block_state(state)
         block_state.saving = getattr(state, "saving", nullcontext)
         block_state.scored_at = getattr(state, "scored_at", None)  # where a start's loss is taken and the loop ends
-        block_state.unaligned = getattr(state, "unaligned", "T-SAM changes nothing")
         block_state.candidate_losses, block_state.chosen = state.get("candidate_losses"), state.get("chosen")
         return block_state
 
@@ -375,9 +374,8 @@ class AlignedLoop:
             )
         check_text_self_attention(text, None, None, given.prompt_embeds.shape[1])
         images = max(len(latents) // len(text.tokens), 1)
-        own = score() if scouting else settings
-        block_state.alignment = LatentAlignment(text, own, images, latents.device, unaligned=given.unaligned)
-        if block_state.alignment.possible and not scouting:
+        block_state.alignment = LatentAlignment(text, score() if scouting else settings, images, latents.device)
+        if not scouting and block_state.alignment.possible():
             steps = given.num_inference_steps
             block_state.updates = updates_per_timestep(scheduler, steps, *plan, len(timesteps))
 

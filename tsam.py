@@ -333,15 +333,12 @@ class LatentAlignment:
     text: `TextSelfAttention` of the prompts, each drawn `num_images_per_prompt` times. settings: `Settings`; read are
     alpha, relative_step, gamma, objective, region_weight and output_attentions (keep the maps before each step's first
     update). A user's objective gets a prompt's windows as rows, (B·K, n, H, W); an image's loss is their sum.
-    device: the latents'. layout: a `Layout` of the images, adds its loss. unaligned: what to say follows if there is
-    nothing to align; None says nothing.
+    device: the latents'. layout: a `Layout` of the images, adds its loss.
 
     num_tokens: N, the number of map columns needed. losses: one (B,) tensor per update, taken before it.
     """
 
-    def __init__(
-        self, text, settings, num_images_per_prompt=1, device=None, layout=None, unaligned="T-SAM changes nothing"
-    ):
+    def __init__(self, text, settings, num_images_per_prompt=1, device=None, layout=None):
         attention, content = (x.to(device).repeat_interleave(num_images_per_prompt, 0) for x in text[:2])
         self.tokens = [tokens for tokens in text.tokens for _ in range(num_images_per_prompt)]
         self.windows = content.shape[1] // attention.shape[2]
@@ -360,14 +357,15 @@ class LatentAlignment:
         self.keep_maps = settings.output_attentions
         self.losses, self.maps, self.finite = [], [], []
         self.loss_scale = torch.empty(0)  # (B,) from the first update on; 1 except in float16
-        if unaligned and not self.possible:
-            logger.warning("%s: it aligns words with each other, and no prompt has two.", unaligned)
 
-    @property
     def possible(self):
-        """Whether there is anything to align: our objectives need two tokens, because one attends only to itself."""
+        """Whether there is anything to align, else a warning: our objectives need two tokens, because one attends only
+        to itself."""
         least = 2 if self.objective in OBJECTIVES.values() else 1
-        return self.layout is not None or bool((self.text.content.sum(-1) >= least).any())
+        possible = self.layout is not None or bool((self.text.content.sum(-1) >= least).any())
+        if not possible:
+            logger.warning("T-SAM changes nothing: it aligns words with each other, and no prompt has two.")
+        return possible
 
     def split(self, values):
         """Windows as rows: (B, K·n, ...) -> (B·K, n, ...)."""

@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 
 from .attention_processors import mean_maps, record_cross_attention, run_to_last_map
-from .tsam import LatentAlignment
+from .tsam import LatentAlignment, logger
 from .tsam_arguments import Settings
 
 
@@ -18,9 +18,6 @@ class Scouted(Exception):
 
     def __init__(self, loss):
         self.loss = loss.float().cpu()
-
-
-ALIKE = "T-SAM finds all starts alike"
 
 
 def score():
@@ -34,7 +31,7 @@ class Scouting:
     own: the given latents of each start of this call, None where they are drawn; the starts of one image are rows
     beside each other. states: the generators' states to draw the first from, or None for the current ones. starts: of
     each, what `prepare_latents` returned, and the states after it. losses: (starts, images) float32, None if the call
-    was interrupted. first: whether no other loop of this call has said that all are alike.
+    was interrupted.
     """
 
     guided, reads, needed = False, True, True
@@ -90,8 +87,7 @@ class Scouting:
     def prediction(self, sample, *args, **kwargs):
         if self.index < (self.settings.chosen_after(self.num_steps) - 1) * self.scheduler.order:
             return self.model(sample, *args, **kwargs)
-        images, device = self.given[self.per_prompt], self.latents.device
-        alignment = LatentAlignment(self.text, score(), images, device, unaligned=ALIKE if self.first else None)
+        alignment = LatentAlignment(self.text, score(), self.given[self.per_prompt], self.latents.device)
         layers = self.pipe.layers_of(self.settings)
         kwargs.pop("return_dict", None)
         with record_cross_attention(layers, alignment.num_tokens, stop=True) as maps:
@@ -107,7 +103,7 @@ def scouted(pipe, given, settings, own, states=None, encoding=None):
     given |= {pipe.loop.per_prompt: given[pipe.loop.per_prompt] * len(own)}
     loop = type("Scout", (Scouting, pipe.loop), {})(pipe, given, settings)
     settings.chosen_after(loop.num_steps)  # refuse too many before a network runs
-    loop.own, loop.states, loop.encoding, loop.first = own, states, encoding, encoding is None
+    loop.own, loop.states, loop.encoding = own, states, encoding
     try:
         loop.run(output_type="latent", return_dict=False)
     except Scouted as scouted:
@@ -154,6 +150,8 @@ def given_starts(latents, images, number):
 
 def least(losses):
     """Each image's start of least loss: (images, k) -> (images,). One that is not a number is never chosen."""
+    if (losses == losses[:, :1]).all():
+        logger.warning("T-SAM finds all starts alike, so that each image keeps its first.")
     return losses.nan_to_num(torch.inf).argmin(1)
 
 

@@ -204,7 +204,7 @@ class GuidedLoop:
         if self.guided:
             images, device = self.given[self.per_prompt], self.latents.device
             self.alignment = LatentAlignment(self.text, self.settings, images, device, self.layout)
-            if self.alignment.possible:
+            if self.alignment.possible():
                 self.updates = updates_per_timestep(self.scheduler, self.num_steps, *self.plan, number)
 
     def scale_model_input(self, sample, t):

@@ -111,9 +111,9 @@ def test_the_loss_is_the_sum_of_every_windows_and_words_of_different_ones_neithe
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_prompt_of_one_word_in_each_window_is_said_to_have_nothing_to_align(objective, warnings_seen):
     text, _ = windowed()
-    assert alignment_of(text, 1.0, GAMMA, objective).possible and not warnings_seen.text
+    assert alignment_of(text, 1.0, GAMMA, objective).possible() and not warnings_seen.text
     one = TextSelfAttention(text.attention[2:], text.content[2:], text.tokens[2:])
-    assert not alignment_of(one, 1.0, GAMMA, objective).possible and "no prompt has two" in warnings_seen.text
+    assert not alignment_of(one, 1.0, GAMMA, objective).possible() and "no prompt has two" in warnings_seen.text
 
 
 def test_an_objective_of_ones_own_gets_every_window_as_a_row():

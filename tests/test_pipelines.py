@@ -168,10 +168,10 @@ class TestBatches:
         output = run(pipe, ["", "dog"], **TWO)
         assert torch.equal(output.images, run(stock, ["", "dog"], **TWO).images)
         assert output.losses.shape == (2, 0)
-        assert "T-SAM changes nothing: " in warnings_seen.text
+        assert "no prompt has two" in warnings_seen.text
         warnings_seen.clear()
         run(pipe, "dog", **ONE, candidates=3, objective=lambda maps, text: maps.flatten(1).sum(1))
-        assert [record.args for record in warnings_seen.records] == [("T-SAM finds all starts alike",)]
+        assert warnings_seen.text.count("T-SAM ") == warnings_seen.text.count("finds all starts alike") == 1
         warnings_seen.clear()
         run(pipe, ["", SHORT], **ONE)
         run(pipe, "dog", **ONE | {"tsam_steps": 0})
