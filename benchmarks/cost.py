@@ -110,10 +110,6 @@ class Counter(TorchDispatchMode):
         self._alive.discard(key)
         self._now -= size
 
-    @property
-    def launched(self):
-        return {"calls": self.calls, "kernels": self.kernels}
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.calls += 1
@@ -199,7 +195,7 @@ def build_modular(kind, size, batch):
         sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
         model = diffusers.SD3Transformer2DModel(pos_embed_max_size=192, **sizes)
         model.pos_embed.pos_embed = model.pos_embed.pos_embed.to(torch.empty(0))  # comes from numpy
-        latents, embeds, pooled = (16, side, side), (77 + 256, 4096), (2048,)
+        latents, embeds, pooled = 16, (77 + 256, 4096), 2048
     else:
         model = diffusers.UNet2DConditionModel(
             sample_size=128,
@@ -214,11 +210,11 @@ def build_modular(kind, size, batch):
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
-        latents, embeds, pooled = (4, side, side), (77, 2048), (1280,)
-    state = {"latents": torch.randn(batch, *latents)}
+        latents, embeds, pooled = 4, (77, 2048), 1280
+    state = {"latents": torch.randn(batch, latents, side, side)}
     for name in ("", "negative_"):
         state[f"{name}prompt_embeds"] = torch.randn(batch, *embeds)
-        state[f"{name}pooled_prompt_embeds"] = torch.randn(batch, *pooled)
+        state[f"{name}pooled_prompt_embeds"] = torch.randn(batch, pooled)
         state[f"{name}add_time_ids"] = torch.ones(batch, 6)
     return model, state
 
@@ -251,8 +247,7 @@ def loop_of(kind):
     return blocks.sub_blocks["denoise.denoise"]
 
 
-def simulated(kind):
-    return simulate if kind in PIPELINES else simulate_modular
+SIMULATED = {**dict.fromkeys(PIPELINES, simulate), **dict.fromkeys(BLOCKS, simulate_modular)}
 
 
 def operations(kinds, size, steps):
@@ -260,8 +255,8 @@ def operations(kinds, size, steps):
     guidance, beside the largest of the others."""
     found = {}
     for kind in kinds:
-        plain, *_, guided = simulated(kind)(kind, size, "meta")
-        *others, guidance = simulated(kind)(kind, size, "cpu")
+        plain, *_, guided = SIMULATED[kind](kind, size, "meta")
+        *others, guidance = SIMULATED[kind](kind, size, "cpu")
         found[kind] = {"size": size, "steps": steps, "plain_step_flop": plain.flop, "guided_pass_flop": guided.flop}
         found[kind]["plain_peak_bytes"] = max(counter.peak for counter in others)
         found[kind]["guided_peak_bytes"] = guidance.peak
@@ -280,8 +275,8 @@ def seconds(device, dtype, size, batch):
     """Milliseconds of a plain step and of a guided pass of every architecture, and by them what each preset makes of a
     picture of 50 steps, beside a plain one, without encoding and decoding: {kind: ...}."""
     found = {}
-    for kind in (*PIPELINES, *BLOCKS):
-        plain, *_, guided = simulated(kind)(kind, size, device, batch, dtype, partial(milliseconds, device, 5))
+    for kind, simulated in SIMULATED.items():
+        plain, *_, guided = simulated(kind, size, device, batch, dtype, partial(milliseconds, device, 5))
         found[kind] = {"plain step": plain, "guided pass": guided}
         found[kind] |= {name: round(1 + number_of_updates(kind, name, 50) / 50 * guided / plain, 2) for name in PRESETS}
     return found
@@ -293,9 +288,10 @@ def launches(kind):
     plain, _, guided = simulate(kind, 512, "meta")
     update, stub = update_alone(torch.device("cpu"))
     update()  # what is made once is not counted
-    update, stub = (counter.launched for counter in counted([update, stub]))
+    counters = (plain, guided, *counted([update, stub]))
+    plain, guided, update, stub = ({"calls": own.calls, "kernels": own.kernels} for own in counters)
     outside = {name: update[name] - stub[name] for name in stub}
-    return {"plain step": plain.launched, "guided pass": guided.launched, "outside of the network": outside}
+    return {"plain step": plain, "guided pass": guided, "outside of the network": outside}
 
 
 def draw(pipe, **arguments):
